@@ -1,0 +1,19 @@
+# Sourced by the demo and the tests.
+
+# Makes .venv, unless a virtual environment is active already, and installs the requirement files named.
+use_environment() {
+  if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    source .venv/bin/activate
+  fi
+  local requirements installed
+  for requirements in "$@"; do
+    # A copy of the list is left in the environment, so that an unchanged list costs nothing the next time.
+    installed=$VIRTUAL_ENV/installed-${requirements//\//-}
+    if ! cmp -s "$requirements" "$installed"; then
+      echo "installing $requirements into $VIRTUAL_ENV (once, some minutes)"
+      python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+      cp "$requirements" "$installed"
+    fi
+  done
+}

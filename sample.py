@@ -1,0 +1,579 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.6", "diffusers>=0.36", "transformers>=4.57", "peft>=0.18", "accelerate>=1.10", "bitsandbytes>=0.48",
+#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "pillow>=10.3", "tqdm>=4.66",
+# ]
+# ///
+"""Sample chest radiographs from any run of the training scripts, or from any Stable Diffusion pipeline.
+
+    accelerate launch sample.py --model runs/bitfit                            # 5,000 images of each of six conditions
+    python sample.py --model runs/lora --labels "Edema" "No Finding" --images_per_label 16
+    python sample.py --model runs/unet --like_csv CheXpert-v1.0/train.csv --split train --num_images 20000
+    python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --images_per_label 100   # the untouched base
+
+Writes PNG images and metadata.csv to --output_dir: an image table for the evaluations and a Hugging Face imagefolder, with a
+contact sheet for each prompt. Stopped and started again, it goes on where it was.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NoReturn
+
+# bitsandbytes, which diffusers imports, reports a missing 4-bit CPU kernel that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import diffusers
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from accelerate import PartialState
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import make_image_grid
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel
+
+logger = logging.getLogger(__name__)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Copied from train_full.LABELS
+LABELS = [
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+]  # fmt: skip
+# Copied from train_full.PROMPT_TEMPLATE
+PROMPT_TEMPLATE = "Chest X-ray of a subject with {}"
+# Copied from train_full.SPLIT_FRACTIONS
+SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
+# Copied from train_full.LABEL_VALUES
+LABEL_VALUES = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
+# The six conditions of the paper's Table 3.
+CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion"]
+SCHEDULERS = {
+    "ddim": (DDIMScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+CONTACT_SHEET_IMAGES = 32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_full.fail
+def fail(message: str) -> NoReturn:
+    """Ends the script with one sentence on stderr and exit status 2."""
+    if os.environ.get("RANK", "0") != "0":
+        # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
+        time.sleep(5)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# Copied from train_full.OneLineParser
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with errors in one sentence instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists every flag)")
+
+
+# Copied from train_full.positive_int
+def positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+# Copied from train_full.whole_number
+def whole_number(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+# Copied from train_full.non_negative
+def non_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+# fmt: off
+def add_pipeline_arguments(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="run folder of a training script, or folder or hub id of a Stable Diffusion pipeline")
+    group.add_argument("--base_model", help="base model of an adapter (default: the one it was trained on)")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="type of the weights (default: fp16 on a GPU, float32 on a CPU)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
+
+
+def add_prompt_arguments(parser):
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--labels", nargs="+", metavar="LABEL", help=f"one prompt for each of these findings alone, in quotes where they have spaces (default: {', '.join(CONDITIONS)})")
+    group.add_argument("--images_per_label", type=positive_int, default=5000, help="images for each of --labels")
+    group.add_argument("--like_csv", help="instead of --labels: one image for each row of this image table, with its label combination")
+    group.add_argument("--split", choices=["train", "val", "test", "all"], default="all", help="part of the patients of --like_csv")
+    group.add_argument("--split_seed", type=whole_number, default=0, help="seed of the split by patient; the same in every script")
+    group.add_argument("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="what -1 means in --like_csv: ones names the finding, zeros and ignore do not")
+    group.add_argument("--num_images", type=positive_int, help="a seeded random subset of so many rows of --like_csv (default: all)")
+    group.add_argument("--prompt_template", help=f"prompt; {{}} stands for the findings (default: the run's own, else {PROMPT_TEMPLATE!r})".replace("%", "%%"))
+
+
+def add_sampling_arguments(parser):
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--num_inference_steps", type=positive_int, default=50, help="denoising steps")
+    group.add_argument("--guidance_scale", type=non_negative, default=7.5, help="classifier-free guidance; 1 or less turns it off")
+    group.add_argument("--scheduler", choices=SCHEDULERS, help="sampler (default: the pipeline's own)")
+    group.add_argument("--resolution", type=positive_int, help="side of the images in pixels (default: the run's own, else the U-Net's)")
+    group.add_argument("--batch_size", type=positive_int, default=8, help="images per process and forward pass")
+    group.add_argument("--seed", type=whole_number, default=0, help="an image is a function of this, its prompt and its index")
+    group.add_argument("--output_dir", help="image folder (default: samples/ and the model's name)")
+# fmt: on
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pipeline_arguments(parser)
+    add_prompt_arguments(parser)
+    add_sampling_arguments(parser)
+    args = parser.parse_args(argv)
+    unknown = [label for label in args.labels or [] if label not in LABELS]
+    if unknown:
+        parser.error(f"--labels: {unknown[0]!r} is none of {', '.join(LABELS)}")
+    if args.labels and args.like_csv:
+        parser.error("--labels and --like_csv exclude each other; pass one")
+    if args.like_csv and not Path(args.like_csv).is_file():
+        parser.error(f"--like_csv {args.like_csv}: no such file; pass the path of an image table")
+    if args.prompt_template and args.prompt_template.count("{}") != 1:
+        parser.error(f"--prompt_template {args.prompt_template!r} needs {{}} exactly once, where the findings go")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_full.parse_labels
+def parse_labels(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The label columns of a table of strings as floats: 1, 0, -1, or NaN where the finding is not mentioned."""
+    labels = pd.DataFrame(index=frame.index)
+    for name in LABELS:
+        if name not in frame:
+            continue
+        text = frame[name].str.strip()
+        labels[name] = text.map(LABEL_VALUES)
+        unknown = ~text.isin(LABEL_VALUES)
+        if unknown.any():
+            row = int(unknown.to_numpy().argmax())
+            fail(f"{source}: data row {row + 1}, column {name!r}: {text.iloc[row]!r} is none of 1, 0, -1 and blank")
+    return labels
+
+
+# Copied from train_full.resolve_paths
+def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> list[str]:
+    """Absolute paths, from the first root under which one of the table's first thousand images exists.
+
+    CheXpert's paths begin with the data set's own folder, which a resized copy often renames: so each root is tried with
+    the path as it stands and without its first folder.
+    """
+    roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
+    for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
+        if (root / Path(*Path(path).parts[skip:])).is_file():
+            return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
+    return [str((roots[0] / p).absolute()) for p in paths]
+
+
+# Copied from train_full.load_image_table
+def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
+    """Reads an image table: CheXpert's CSV, or any with a path column and some of its label columns.
+
+    Returns a frame with `image` (absolute path), `name` (the path as written), `patient`, `frontal`, `prompt` ("" where the
+    table has none) and the label columns found, in the table's order. Ends with exit status 2 on a table that is unusable.
+    """
+    try:
+        with warnings.catch_warnings():
+            # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+    except pd.errors.EmptyDataError:
+        fail(f"{csv}: the file is empty; an image table needs a header and rows")
+    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
+        fail(f"{csv}: not a CSV in UTF-8 ({' '.join(str(error).split())})")
+    column = next((c for c in ("Path", "file_name") if c in frame), None)
+    if column is None:
+        fail(f"{csv}: no path column; name it Path (CheXpert) or file_name (imagefolder)")
+    if not set(LABELS) & set(frame.columns) and "prompt" not in frame:
+        fail(f"{csv}: no label column; expected any of {', '.join(LABELS)}")
+    if frame.empty:
+        fail(f"{csv}: no rows below the header")
+    if (frame[column] == "").any():
+        fail(f"{csv}: data row {int((frame[column] == '').to_numpy().argmax()) + 1} has no path in column {column!r}")
+    view = frame.get("Frontal/Lateral", pd.Series("Frontal", index=frame.index))
+    patient = frame[column].str.extract(r"(patient\d+)", expand=False)
+    if "patient_id" in frame:
+        patient = frame["patient_id"].where(frame["patient_id"] != "", patient)
+    table = pd.DataFrame({
+        "image": resolve_paths(frame[column], Path(csv), image_root),
+        "name": frame[column],
+        # An image of unknown origin counts as a patient of its own.
+        "patient": patient.fillna(frame[column]),
+        "frontal": view.str.strip().str.lower().str.startswith("frontal"),
+        "prompt": frame.get("prompt", pd.Series("", index=frame.index)).str.strip(),
+    })  # fmt: skip
+    return table.join(parse_labels(frame, csv))
+
+
+# Copied from train_full.assign_splits
+def assign_splits(patients: pd.Series, seed: int) -> pd.Series:
+    """train, val or test for each row: a hash of (seed, patient), so that it holds in every script and as rows are added."""
+    bounds = np.cumsum(list(SPLIT_FRACTIONS.values()))
+
+    def split_of(patient: str) -> str:
+        digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+        return list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, int.from_bytes(digest[:8], "big") / 2**64, "right"), 2)]
+
+    return patients.map({patient: split_of(patient) for patient in patients.unique()})
+
+
+# Copied from train_full.add_prompts
+def add_prompts(table: pd.DataFrame, template: str, uncertain: str) -> pd.DataFrame:
+    """Fills empty prompts from the labels, in LABELS' order; without a positive label the prompt stays empty."""
+    names = [name for name in LABELS if name in table]
+    named = table[names].isin([1.0, -1.0] if uncertain == "ones" else [1.0]).to_numpy()
+    captions = {}
+    for row in {bytes(row) for row in named}:
+        findings = [name for name, positive in zip(names, row) if positive]
+        captions[row] = template.replace("{}", ", ".join(findings)) if findings else ""
+    from_labels = pd.Series([captions[bytes(row)] for row in named], index=table.index)
+    return table.assign(prompt=table["prompt"].where(table["prompt"] != "", from_labels))
+
+
+# Copied from train_full.stream_seed
+def stream_seed(*key) -> int:
+    """A 63-bit seed that is a function of the key alone, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
+
+
+def plan_samples(args: argparse.Namespace, template: str) -> pd.DataFrame:
+    """One row per image: `file_name`, `prompt`, `index` (among the images of its prompt) and the 14 label columns.
+
+    A label is 1 where the prompt names it and 0 where it does not.
+    """
+    if args.like_csv:
+        table = load_image_table(args.like_csv)
+        table = add_prompts(table[table["frontal"]].assign(prompt=""), template, args.uncertain)
+        table = table[table["prompt"] != ""]
+        if args.split != "all" and len(table):
+            table = table[assign_splits(table["patient"], args.split_seed) == args.split]
+        if table.empty:
+            fail(f"--like_csv {args.like_csv}: no frontal row with a positive label in split {args.split!r}")
+        if args.num_images and args.num_images < len(table):
+            table = table.sample(n=args.num_images, random_state=args.seed)
+        positive = table.reindex(columns=LABELS).isin([1.0, -1.0] if args.uncertain == "ones" else [1.0])
+        combinations = [tuple(label for label in LABELS if row[label]) for _, row in positive.iterrows()]
+    else:
+        combinations = [(label,) for label in args.labels or CONDITIONS for _ in range(args.images_per_label)]
+    rows, seen = [], Counter()
+    for labels in combinations:
+        folder = "+".join(label.lower().replace(" ", "_") for label in labels)
+        rows.append({
+            "file_name": f"{folder}/{seen[labels]:06d}.png",
+            "prompt": template.replace("{}", ", ".join(labels)),
+            "index": seen[labels],
+            **{label: float(label in labels) for label in LABELS},
+        })  # fmt: skip
+        seen[labels] += 1
+    return pd.DataFrame(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_full.silence_known_noise
+def silence_known_noise() -> None:
+    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what `load_pipeline`
+    refuses in a sentence of its own (missing weights)."""
+    known = [
+        ("diffusers.models.modeling_utils", "should be kept in float32: []"),
+        ("diffusers.models.modeling_utils", "newly initialized"),
+        ("transformers.modeling_utils", "MISSING"),
+        ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
+    ]
+    for name, words in known:
+        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
+
+
+# Copied from train_full.fingerprint
+def fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 over the names, shapes and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# Copied from train_full.load_pipeline
+def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
+    """A pipeline in float32 on the CPU, from safetensors only, without the safety checker that blacks out radiographs.
+
+    ValueError where weights are missing, which the libraries would fill with random numbers and a warning.
+    """
+    parts = {}
+    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
+        parts[part], report = model_class.from_pretrained(
+            name, subfolder=part, use_safetensors=True, output_loading_info=True, **options
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
+    checkers = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, **options).to(torch.float32)
+
+
+# Copied from train_peft.merge_adapter
+def merge_adapter(pipeline: StableDiffusionPipeline, run: Path) -> None:
+    """Folds a run's adapter into the pipeline's U-Net, which stays a plain one; ValueError where they do not fit together."""
+    if (run / "pytorch_lora_weights.safetensors").is_file():
+        pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
+        pipeline.fuse_lora(components=["unet"])
+        pipeline.unload_lora_weights()
+        return
+    with safe_open(run / "unet_delta.safetensors", framework="pt") as file:
+        delta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights = pipeline.unet.state_dict()
+    for name, tensor in delta.items():
+        # Scales come last, since they multiply the trained biases.
+        if not name.endswith(".gamma"):
+            if name not in weights or weights[name].shape != tensor.shape:
+                raise ValueError(f"{run / 'unet_delta.safetensors'}: {name} does not fit the base model's U-Net")
+            weights[name].copy_(tensor)
+    for name, gamma in delta.items():
+        if name.endswith(".gamma"):
+            layer = pipeline.unet.get_submodule(name.removesuffix(".gamma"))
+            layer.weight.data.mul_(gamma[:, None])
+            layer.bias.data.mul_(gamma)
+
+
+def pipeline_fingerprint(pipeline: StableDiffusionPipeline) -> str:
+    """The hash of a whole pipeline, as the training scripts note it."""
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    return hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
+
+
+def read_summary(model: str) -> dict:
+    """The training summary of a run folder or of the merged/ in it, or {} for any other model."""
+    folder = Path(model).parent if Path(model).name == "merged" else Path(model)
+    path = folder / "training_summary.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError:
+        fail(f"{path}: not valid JSON; train the run again or pass a pipeline")
+
+
+def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffusionPipeline:
+    """The pipeline of a run or of any diffusers folder or hub id, in float32, with an adapter folded in."""
+    folder = Path(model)
+    adapter = next((f for f in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors") if (folder / f).is_file()), None)
+    source = (base_model or summary.get("base_model")) if adapter else model
+    if folder.is_dir() and not adapter and not (folder / "model_index.json").is_file():
+        fail(f"--model {model}: neither a finished run nor a pipeline (no model_index.json, pytorch_lora_weights.safetensors or unet_delta.safetensors)")
+    if source is None:
+        fail(f"--model {model}: training_summary.json does not name the adapter's base model; pass --base_model")
+    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        missing = f"its base model {source} is not there; pass --base_model" if adapter else "no such folder, nor a hub id"
+        fail(f"--model {model}: {missing}")
+    try:
+        pipeline = load_pipeline(source)
+        trained_on = summary.get("identity", {}).get("base_fingerprint")
+        if adapter and not base_model and trained_on and trained_on != pipeline_fingerprint(pipeline):
+            raise ValueError(f"its base model {source} has other weights than it was trained on; pass --base_model to take them all the same")
+        if adapter:
+            merge_adapter(pipeline, folder)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        fail(f"--model {model}: cannot be loaded ({' '.join(str(error).split())[:300]})")
+    return pipeline
+
+
+def set_up_pipeline(args: argparse.Namespace, pipeline: StableDiffusionPipeline, device: torch.device) -> None:
+    """Sampler, type, device and compilation, as the flags ask."""
+    if args.scheduler:
+        scheduler, options = SCHEDULERS[args.scheduler]
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    pipeline.to(device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    pipeline.set_progress_bar_config(disable=True)
+    if args.compile:
+        pipeline.unet.compile()
+
+
+@torch.no_grad()
+def embed_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Each prompt's embedding, (77, D), encoded once."""
+    return {prompt: pipeline.encode_prompt(prompt, pipeline.device, 1, False)[0][0] for prompt in prompts}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample_batch(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddings: dict, batch: pd.DataFrame, resolution: int) -> list[Image.Image]:
+    """Images of a batch of rows; the noise of each is drawn for itself, so they do not depend on the batch."""
+    shape = (pipeline.unet.config.in_channels, resolution // pipeline.vae_scale_factor, resolution // pipeline.vae_scale_factor)
+    latents = torch.stack([
+        torch.randn(shape, generator=torch.Generator().manual_seed(stream_seed(args.seed, prompt, index)))
+        for prompt, index in zip(batch["prompt"], batch["index"])
+    ])  # fmt: skip
+    return pipeline(
+        prompt_embeds=torch.stack([embeddings[prompt] for prompt in batch["prompt"]]),
+        negative_prompt_embeds=torch.stack([embeddings[""]] * len(batch)),
+        latents=latents.to(pipeline.device, pipeline.dtype),
+        height=resolution, width=resolution,
+        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+    ).images  # fmt: skip
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes beside and renames into place: a file with its name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    image.save(part, format="PNG")
+    os.replace(part, path)
+
+
+def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, output_dir: Path, state: PartialState) -> None:
+    """Samples this process's share of what is left to do."""
+    mine = todo.iloc[state.process_index :: state.num_processes]
+    with tqdm(total=len(todo), desc="sampling", unit="image", disable=not state.is_main_process) as progress:
+        for start in range(0, len(mine), args.batch_size):
+            batch = mine.iloc[start : start + args.batch_size]
+            images = sample_batch(args, pipeline, embeddings, batch, resolution)
+            for image, file_name in zip(images, batch["file_name"]):
+                save_image(image, output_dir / file_name)
+            # The main process counts for all, which are at about the same place.
+            progress.update(min(len(batch) * state.num_processes, len(todo) - progress.n))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_full.write_text
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames into place."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def check_settings(output_dir: Path, settings: dict, planned: set[str]) -> None:
+    """Ends with exit status 2 where the folder holds images made in another way, or others; else notes how these are made."""
+    path = output_dir / "sampling.json"
+    if path.is_file():
+        differing = [key for key, value in json.loads(path.read_text()).items() if settings.get(key) != value]
+        if differing:
+            fail(f"{output_dir} holds images made with another {', '.join(differing)}; pass another --output_dir or delete it")
+        others = [p for p in output_dir.glob("*/[!.]*.png") if p.parent.name[0] != "." and f"{p.parent.name}/{p.name}" not in planned]
+        if others:
+            fail(f"{output_dir} holds {len(others):,} images that this command does not make, such as {others[0].name} of {others[0].parent.name}; pass another --output_dir")
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        fail(f"--output_dir {output_dir}: not empty and not a folder of samples; pass another")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        fail(f"--output_dir {output_dir}: cannot be written ({error.strerror})")
+
+
+def write_contact_sheets(samples: pd.DataFrame, output_dir: Path) -> list[Path]:
+    """A picture of the first images of each prompt, in a hidden folder that imagefolder passes over."""
+    sheets = []
+    for _, rows in samples.groupby("prompt", sort=False):
+        pictures = [Image.open(output_dir / name).convert("RGB").resize((128, 128)) for name in rows["file_name"][:CONTACT_SHEET_IMAGES]]
+        columns = min(8, len(pictures))
+        pictures += [Image.new("RGB", (128, 128))] * (-len(pictures) % columns)
+        sheets.append(output_dir / ".contact_sheets" / f"{Path(rows['file_name'].iloc[0]).parent.name}.png")
+        save_image(make_image_grid(pictures, rows=len(pictures) // columns, cols=columns), sheets[-1])
+    return sheets
+
+
+def main(args: argparse.Namespace) -> None:
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    silence_known_noise()
+    # Without the argument, processes that torchrun starts on a machine without a GPU would each sample everything.
+    state = PartialState(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
+    summary = read_summary(args.model)
+    template = args.prompt_template or summary.get("prompt_template", PROMPT_TEMPLATE)
+    samples = plan_samples(args, template)
+    pipeline = load_model(args.model, args.base_model, summary)
+    resolution = args.resolution or summary.get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if resolution % pipeline.vae_scale_factor:
+        fail(f"--resolution {resolution}: this VAE takes multiples of {pipeline.vae_scale_factor}")
+    weights = pipeline_fingerprint(pipeline)
+    set_up_pipeline(args, pipeline, state.device)
+
+    settings = {
+        "model": args.model, "seed": args.seed, "guidance_scale": args.guidance_scale,
+        "num_inference_steps": args.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__,
+        "resolution": resolution, "resize_mode": summary.get("resize_mode", ""),
+    }  # fmt: skip
+    output_dir = Path(args.output_dir or Path("samples") / Path(args.model).name)
+    identity = {**settings, "prompt_template": template, "dtype": str(pipeline.dtype), "weights": weights}
+    with state.main_process_first():
+        check_settings(output_dir, identity, set(samples["file_name"]))
+    todo = samples[[not (output_dir / name).is_file() for name in samples["file_name"]]]
+    # All processes have looked before any of them writes.
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{len(samples):,} images of {samples['prompt'].nunique():,} prompts, {len(samples) - len(todo):,} already there, {resolution}x{resolution}, to {output_dir}")
+    if len(todo):
+        sample(args, pipeline, embed_prompts(pipeline, ["", *todo["prompt"].unique()]), todo, resolution, output_dir, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for part in output_dir.rglob(".*.part"):
+            part.unlink()
+        write_text(output_dir / "metadata.csv", samples.assign(**settings).to_csv(index=False))
+        sheets = write_contact_sheets(samples, output_dir)
+        print(f"{output_dir / 'metadata.csv'}: {len(samples):,} images; contact sheets in {sheets[0].parent}")
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,184 @@
+"""sample.py: images that depend on seed, prompt and index alone, complete metadata, and every kind of run."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from common import BASE, PEFT_ROWS, ROOT, launch, phantoms, pipeline_of, train
+from PIL import Image
+
+import sample
+
+LABELS = ["--labels", "Edema", "No Finding"]
+
+
+def run(output_dir, *flags, model=BASE, steps=3):
+    """Samples in this process; returns metadata.csv."""
+    fast = ["--num_inference_steps", str(steps), "--resolution", "64", "--images_per_label", "3"]
+    sample.main(sample.parse_args(["--model", str(model), "--output_dir", str(output_dir), *fast, *flags]))
+    return pd.read_csv(output_dir / "metadata.csv")
+
+
+def pixels(folder, names):
+    return {name: np.asarray(Image.open(folder / name)).astype(int) for name in names}
+
+
+def furthest(one: dict, two: dict) -> int:
+    assert one.keys() == two.keys()
+    return max(abs(one[name] - two[name]).max() for name in one)
+
+
+def test_images_depend_on_seed_prompt_and_index_alone(tmp_path):
+    table = run(tmp_path / "a", *LABELS, "--batch_size=4")
+    images = pixels(tmp_path / "a", table["file_name"])
+    assert len(images) == 6
+    assert min(abs(a - b).max() for i, a in enumerate(images.values()) for b in list(images.values())[:i]) > 10
+    run(tmp_path / "b", "--labels", "No Finding", "Edema", "--batch_size=1")
+    assert furthest(images, pixels(tmp_path / "b", images)) <= 2
+    more = run(tmp_path / "c", "--labels", "Edema", "--images_per_label=5", "--batch_size=2")
+    edema = [name for name in images if name.startswith("edema")]
+    assert len(more) == 5 and furthest({n: images[n] for n in edema}, pixels(tmp_path / "c", edema)) <= 2
+    other = run(tmp_path / "d", *LABELS, "--seed=1")
+    assert furthest(images, pixels(tmp_path / "d", other["file_name"])) > 10
+
+
+def test_two_processes_make_the_same_images(tmp_path):
+    table = run(tmp_path / "one", *LABELS)
+    flags = ["--num_inference_steps", 3, "--resolution", 64, "--images_per_label", 3, "--batch_size", 2]
+    done = launch(ROOT / "sample.py", "--model", BASE, "--output_dir", tmp_path / "two", *flags, *LABELS, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert pd.read_csv(tmp_path / "two" / "metadata.csv").equals(table)
+    assert furthest(pixels(tmp_path / "one", table["file_name"]), pixels(tmp_path / "two", table["file_name"])) <= 2
+
+
+def test_interrupted_sampling_goes_on(tmp_path, monkeypatch):
+    whole = pixels(tmp_path / "whole", run(tmp_path / "whole", *LABELS)["file_name"])
+
+    def interrupted(image, path, save=sample.save_image, left=[2]):
+        left[0] -= 1
+        if left[0] < 0:
+            path.with_name(f".{path.name}.part").write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        save(image, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "save_image", interrupted)
+        run(tmp_path / "cut", *LABELS, "--batch_size=1")
+    assert not (tmp_path / "cut" / "metadata.csv").exists()
+    done = sorted((tmp_path / "cut").rglob("[!.]*.png"))
+    times = {path: path.stat().st_mtime_ns for path in done}
+    table = run(tmp_path / "cut", *LABELS)
+    assert len(done) == 2 and all(path.stat().st_mtime_ns == times[path] for path in done)
+    assert furthest(whole, pixels(tmp_path / "cut", table["file_name"])) <= 2
+    assert not list((tmp_path / "cut").rglob("*.part"))
+
+
+def test_metadata_is_an_image_table_and_an_imagefolder(tmp_path):
+    import datasets
+
+    import train_full
+
+    table = run(tmp_path / "s", *LABELS, "--guidance_scale=3", "--scheduler=ddim")
+    assert list(table["prompt"].unique()) == ["Chest X-ray of a subject with Edema", "Chest X-ray of a subject with No Finding"]
+    assert set(table["guidance_scale"]) == {3} and set(table["num_inference_steps"]) == {3} and set(table["scheduler"]) == {"DDIMScheduler"}
+    assert set(table["seed"]) == {0} and set(table["model"]) == {str(BASE)}
+    assert (table[sample.LABELS].sum(axis=1) == 1).all() and table["Edema"].sum() == 3
+    dataset = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "s"), cache_dir=str(tmp_path / "cache"), split="train")
+    assert len(dataset) == 6 and sorted(dataset["prompt"]) == sorted(table["prompt"]) and dataset[0]["image"].size == (64, 64)
+    loaded = train_full.load_image_table(str(tmp_path / "s" / "metadata.csv"))
+    assert len(loaded) == 6 and all(train_full.image_problem(path) is None for path in loaded["image"])
+    sheets = sorted(path.name for path in (tmp_path / "s" / ".contact_sheets").iterdir())
+    assert sheets == ["edema.png", "no_finding.png"]
+
+
+def test_like_csv_has_the_tables_label_combinations(tmp_path):
+    import train_full
+
+    table = run(tmp_path / "s", f"--like_csv={phantoms()}", "--split=train", "--num_images=5")
+    args = train_full.parse_args(["--train_unet", f"--data_csv={phantoms()}"])
+    real = train_full.load_training_data(args).train
+    assert len(table) == 5 and table["file_name"].is_unique
+    assert set(table["prompt"]) <= set(real["prompt"])
+    for _, row in table.iterrows():
+        named = row["prompt"].removeprefix("Chest X-ray of a subject with ").split(", ")
+        assert [label for label in sample.LABELS if row[label] == 1] == named
+
+
+@pytest.mark.parametrize("row", ["unet_vae", *PEFT_ROWS])
+def test_every_kind_of_run_is_sampled_with_what_it_trained(row, tmp_path):
+    flags = ["--save_merged", "--learning_rate=1e-2"] if row in PEFT_ROWS else ["--unet_lr=1e-3"]
+    train(row, tmp_path / "run", *flags, "--prompt_template=A film with {}", steps=3)
+    table = run(tmp_path / "s", *LABELS, model=tmp_path / "run")
+    assert set(table["prompt"]) == {"A film with Edema", "A film with No Finding"}
+    images = pixels(tmp_path / "s", table["file_name"])
+    template = "--prompt_template=A film with {}"
+    run(tmp_path / "base", *LABELS, template)
+    assert furthest(images, pixels(tmp_path / "base", images)) > 10
+    if row in PEFT_ROWS:
+        run(tmp_path / "m", *LABELS, template, model=tmp_path / "run" / "merged")
+        assert furthest(images, pixels(tmp_path / "m", images)) <= 2
+        # A run that was moved, on a base model that is elsewhere.
+        summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+        (tmp_path / "run" / "training_summary.json").write_text(json.dumps(summary | {"base_model": "./gone"}))
+        run(tmp_path / "b", *LABELS, f"--base_model={BASE}", model=tmp_path / "run")
+        assert furthest(images, pixels(tmp_path / "b", images)) == 0
+
+
+@pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
+def test_schedulers_by_name(scheduler, tmp_path):
+    table = run(tmp_path / "s", "--labels", "Edema", "--images_per_label=1", f"--scheduler={scheduler}", steps=4)
+    assert table["scheduler"][0] == sample.SCHEDULERS[scheduler][0].__name__
+    assert np.asarray(Image.open(tmp_path / "s" / table["file_name"][0])).std() > 1
+
+
+def test_samples_are_those_of_a_plain_pipeline(tmp_path):
+    """The same latents through diffusers' own call give the same image."""
+    table = run(tmp_path / "s", "--labels", "Edema", "--images_per_label=1")
+    generator = torch.Generator().manual_seed(sample.stream_seed(0, "Chest X-ray of a subject with Edema", 0))
+    latents = torch.randn((4, 8, 8), generator=generator)[None]
+    image = pipeline_of(BASE)(table["prompt"][0], latents=latents, height=64, width=64, num_inference_steps=3).images[0]
+    assert abs(np.asarray(image).astype(int) - pixels(tmp_path / "s", table["file_name"])[table["file_name"][0]]).max() <= 2
+
+
+def test_bad_input(tmp_path, capsys):
+    def refused(words, *flags, model=BASE, folder="refused"):
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path / folder, *flags, model=model)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and words in error and error.strip().count("\n") == 0, error
+        if folder == "refused":
+            assert not (tmp_path / folder).exists()
+
+    refused("'Oedema' is none of", "--labels", "Oedema")
+    refused("no such file", "--like_csv", "absent.csv")
+    refused("multiples of 8", "--resolution=60")
+    (tmp_path / "empty").mkdir()
+    refused("neither a finished run nor a pipeline", model=tmp_path / "empty")
+    refused("no such folder", model="./absent")
+    train("bitfit", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    (tmp_path / "run" / "training_summary.json").write_text(json.dumps(summary | {"base_model": "/gone/base"}))
+    capsys.readouterr()
+    refused("its base model /gone/base is not there; pass --base_model", model=tmp_path / "run")
+    (tmp_path / "run" / "training_summary.json").write_text("{")
+    refused("not valid JSON", model=tmp_path / "run")
+    (tmp_path / "run" / "training_summary.json").write_text(json.dumps(summary))
+    delta = tmp_path / "run" / "unet_delta.safetensors"
+    delta.write_bytes(delta.read_bytes()[:100])
+    refused("cannot be loaded", model=tmp_path / "run")
+    run(tmp_path / "s", *LABELS)
+    train("bitfit", tmp_path / "run2", "--learning_rate=1e-2")
+    capsys.readouterr()
+    refused("made with another seed", *LABELS, "--seed=5", folder="s")
+    refused("made with another prompt_template", *LABELS, "--prompt_template=Film of {}", folder="s")
+    refused("made with another model, resize_mode, weights", *LABELS, model=tmp_path / "run2", folder="s")
+    refused("holds 3 images that this command does not make", "--labels", "Edema", folder="s")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    refused("not empty and not a folder of samples", *LABELS, folder="other")
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", *LABELS, f"--output_dir={tmp_path / 'file' / 's'}")

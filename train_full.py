@@ -1,0 +1,1536 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57", "peft>=0.18", "accelerate>=1.10",
+#   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2",
+#   "pillow>=10.3", "tqdm>=4.66", "tensorboard>=2.16",
+# ]
+# ///
+"""Fine-tune any combination of Stable Diffusion v1.5's U-Net, VAE and text encoder on chest radiographs.
+
+    accelerate launch train_full.py --train_unet                                  # row 1 of the paper's Table 1
+    accelerate launch train_full.py --train_unet --train_text_encoder --max_train_steps 20000
+    accelerate launch train_full.py --train_unet --train_vae --vae_loss joint      # row 5 with the paper's own loss
+    accelerate launch train_full.py --train_unet --resume_from_checkpoint latest
+
+Writes a complete diffusers pipeline to --output_dir, with training_summary.json, a model card, validation pictures, logs
+and checkpoints.
+"""
+
+import argparse
+import copy
+import datetime
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+# bitsandbytes, which diffusers imports, reports a missing 4-bit CPU kernel that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import diffusers
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel
+
+logger = logging.getLogger(__name__)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants
+# ----------------------------------------------------------------------------------------------------------------------
+
+# CheXpert's 14 columns in its own order, which is also the order of findings in a prompt.
+LABELS = [
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+]  # fmt: skip
+PROMPT_TEMPLATE = "Chest X-ray of a subject with {}"
+BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
+# Shares of the patients, in the proportions of the paper's Table 2.
+SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
+LABEL_VALUES = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
+# Beyond this many different captions (about 1 GB of embeddings) the text encoder runs in the loop instead.
+MAX_CACHED_CAPTIONS = 4096
+RUN_FILES = [
+    "training_summary.json", "README.md", "pytorch_lora_weights.safetensors", "unet_delta.safetensors", "merged",
+    "model_index.json", "unet", "text_encoder", "vae", "tokenizer", "scheduler",
+]  # fmt: skip
+# Settings that a resumed run may change, which is told.
+TOLD_SETTINGS = [
+    "learning_rate", "unet_lr", "text_encoder_lr", "vae_lr", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "max_grad_norm",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "ema_decay", "caption_dropout", "noise_offset", "snr_gamma",
+    "vae_recon_weight", "vae_anchor_weight", "mixed_precision", "seed",
+]  # fmt: skip
+
+
+class BadImage(Exception):
+    """An image that cannot be read; the message names it and says why."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the script with one sentence on stderr and exit status 2."""
+    if os.environ.get("RANK", "0") != "0":
+        # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
+        time.sleep(5)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def plain_errors(function):
+    """Ends a script whose `main` meets a bad image with a sentence that names it."""
+
+    @functools.wraps(function)
+    def wrapped(args: argparse.Namespace):
+        try:
+            return function(args)
+        except BadImage as error:
+            # From a loader's worker the message comes with the worker's traceback in front of it.
+            fail(str(error).strip().splitlines()[-1].split("BadImage: ")[-1])
+
+    return wrapped
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with errors in one sentence instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists every flag)")
+
+
+def positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def non_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = non_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value
+
+
+def below_one(text: str) -> float:
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value
+
+
+# fmt: off
+def add_component_arguments(parser):
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--train_unet", action="store_true", help="train the U-Net")
+    group.add_argument("--train_text_encoder", action="store_true", help="train the text encoder")
+    group.add_argument("--train_vae", action="store_true", help="train the VAE")
+    group.add_argument("--unet_lr", type=non_negative, default=1e-5, help="learning rate of the U-Net")
+    group.add_argument("--text_encoder_lr", type=non_negative, default=1e-6, help="learning rate of the text encoder")
+    group.add_argument("--vae_lr", type=non_negative, default=1e-6, help="learning rate of the VAE")
+    group.add_argument("--vae_recon_weight", type=non_negative, default=1.0, help="weight of the VAE's reconstruction error (MSE in [-1, 1] pixels)")
+    group.add_argument("--vae_loss", choices=["anchored", "joint"], default="anchored", help="anchored: the diffusion loss stops at the latents, which an anchor holds near the base model's; joint: the paper's loss, diffusion error into the encoder and no anchor")
+    group.add_argument("--vae_anchor_weight", type=non_negative, default=1.0, help="weight of the anchor of --vae_loss anchored; 0 turns it off")
+
+
+def add_data_arguments(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_csv", help=f"image table in CheXpert's form (default: the first of {', '.join(DEFAULT_TABLES)} that exists)")
+    group.add_argument("--validation_csv", help="ready-made held-out table; --data_csv is then used whole unless --split says otherwise")
+    group.add_argument("--image_root", help="folder that the table's paths start from (default: the table's folder or its parent)")
+    group.add_argument("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
+    group.add_argument("--image_column", default="image", help="image column of --dataset_name")
+    group.add_argument("--caption_column", help="caption column of --dataset_name (default: prompt, text or caption, else the label columns)")
+    group.add_argument("--split", choices=["train", "val", "test", "all"], help="part of the patients to train on (default: train; all with --validation_csv)")
+    group.add_argument("--split_seed", type=whole_number, default=0, help="seed of the split by patient; the same in every script")
+    group.add_argument("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="what -1 means: ones names the finding in the prompt (the paper's data), zeros and ignore do not")
+    group.add_argument("--prompt_template", default=PROMPT_TEMPLATE, help="caption; {} stands for the findings")
+    group.add_argument("--max_train_samples", type=positive_int, help="train on a seeded random subset of this many images (default: all)")
+    group.add_argument("--max_validation_samples", type=positive_int, default=256, help="held-out images that the held-out loss is measured on")
+    group.add_argument("--resolution", type=positive_int, default=512, help="side of the square training images in pixels")
+    group.add_argument("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how an image becomes square: both sides scaled, black borders, or the centre")
+    group.add_argument("--caption_dropout", type=fraction, default=0.1, help="share of captions replaced by the empty prompt, which guidance at sampling needs; 0 turns it off")
+    group.add_argument("--latent_cache_dir", help="folder of the cached VAE moments, shared by runs (default: latent_cache beside --output_dir); none turns the cache off")
+    group.add_argument("--dataloader_num_workers", type=whole_number, help="worker processes that load samples, per process (default: 4 on a GPU, 0 on a CPU)")
+
+
+def add_model_arguments(parser):
+    group = parser.add_argument_group("model and loss")
+    group.add_argument("--pretrained_model_name_or_path", default=BASE_MODEL, help="hub id or folder of the diffusers pipeline to start from")
+    group.add_argument("--revision", help="branch, tag or commit of the hub model")
+    group.add_argument("--variant", help="variant of the weight files, such as fp16")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type; what trains stays float32 (default: accelerate's configuration)")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute the U-Net's and VAE's activations in the backward pass: less memory, slower")
+    group.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
+    group.add_argument("--snr_gamma", type=non_negative, help="min-SNR loss weighting, arXiv 2303.09556; 5 is usual (default: off)")
+    group.add_argument("--noise_offset", type=non_negative, default=0.0, help="standard deviation of an extra noise constant over each channel; 0 turns it off")
+
+
+def add_optimizer_arguments(parser):
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--train_batch_size", type=positive_int, default=4, help="images per process and forward pass")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=4, help="forward passes per optimizer step")
+    group.add_argument("--num_train_epochs", type=positive_int, default=100, help="passes over the images, unless --max_train_steps is given")
+    group.add_argument("--max_train_steps", type=positive_int, help="optimizer steps (default: from --num_train_epochs)")
+    group.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType if s.value not in ("piecewise_constant", "polynomial")], default="constant", help="schedule of the learning rate")
+    group.add_argument("--lr_warmup_steps", type=whole_number, default=0, help="optimizer steps of linear warm-up, for schedules that have one")
+    group.add_argument("--adam_beta1", type=below_one, default=0.9, help="AdamW's beta1")
+    group.add_argument("--adam_beta2", type=below_one, default=0.999, help="AdamW's beta2")
+    group.add_argument("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
+    group.add_argument("--adam_epsilon", type=non_negative, default=1e-8, help="AdamW's epsilon")
+    group.add_argument("--max_grad_norm", type=non_negative, default=1.0, help="gradients are clipped to this norm; 0 turns clipping off")
+    group.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW with 8-bit state")
+    group.add_argument("--use_ema", action="store_true", help="keep an exponential moving average of what trains, and save that")
+    group.add_argument("--ema_decay", type=fraction, default=0.9999, help="decay of --use_ema, reached by a warm-up")
+
+
+def add_checkpoint_arguments(parser):
+    group = parser.add_argument_group("output, checkpoints and validation")
+    group.add_argument("--output_dir", help="run folder (default: runs/ and the run's name)")
+    group.add_argument("--overwrite_output_dir", action="store_true", help="start anew in a folder that holds a run or its checkpoints")
+    group.add_argument("--seed", type=whole_number, default=0, help="seed of the order, noise, timesteps and validation pictures")
+    group.add_argument("--checkpointing_steps", type=whole_number, default=500, help="optimizer steps between checkpoints; 0 writes none")
+    group.add_argument("--checkpoints_total_limit", type=positive_int, default=2, help="newest checkpoints kept")
+    group.add_argument("--resume_from_checkpoint", metavar="PATH|latest", help="checkpoint folder to go on from; latest starts anew where there is none")
+    group.add_argument("--validation_steps", type=whole_number, default=500, help="optimizer steps between held-out losses and validation pictures; 0 leaves the first and last")
+    group.add_argument("--validation_prompts", nargs="+", help="prompts of the validation pictures (default: the most frequent captions)")
+    group.add_argument("--num_validation_images", type=whole_number, default=4, help="pictures per validation; 0 draws none")
+    group.add_argument("--logging_steps", type=positive_int, default=10, help="optimizer steps between readings of the loss, the only ones that wait for the device")
+    group.add_argument("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard", help="where the curves go")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the finished run to a private repository on the Hugging Face hub (after hf auth login)")
+    group.add_argument("--hub_model_id", help="repository of --push_to_hub (default: the name of the output folder)")
+# fmt: on
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Ends with one sentence on what argparse cannot see by itself, before anything is loaded."""
+    if args.prompt_template.count("{}") != 1:
+        parser.error(f"--prompt_template {args.prompt_template!r} needs {{}} exactly once, where the findings go")
+    if args.data_csv and args.dataset_name:
+        parser.error("--data_csv and --dataset_name exclude each other; pass one")
+    for flag in ("data_csv", "validation_csv"):
+        value = getattr(args, flag)
+        if value and not Path(value).is_file():
+            parser.error(f"--{flag} {value}: no such file; pass the path of a CheXpert-style CSV")
+    if not args.data_csv and not args.dataset_name and not any(Path(p).is_file() for p in DEFAULT_TABLES):
+        parser.error(
+            f"no image table: looked for {' and '.join(DEFAULT_TABLES)} in {Path.cwd()}; pass --data_csv FILE or "
+            "--dataset_name NAME, or run the offline demo with 'bash launch/demo.sh'"
+        )
+    if args.image_root and not Path(args.image_root).is_dir():
+        parser.error(f"--image_root {args.image_root}: no such folder")
+    if args.report_to == "wandb":
+        try:
+            version("wandb")
+        except ImportError:
+            parser.error("--report_to wandb needs the package: pip install wandb")
+    resume = args.resume_from_checkpoint
+    if resume and resume != "latest" and not (Path(resume) / "state.json").is_file():
+        parser.error(f"--resume_from_checkpoint {resume}: no checkpoint there (no state.json); pass its folder or 'latest'")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_component_arguments(parser)
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_optimizer_arguments(parser)
+    add_checkpoint_arguments(parser)
+    args = parser.parse_args(argv)
+    if not (args.train_unet or args.train_text_encoder or args.train_vae):
+        parser.error("nothing to train: pass at least one of --train_unet, --train_text_encoder, --train_vae")
+    check_arguments(args, parser)
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: the image table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class DatasetImage:
+    """One image of a Hugging Face dataset, read when asked for; stands where a path stands in the image table."""
+
+    def __init__(self, dataset, column: str, index: int):
+        self.dataset, self.column, self.index = dataset, column, index
+
+    def __str__(self) -> str:
+        return f"row {self.index}, column {self.column!r} of the dataset"
+
+    def open(self) -> io.BytesIO:
+        value = self.dataset[self.index][self.column]
+        if value is None:
+            raise BadImage(f"{self}: no image")
+        return io.BytesIO(value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes())
+
+
+def parse_labels(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The label columns of a table of strings as floats: 1, 0, -1, or NaN where the finding is not mentioned."""
+    labels = pd.DataFrame(index=frame.index)
+    for name in LABELS:
+        if name not in frame:
+            continue
+        text = frame[name].str.strip()
+        labels[name] = text.map(LABEL_VALUES)
+        unknown = ~text.isin(LABEL_VALUES)
+        if unknown.any():
+            row = int(unknown.to_numpy().argmax())
+            fail(f"{source}: data row {row + 1}, column {name!r}: {text.iloc[row]!r} is none of 1, 0, -1 and blank")
+    return labels
+
+
+def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> list[str]:
+    """Absolute paths, from the first root under which one of the table's first thousand images exists.
+
+    CheXpert's paths begin with the data set's own folder, which a resized copy often renames: so each root is tried with
+    the path as it stands and without its first folder.
+    """
+    roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
+    for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
+        if (root / Path(*Path(path).parts[skip:])).is_file():
+            return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
+    return [str((roots[0] / p).absolute()) for p in paths]
+
+
+def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
+    """Reads an image table: CheXpert's CSV, or any with a path column and some of its label columns.
+
+    Returns a frame with `image` (absolute path), `name` (the path as written), `patient`, `frontal`, `prompt` ("" where the
+    table has none) and the label columns found, in the table's order. Ends with exit status 2 on a table that is unusable.
+    """
+    try:
+        with warnings.catch_warnings():
+            # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+    except pd.errors.EmptyDataError:
+        fail(f"{csv}: the file is empty; an image table needs a header and rows")
+    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
+        fail(f"{csv}: not a CSV in UTF-8 ({' '.join(str(error).split())})")
+    column = next((c for c in ("Path", "file_name") if c in frame), None)
+    if column is None:
+        fail(f"{csv}: no path column; name it Path (CheXpert) or file_name (imagefolder)")
+    if not set(LABELS) & set(frame.columns) and "prompt" not in frame:
+        fail(f"{csv}: no label column; expected any of {', '.join(LABELS)}")
+    if frame.empty:
+        fail(f"{csv}: no rows below the header")
+    if (frame[column] == "").any():
+        fail(f"{csv}: data row {int((frame[column] == '').to_numpy().argmax()) + 1} has no path in column {column!r}")
+    view = frame.get("Frontal/Lateral", pd.Series("Frontal", index=frame.index))
+    patient = frame[column].str.extract(r"(patient\d+)", expand=False)
+    if "patient_id" in frame:
+        patient = frame["patient_id"].where(frame["patient_id"] != "", patient)
+    table = pd.DataFrame({
+        "image": resolve_paths(frame[column], Path(csv), image_root),
+        "name": frame[column],
+        # An image of unknown origin counts as a patient of its own.
+        "patient": patient.fillna(frame[column]),
+        "frontal": view.str.strip().str.lower().str.startswith("frontal"),
+        "prompt": frame.get("prompt", pd.Series("", index=frame.index)).str.strip(),
+    })  # fmt: skip
+    return table.join(parse_labels(frame, csv))
+
+
+def load_dataset_table(name: str, image_column: str, caption_column: str | None) -> pd.DataFrame:
+    """The same frame as `load_image_table` from a Hugging Face dataset, hub or local; its images stay where they are."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        fail(f"--dataset_name {name}: cannot be loaded ({' '.join(str(error).split())[:300]})")
+    if image_column not in dataset.column_names:
+        fail(f"--dataset_name {name}: no column {image_column!r}; pass --image_column, one of {', '.join(dataset.column_names)}")
+    if caption_column and caption_column not in dataset.column_names:
+        fail(f"--dataset_name {name}: no column {caption_column!r}; pass --caption_column, one of {', '.join(dataset.column_names)}")
+    caption_column = caption_column or next((c for c in ("prompt", "text", "caption") if c in dataset.column_names), None)
+    label_columns = [c for c in LABELS if c in dataset.column_names]
+    if not caption_column and not label_columns:
+        fail(f"--dataset_name {name}: neither a caption column (pass --caption_column) nor a label column of CheXpert's 14")
+    if not isinstance(dataset.features[image_column], datasets.Image):
+        fail(f"--dataset_name {name}: column {image_column!r} holds no images; pass --image_column")
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+
+    def strings(column: str) -> pd.Series:
+        values = pd.Series(dataset[column][:], dtype=object)
+        return values.where(values.notna(), "").astype(str)
+
+    names = pd.Series([f"{name}[{i}]" for i in range(len(dataset))])
+    table = pd.DataFrame({
+        "image": [DatasetImage(dataset, image_column, i) for i in range(len(dataset))],
+        "name": names,
+        "patient": strings("patient_id").where(lambda ids: ids != "", names) if "patient_id" in dataset.column_names else names,
+        "frontal": strings("Frontal/Lateral").str.lower().str.startswith("frontal") if "Frontal/Lateral" in dataset.column_names else True,
+        "prompt": strings(caption_column).str.strip() if caption_column else "",
+    })  # fmt: skip
+    return table.join(parse_labels(pd.DataFrame({c: strings(c) for c in label_columns}, index=table.index), name))
+
+
+def assign_splits(patients: pd.Series, seed: int) -> pd.Series:
+    """train, val or test for each row: a hash of (seed, patient), so that it holds in every script and as rows are added."""
+    bounds = np.cumsum(list(SPLIT_FRACTIONS.values()))
+
+    def split_of(patient: str) -> str:
+        digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+        return list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, int.from_bytes(digest[:8], "big") / 2**64, "right"), 2)]
+
+    return patients.map({patient: split_of(patient) for patient in patients.unique()})
+
+
+def add_prompts(table: pd.DataFrame, template: str, uncertain: str) -> pd.DataFrame:
+    """Fills empty prompts from the labels, in LABELS' order; without a positive label the prompt stays empty."""
+    names = [name for name in LABELS if name in table]
+    named = table[names].isin([1.0, -1.0] if uncertain == "ones" else [1.0]).to_numpy()
+    captions = {}
+    for row in {bytes(row) for row in named}:
+        findings = [name for name, positive in zip(names, row) if positive]
+        captions[row] = template.replace("{}", ", ".join(findings)) if findings else ""
+    from_labels = pd.Series([captions[bytes(row)] for row in named], index=table.index)
+    return table.assign(prompt=table["prompt"].where(table["prompt"] != "", from_labels))
+
+
+@dataclass
+class TrainingData:
+    """What a run trains on and is measured on, and how it came about."""
+
+    train: pd.DataFrame
+    heldout: pd.DataFrame
+    source: str
+    rows: int
+    left_out: dict[str, int]
+    notes: list[str]
+
+
+def load_training_data(args: argparse.Namespace) -> TrainingData:
+    """Loads the table, leaves out what cannot be used, and splits by patient; nothing left ends with exit status 2."""
+    source = args.dataset_name or args.data_csv or next(p for p in DEFAULT_TABLES if Path(p).is_file())
+    if args.dataset_name:
+        table = load_dataset_table(args.dataset_name, args.image_column, args.caption_column)
+    else:
+        table = load_image_table(source, args.image_root)
+    rows, left_out, notes = len(table), {}, []
+    left_out["not frontal"] = int((~table["frontal"]).sum())
+    table = add_prompts(table[table["frontal"]], args.prompt_template, args.uncertain)
+    left_out["no positive label"] = int((table["prompt"] == "").sum())
+    table = table[table["prompt"] != ""]
+
+    split = args.split or ("all" if args.validation_csv else "train")
+    splits = assign_splits(table["patient"], args.split_seed) if len(table) else pd.Series(dtype=str)
+    train = table if split == "all" else table[splits == split]
+    left_out[f"not in split {split!r}"] = len(table) - len(train)
+    if args.validation_csv:
+        heldout = load_image_table(args.validation_csv, args.image_root)
+        heldout = add_prompts(heldout[heldout["frontal"]], args.prompt_template, args.uncertain)
+        heldout = heldout[heldout["prompt"] != ""]
+        shared = set(train["patient"]) & set(heldout["patient"])
+        if shared:
+            notes.append(f"{len(shared):,} patients are in both {source} and {args.validation_csv}: the held-out loss is not of unseen patients")
+    else:
+        heldout = table[splits == "val"] if split in ("train", "test") else table[:0]
+        assert not set(train["patient"]) & set(heldout["patient"])
+    if train.empty:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+        fail(f"{source}: nothing left to train on of {rows:,} rows ({reasons}); see --split, --uncertain and the label columns")
+    if args.max_train_samples and args.max_train_samples < len(train):
+        left_out["over --max_train_samples"] = len(train) - args.max_train_samples
+        train = train.sample(n=args.max_train_samples, random_state=args.split_seed)
+    if args.max_validation_samples < len(heldout):
+        heldout = heldout.sample(n=args.max_validation_samples, random_state=args.split_seed)
+    if heldout.empty:
+        notes.append("no held-out images: the held-out loss is not measured")
+    if (train["patient"] == train["name"]).any():
+        notes.append("rows without a patient (patient_id or patientNNNNN in the path) are split by image")
+    return TrainingData(train.reset_index(drop=True), heldout.reset_index(drop=True), source, rows, left_out, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: images
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_image(image: "str | DatasetImage") -> Image.Image:
+    """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
+    try:
+        opened = Image.open(image if isinstance(image, str) else image.open())
+    except FileNotFoundError:
+        raise BadImage(f"{image}: no such file") from None
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
+    if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
+    if getattr(opened, "n_frames", 1) > 1:
+        raise BadImage(f"{image}: {opened.n_frames} frames; a still image is needed")
+    return opened
+
+
+def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -> np.ndarray:
+    """Decodes an image to a square of `resolution` pixels: uint8, (resolution, resolution, 3)."""
+    size = (resolution, resolution)
+    try:
+        with open_image(image) as opened:
+            rgb = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
+        raise BadImage(f"{image}: cannot be decoded ({' '.join(str(error).split())})") from None
+    if resize_mode == "squash":
+        return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
+    if resize_mode == "pad":
+        return np.asarray(ImageOps.pad(rgb, size, Image.Resampling.LANCZOS, color=0))
+    return np.asarray(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
+
+
+def image_problem(image: "str | DatasetImage") -> str | None:
+    """What is wrong with an image, from its header and its end; only one without a proper end is decoded to be sure."""
+    try:
+        with open_image(image) as opened:
+            opened.fp.seek(-min(opened.fp.seek(0, io.SEEK_END), 64), io.SEEK_END)
+            tail = opened.fp.read()
+            complete = {"JPEG": b"\xff\xd9" in tail, "PNG": b"IEND" in tail}.get(opened.format, False)
+        if not complete:
+            load_image(image, 8, "squash")
+    except BadImage as error:
+        return str(error)
+    return None
+
+
+def check_images(accelerator: Accelerator, images: list) -> None:
+    """Ends with exit status 2 and the list of all bad images, if there are any."""
+    problems = [None]
+    if accelerator.is_main_process:
+        with ThreadPoolExecutor(16) as pool:
+            found = tqdm(pool.map(image_problem, images), "checking images", len(images), unit="image", leave=False)
+            problems = [[problem for problem in found if problem]]
+    problems = broadcast_object_list(problems)[0]
+    if problems:
+        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
+        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them or take their rows out: {listed}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: the stream of samples
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def stream_seed(*key) -> int:
+    """A 63-bit seed that is a function of the key alone, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
+
+
+class SampleStream(torch.utils.data.Dataset):
+    """Sample n of an endless stream of training samples, as a pure function of (seed, n).
+
+    The stream is one seeded permutation of the images after another, so any run of len(table) samples that starts an epoch
+    has each image once. Everything random about a sample is drawn from a generator keyed by n: which process draws it, in
+    which batch, before or after an interruption, makes no difference.
+
+    A sample has `noise`, `latent_noise` (latent_shape), `timesteps`; `moments` (2C, h, w) if they are cached and
+    `pixel_values` (3, H, W) in [-1, 1] if asked for; `encoder_hidden_states` (77, D) if cached, else `input_ids` (77).
+
+    With `heldout`, sample n is image n, captions are never dropped, and the timesteps are spread evenly (golden-ratio
+    sequence) and independent of the seed: the same measurement for every run.
+    """
+
+    def __init__(self, images, captions, latent_shape, num_train_timesteps, seed, resolution, resize_mode, input_ids,
+                 text_embeddings=None, moments=None, with_pixels=True, caption_dropout=0.0, noise_offset=0.0, heldout=False):  # fmt: skip
+        self.images, self.captions, self.latent_shape = images, captions, latent_shape
+        self.num_train_timesteps, self.seed = num_train_timesteps, "held-out" if heldout else seed
+        self.resolution, self.resize_mode, self.with_pixels = resolution, resize_mode, with_pixels
+        self.input_ids, self.text_embeddings, self.moments = input_ids, text_embeddings, moments
+        self.caption_dropout, self.noise_offset, self.heldout = caption_dropout, noise_offset, heldout
+        self._epoch, self._order = -1, None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def index(self, n: int) -> int:
+        """The image of sample n."""
+        epoch, position = divmod(n, len(self.images))
+        if self.heldout:
+            return position
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
+        return int(self._order[position])
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        i = self.index(n)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "sample", n))
+        timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
+        noise = torch.randn(self.latent_shape, generator=generator)
+        latent_noise = torch.randn(self.latent_shape, generator=generator)
+        offset = torch.randn(self.latent_shape[0], 1, 1, generator=generator)
+        # The empty prompt is the last caption.
+        caption = -1 if torch.rand((), generator=generator) < self.caption_dropout else self.captions[i]
+        if self.heldout:
+            timestep = torch.tensor(int((n * 0.6180339887498949 + 0.5) % 1 * self.num_train_timesteps))
+        sample = {"noise": noise + self.noise_offset * offset, "latent_noise": latent_noise, "timesteps": timestep}
+        if self.moments is not None:
+            sample["moments"] = torch.from_numpy(self.moments[i].astype(np.float32))
+        if self.moments is None or self.with_pixels:
+            pixels = load_image(self.images[i], self.resolution, self.resize_mode)
+            sample["pixel_values"] = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
+        if self.text_embeddings is not None:
+            sample["encoder_hidden_states"] = self.text_embeddings[caption]
+        else:
+            sample["input_ids"] = self.input_ids[caption]
+        return sample
+
+
+def rank_batches(first_sample: int, num_batches: int, batch_size: int, rank: int, num_processes: int):
+    """Yields this process's part of each successive micro-batch, as positions in the stream."""
+    for batch in range(num_batches):
+        start = first_sample + (batch * num_processes + rank) * batch_size
+        yield list(range(start, start + batch_size))
+
+
+@torch.no_grad()
+def encode_images(accelerator: Accelerator, vae, images: list, resolution: int, resize_mode: str, moments: np.ndarray) -> None:
+    """Fills this process's rows of `moments`, (n, 2C, h, w), in float32 before they are rounded to the array's type."""
+    vae.to(accelerator.device, torch.float32)
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    progress = tqdm(total=len(mine), desc="encoding images", unit="image", leave=False, disable=not accelerator.is_main_process)
+    # One image at a time, since at 512x512 the encoder fills a device by itself; few decoded ahead, since all would not fit.
+    with ThreadPoolExecutor(4) as pool, progress:
+        for start in range(0, len(mine), 64):
+            window = mine[start : start + 64]
+            for i, image in zip(window, pool.map(lambda i: load_image(images[i], resolution, resize_mode), window)):
+                pixel_values = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
+                moments[i] = encode_moments(vae, pixel_values[None].to(accelerator.device))[0].cpu().numpy()
+                progress.update()
+    moments.flush()
+
+
+def cache_latents(accelerator: Accelerator, vae, images: list, resolution: int, resize_mode: str, key: str, directory: Path) -> np.ndarray:
+    """The VAE's moments of every image, (n, 2C, h, w) in fp16 and memory-mapped, encoded once in fp32 by all processes.
+
+    The file is named by what determines it: the VAE (`key`), the geometry, and each image's path, size and time, or its bytes.
+    Moments rather than samples are kept, so each step still draws a fresh latent.
+    """
+    digest = hashlib.sha256(f"{key}/{resolution}/{resize_mode}".encode())
+    for image in images:
+        if isinstance(image, str):
+            stat = os.stat(image)
+            digest.update(f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode())
+        else:
+            digest.update(image.open().getvalue())
+    path = directory / f"{digest.hexdigest()[:32]}.npy"
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = (len(images), 2 * vae.config.latent_channels, resolution // factor, resolution // factor)
+    # One decision for all processes, or those that still see no file would wait for the others for ever.
+    if not broadcast_object_list([path.exists()])[0]:
+        part = broadcast_object_list([str(path.with_suffix(f".{os.getpid()}.part"))])[0]
+        if accelerator.is_main_process:
+            directory.mkdir(parents=True, exist_ok=True)
+            for stale in directory.glob(f"{path.stem}.*.part"):
+                if time.time() - stale.stat().st_mtime > 3600:
+                    stale.unlink()
+            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        accelerator.wait_for_everyone()
+        try:
+            encode_images(accelerator, vae, images, resolution, resize_mode, np.lib.format.open_memmap(part, "r+"))
+        except BadImage:
+            Path(part).unlink(missing_ok=True)
+            raise
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            os.replace(part, path)
+        accelerator.wait_for_everyone()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+@torch.no_grad()
+def embed_captions(accelerator: Accelerator, text_encoder, input_ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings of all captions, (n, 77, D) in fp32 on the CPU; like the pipeline, without an attention mask."""
+    text_encoder.to(accelerator.device, torch.float32)
+    return torch.cat([text_encoder(ids.to(accelerator.device))[0].cpu() for ids in input_ids.split(64)])
+
+
+def prepare_streams(args, accelerator, pipeline, data, vae_hash, output_dir, use_pixels, use_moments, use_embeddings):
+    """The training and held-out streams with all that can be cached, and a line on each cache for the plan."""
+    captions = sorted({*data.train["prompt"], *data.heldout["prompt"]}) + [""]
+    codes = {caption: code for code, caption in enumerate(captions)}
+    tokenizer = pipeline.tokenizer
+    length = tokenizer.model_max_length
+    cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
+    if cut:
+        data.notes.append(f"{cut:,} of {len(captions) - 1:,} captions are cut at {length} tokens")
+    input_ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    text_embeddings, cached = None, []
+    if use_embeddings and len(captions) <= MAX_CACHED_CAPTIONS:
+        text_embeddings = embed_captions(accelerator, pipeline.text_encoder, input_ids)
+        pipeline.text_encoder.to("cpu")
+        cached.append(f"embeddings of {len(captions):,} captions")
+    cache_dir = Path(args.latent_cache_dir or output_dir.parent / "latent_cache")
+    use_moments = use_moments and args.latent_cache_dir != "none"
+    side = args.resolution // pipeline.vae_scale_factor
+    streams = []
+    for table, heldout in ((data.train, False), (data.heldout, True)):
+        images, moments = list(table["image"]), None
+        if use_moments and images:
+            moments = cache_latents(accelerator, pipeline.vae, images, args.resolution, args.resize_mode, vae_hash, cache_dir)
+            pipeline.vae.to("cpu")
+        streams.append(SampleStream(
+            images, [codes[prompt] for prompt in table["prompt"]], (pipeline.vae.config.latent_channels, side, side),
+            pipeline.scheduler.config.num_train_timesteps, args.seed, args.resolution, args.resize_mode, input_ids,
+            text_embeddings, moments, use_pixels, 0.0 if heldout else args.caption_dropout, 0.0 if heldout else args.noise_offset, heldout,
+        ))  # fmt: skip
+    if use_moments:
+        cached.append(f"{'the anchor of the VAE' if use_pixels else 'latents'} in {cache_dir}")
+    return *streams, cached
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
+    """A pipeline in float32 on the CPU, from safetensors only, without the safety checker that blacks out radiographs.
+
+    ValueError where weights are missing, which the libraries would fill with random numbers and a warning.
+    """
+    parts = {}
+    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
+        parts[part], report = model_class.from_pretrained(
+            name, subfolder=part, use_safetensors=True, output_loading_info=True, **options
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
+    checkers = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, **options).to(torch.float32)
+
+
+def load_base_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
+    """The base model; ends with exit status 2 where it is incomplete or does not suit the flags."""
+    name = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {name}"
+    if Path(name).is_dir():
+        parts = [p for p in ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (Path(name) / p).exists()]
+        if parts:
+            fail(f"{flag}: the model folder has no {', '.join(parts)}; a complete diffusers pipeline is needed")
+    try:
+        pipeline = load_pipeline(name, revision=args.revision, variant=args.variant)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        fail(f"{flag}: cannot be loaded, pass a hub id or the folder of a complete diffusers pipeline ({' '.join(str(error).split())[:300]})")
+    if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        fail(f"{flag}: predicts {pipeline.scheduler.config.prediction_type!r}; only epsilon and v_prediction are trained")
+    pipeline.set_progress_bar_config(disable=True)
+    if args.resolution % pipeline.vae_scale_factor:
+        fail(f"--resolution {args.resolution}: this VAE takes multiples of {pipeline.vae_scale_factor}")
+    return pipeline
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 over the names, shapes and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def encode_moments(vae, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance of the VAE's posterior, stacked: (B, 3, H, W) in [-1, 1] to (B, 2C, h, w)."""
+    return vae.encode(pixel_values).latent_dist.parameters
+
+
+def split_moments(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the posterior, with the clamp that diffusers' own distribution has."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+
+
+class DiffusionLoss(torch.nn.Module):
+    """The training objective in one forward, so that DDP, autocast and torch.compile see a single call.
+
+    A pure function of the batch (all random numbers are in it) and the weights. Returns a dict of per-sample losses, each of
+    shape (B,) in float32; `loss` is what is trained on. `vae` and `text_encoder` are None where their outputs are cached.
+    """
+
+    def __init__(self, unet, vae, text_encoder, noise_scheduler, scaling_factor: float, snr_gamma: float | None = None):
+        super().__init__()
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.noise_scheduler, self.scaling_factor, self.snr_gamma = noise_scheduler, scaling_factor, snr_gamma
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        moments = batch["moments"] if "moments" in batch else encode_moments(self.vae, batch["pixel_values"])
+        mean, std = split_moments(moments)
+        diffusion = self.diffusion((mean + std * batch["latent_noise"]) * self.scaling_factor, batch)
+        return {"loss": diffusion * self.snr_weight(batch["timesteps"]), "diffusion": diffusion}
+
+    def diffusion(self, latents: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Squared error of the U-Net's prediction (noise, or velocity for a v-prediction model), (B,)."""
+        noise, timesteps = batch["noise"], batch["timesteps"]
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        if "encoder_hidden_states" in batch:
+            encoder_hidden_states = batch["encoder_hidden_states"]
+        else:
+            encoder_hidden_states = self.text_encoder(batch["input_ids"])[0]
+        model_pred = self.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+        velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
+        target = self.noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        return F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    def snr_weight(self, timesteps: torch.Tensor) -> torch.Tensor | float:
+        """Min-SNR weights, arXiv 2303.09556 eq. 5 for noise prediction, with SNR + 1 below for velocity."""
+        if self.snr_gamma is None:
+            return 1.0
+        snr = compute_snr(self.noise_scheduler, timesteps)
+        velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
+        return snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
+
+
+class JointLoss(DiffusionLoss):
+    """DiffusionLoss with a VAE that trains too: reconstruction, and what keeps the latents where the U-Net knows them.
+
+    anchored: the diffusion error does not reach the VAE, since lowering it by shrinking the latents is easier than by
+    denoising (collapse, REPA-E, arXiv 2504.10483); instead the squared 2-Wasserstein distance between the posterior and the
+    base model's, in the U-Net's units, holds the latents. joint: the paper's loss, diffusion + weight * reconstruction.
+    """
+
+    def __init__(self, *args, base_vae, anchored: bool, recon_weight: float, anchor_weight: float, needs_unet: bool):
+        super().__init__(*args)
+        self.base_vae, self.anchored, self.needs_unet = base_vae, anchored, needs_unet
+        self.recon_weight, self.anchor_weight = recon_weight, anchor_weight
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        pixel_values = batch["pixel_values"]
+        mean, std = split_moments(encode_moments(self.vae, pixel_values))
+        latents = mean + std * batch["latent_noise"]
+        reconstruction = F.mse_loss(self.vae.decode(latents).sample.float(), pixel_values, reduction="none").mean(dim=(1, 2, 3))
+        losses = {"loss": self.recon_weight * reconstruction, "reconstruction": reconstruction}
+        if self.anchored:
+            # Only the copy of the base VAE is out of reach of the gradient here; cached moments come without one.
+            with torch.no_grad():
+                base_moments = batch["moments"] if "moments" in batch else encode_moments(self.base_vae, pixel_values)
+            base_mean, base_std = split_moments(base_moments)
+            anchor = self.scaling_factor**2 * ((mean - base_mean) ** 2 + (std - base_std) ** 2).mean(dim=(1, 2, 3))
+            losses |= {"loss": losses["loss"] + self.anchor_weight * anchor, "anchor": anchor}
+            latents = latents.detach()
+        # Nothing learns from the diffusion error of an anchored VAE by itself: it is only measured, not trained on.
+        if self.needs_unet or not self.training:
+            diffusion = self.diffusion(latents * self.scaling_factor, batch)
+            losses |= {"loss": losses["loss"] + diffusion * self.snr_weight(batch["timesteps"]), "diffusion": diffusion}
+        return losses
+
+
+def fingerprint_components(accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> dict[str, str]:
+    """The hashes of the base model's weights, computed once for all processes."""
+    hashes = None
+    if accelerator.is_main_process:
+        hashes = {name: fingerprint(getattr(pipeline, name)) for name in ("unet", "text_encoder", "vae")}
+    return broadcast_object_list([hashes])[0]
+
+
+def build_loss(args: argparse.Namespace, pipeline: StableDiffusionPipeline, stream: SampleStream, mixed_precision: str) -> DiffusionLoss:
+    """Puts the components that the loop needs into the loss: what is cached stays out, what is frozen is in half precision."""
+    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    base_vae = None
+    if args.train_vae and args.vae_loss == "anchored" and stream.moments is None:
+        base_vae = copy.deepcopy(pipeline.vae).requires_grad_(False).to(dtype=frozen_dtype)
+    for name in ("unet", "text_encoder", "vae"):
+        if not getattr(args, f"train_{name}"):
+            getattr(pipeline, name).to(dtype=frozen_dtype)
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        if args.train_vae:
+            pipeline.vae.enable_gradient_checkpointing()
+    if args.compile:
+        pipeline.unet.compile()
+    vae = pipeline.vae if args.train_vae or stream.moments is None else None
+    text_encoder = pipeline.text_encoder if stream.text_embeddings is None else None
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    parts = (pipeline.unet, vae, text_encoder, noise_scheduler, pipeline.vae.config.scaling_factor, args.snr_gamma)
+    if not args.train_vae:
+        return DiffusionLoss(*parts)
+    return JointLoss(
+        *parts, base_vae=base_vae, anchored=args.vae_loss == "anchored", recon_weight=args.vae_recon_weight,
+        anchor_weight=args.vae_anchor_weight, needs_unet=args.train_unet or args.train_text_encoder or args.vae_loss == "joint",
+    )  # fmt: skip
+
+
+def select_components(args: argparse.Namespace, pipeline: StableDiffusionPipeline) -> list[dict]:
+    """Sets requires_grad on exactly the chosen components; returns the optimizer's parameter groups."""
+    groups = []
+    for name in ("unet", "text_encoder", "vae"):
+        component, chosen = getattr(pipeline, name), getattr(args, f"train_{name}")
+        component.requires_grad_(chosen)
+        if chosen:
+            groups.append({"params": list(component.parameters()), "lr": getattr(args, f"{name}_lr")})
+    return groups
+
+
+def count_parameters(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:
+    """Trainable parameters by component, from names such as unet.conv_in.bias."""
+    counts = Counter()
+    for name, parameter in parameters.items():
+        counts[name.split(".")[0]] += parameter.numel()
+    return dict(counts)
+
+
+def run_name(args: argparse.Namespace) -> str:
+    return "_".join(name for name in ("unet", "vae", "text_encoder") if getattr(args, f"train_{name}"))
+
+
+def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What trains, by name; a dict, since an iterator would be empty the second time it is used."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def make_optimizer(args: argparse.Namespace, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW with the recipe's constants, in 8 bits if asked for."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    options = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+def run_identity(args: argparse.Namespace, data: TrainingData, hashes: dict[str, str], global_batch: int) -> dict:
+    """What a checkpoint must agree on with the run that goes on from it, and what is told where it differs."""
+    rows = "\n".join(f"{name}\t{prompt}" for name, prompt in zip(data.train["name"], data.train["prompt"]))
+    return {
+        "base_model": args.pretrained_model_name_or_path,
+        "base_fingerprint": hashlib.sha256("".join(hashes.values()).encode()).hexdigest(),
+        "data_fingerprint": hashlib.sha256(f"{args.resolution}/{args.resize_mode}\n{rows}".encode()).hexdigest(),
+        "global_batch_size": global_batch,
+        **{name: value for name, value in vars(args).items() if name in TOLD_SETTINGS},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """Everything that changes as a run goes on."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    identity: dict
+    step: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": x}} to {"a/b": x}: an optimizer's state as names, for safetensors and JSON."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`; keys that are numbers become integers, as torch.optim names its parameters."""
+    tree = {}
+    for name, value in flat.items():
+        *path, last = [int(part) if part.isdigit() else part for part in name.split("/")]
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Path, limit: int) -> None:
+    """Writes checkpoint-<step> beside and renames it into place, then drops the oldest ones over the limit."""
+    if not accelerator.is_main_process:
+        return
+    folder = output_dir / f"checkpoint-{state.step}"
+    part = output_dir / f".checkpoint-{state.step}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    parameters = trainable_parameters(accelerator.unwrap_model(state.model))
+    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, part / "trainable.safetensors")
+    optimizer = flatten(state.optimizer.state_dict()["state"])
+    tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items() if torch.is_tensor(value)}
+    save_file(tensors, part / "optimizer.safetensors")
+    if state.ema:
+        shadow = {name: p.detach().cpu().contiguous() for name, p in zip(parameters, state.ema.shadow_params)}
+        save_file(shadow, part / "ema.safetensors")
+    scalars = {
+        "identity": state.identity, "step": state.step, "samples_seen": state.samples_seen, "seconds": state.seconds,
+        "optimizer": {name: value for name, value in optimizer.items() if not torch.is_tensor(value)},
+        "ema_steps": state.ema.optimization_step if state.ema else None,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    }  # fmt: skip
+    (part / "state.json").write_text(json.dumps(scalars, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    for old in list_checkpoints(output_dir)[:-limit]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def clear_run(output_dir: Path) -> None:
+    """Takes away what an earlier run left, so that nothing of it is taken for the new one's; other files stay."""
+    # The summary first: without it the rest is no finished run.
+    for path in [output_dir / name for name in (*RUN_FILES, "validation", "logs")] + list_checkpoints(output_dir):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def find_checkpoint(args: argparse.Namespace, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, or None; a folder with a run in it is not overwritten unless that is asked for."""
+    base = Path(args.pretrained_model_name_or_path)
+    if base.is_dir() and base.resolve() == output_dir.resolve():
+        fail(f"--output_dir {output_dir} is the base model's own folder; pass another")
+    existing, finished = list_checkpoints(output_dir), (output_dir / "training_summary.json").exists()
+    if args.resume_from_checkpoint not in (None, "latest"):
+        return Path(args.resume_from_checkpoint)
+    if existing and args.resume_from_checkpoint:
+        return existing[-1]
+    if (existing or finished) and not args.overwrite_output_dir:
+        fail(f"{output_dir} already holds a run; go on from its checkpoints with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or pass another --output_dir")
+    foreign = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if foreign and not (existing or finished):
+        fail(f"{output_dir} is no run's folder, and {', '.join(foreign)} would be overwritten; pass another --output_dir")
+    return None
+
+
+def check_identity(checkpoint: Path, identity: dict, total_steps: int) -> list[str]:
+    """Ends with exit status 2 where a checkpoint is of another model or method; returns what else differs, as notes."""
+    try:
+        scalars = json.loads((checkpoint / "state.json").read_text())
+    except json.JSONDecodeError:
+        fail(f"{checkpoint / 'state.json'}: not valid JSON; resume from another checkpoint")
+    if scalars["step"] > total_steps:
+        fail(f"{checkpoint} is past the {total_steps:,} steps asked for; raise --max_train_steps or --num_train_epochs")
+    saved, notes = scalars["identity"], []
+    for key, value in identity.items():
+        # The same model may stand elsewhere; its weights decide.
+        if saved.get(key) == value or key == "base_model":
+            continue
+        difference = f"{checkpoint}: {key.replace('_', ' ')} was {saved.get(key)!r} and is now {value!r}"
+        if key == "base_fingerprint":
+            fail(f"{checkpoint}: the base model was {saved.get('base_model')} with other weights than {identity['base_model']} has; pass that one")
+        if key in ("method", "rank", "lora_alpha", "lora_dropout", "vae_loss", "use_8bit_adam", "use_ema"):
+            fail(f"{difference}; pass what the checkpoint was made with, or another --output_dir")
+        notes.append(f"{difference}; the run goes on, but not as it would have without the interruption")
+    return notes
+
+
+def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Path, output_dir: Path) -> None:
+    """Puts a checkpoint's tensors and counters back; every name must match on both sides."""
+    scalars = json.loads((checkpoint / "state.json").read_text())
+    parameters = trainable_parameters(accelerator.unwrap_model(state.model))
+    try:
+        saved, moments = load_file(checkpoint / "trainable.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+        shadow = load_file(checkpoint / "ema.safetensors") if state.ema else {}
+    except (OSError, SafetensorError) as error:
+        fail(f"{checkpoint}: a file is missing or damaged ({error}); resume from another checkpoint")
+    if saved.keys() != parameters.keys():
+        difference = sorted(saved.keys() ^ parameters.keys())
+        fail(f"{checkpoint}: {len(difference)} parameters do not match what trains, such as {difference[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    # accelerate wraps the optimizer; its own state_dict is torch's.
+    groups = state.optimizer.state_dict()["param_groups"]
+    optimizer = unflatten(moments | scalars["optimizer"])
+    state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+    # The rate is a function of the step: one step of the schedule from the step before sets it.
+    position = {"last_epoch": scalars["step"] - 1, "_step_count": scalars["step"] + 1}
+    state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
+    state.lr_scheduler.step()
+    if state.ema:
+        state.ema.shadow_params = [shadow[name].to(p.device) for name, p in parameters.items()]
+        state.ema.optimization_step = scalars["ema_steps"]
+    if accelerator.scaler and scalars["scaler"]:
+        accelerator.scaler.load_state_dict(scalars["scaler"])
+    state.step, state.samples_seen, state.seconds = scalars["step"], scalars["samples_seen"], scalars["seconds"]
+    if accelerator.is_main_process:
+        # The branch that is left behind would be the latest again.
+        for later in list_checkpoints(checkpoint.parent):
+            if int(later.name[11:]) > state.step and checkpoint.parent.resolve() == output_dir.resolve():
+                shutil.rmtree(later)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def silence_known_noise() -> None:
+    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what `load_pipeline`
+    refuses in a sentence of its own (missing weights)."""
+    known = [
+        ("diffusers.models.modeling_utils", "should be kept in float32: []"),
+        ("diffusers.models.modeling_utils", "newly initialized"),
+        ("transformers.modeling_utils", "MISSING"),
+        ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
+    ]
+    for name, words in known:
+        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
+
+
+def make_accelerator(args: argparse.Namespace, output_dir: Path) -> Accelerator:
+    """An Accelerator that logs to the run folder; ends with exit status 2 where nothing can be written there."""
+    sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
+    if sharded:
+        fail(f"{sharded[0]} is not supported: these models fit on one device, so use plain data parallelism (launch/accelerate/)")
+    if os.environ.get("RANK", "0") == "0":
+        existed = output_dir.is_dir()
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / ".probe").touch()
+            (output_dir / ".probe").unlink()
+        except OSError as error:
+            fail(f"--output_dir {output_dir}: cannot be written ({error.strerror})")
+        if not existed:
+            # A run that ends on bad data leaves nothing behind.
+            output_dir.rmdir()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    silence_known_noise()
+    accelerator = Accelerator(
+        # Without this, processes that torchrun starts on a machine without a GPU would each train for themselves.
+        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # The others wait while the first process checks the images or draws pictures.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+@torch.no_grad()
+def heldout_losses(accelerator: Accelerator, model: torch.nn.Module, stream: SampleStream, batch_size: int) -> dict[str, np.ndarray]:
+    """Per-image losses on the held-out images at fixed timesteps and noise, the same on every process."""
+    # Without the wrapper of DDP, whose processes would have to call it equally often.
+    model = accelerator.unwrap_model(model)
+    model.eval()
+    losses = {}
+    for start in range(accelerator.process_index * batch_size, len(stream), accelerator.num_processes * batch_size):
+        samples = [stream[n] for n in range(start, min(start + batch_size, len(stream)))]
+        batch = torch.utils.data.default_collate(samples)
+        for name, values in model({k: v.to(accelerator.device) for k, v in batch.items()}).items():
+            total = losses.setdefault(name, torch.zeros(len(stream), device=accelerator.device))
+            total[start : start + len(samples)] = values
+    model.train()
+    names = [name for name in ("diffusion", "reconstruction") if any(name in found for found in gather_object([list(losses)]))]
+    zeros = torch.zeros(len(stream), device=accelerator.device)
+    return {name: accelerator.reduce(losses.get(name, zeros), "sum").cpu().numpy() for name in names}
+
+
+@torch.no_grad()
+def draw_validation(accelerator: Accelerator, pipeline: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace, path: Path) -> None:
+    """Samples each prompt from fixed seeds and writes the pictures as one row; what was off the device goes off again."""
+    components = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    devices = [component.device for component in components]
+    pipeline.to(accelerator.device)
+    pipeline.unet.eval()
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(stream_seed(args.seed, "validation", i))
+        with accelerator.autocast():
+            pictures += pipeline(prompt, height=args.resolution, width=args.resolution, num_inference_steps=25, generator=generator).images
+    pipeline.unet.train()
+    for component, device in zip(components, devices):
+        component.to(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")
+    make_image_grid(pictures, rows=1, cols=len(pictures)).save(part, format="PNG")
+    os.replace(part, path)
+
+
+def validation_prompts(args: argparse.Namespace, data: TrainingData) -> list[str]:
+    """The prompts of the validation pictures: those asked for, or the most frequent captions; each in turn until all are drawn."""
+    prompts = args.validation_prompts or [prompt for prompt, _ in Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)]
+    return [prompts[i % len(prompts)] for i in range(args.num_validation_images)]
+
+
+def start_reporting(args: argparse.Namespace, accelerator: Accelerator, output_dir: Path) -> None:
+    """Opens the loggers, with the arguments as the run's settings, and the hub's repository while there is time to mend it."""
+    if args.push_to_hub and accelerator.is_main_process:
+        from huggingface_hub import create_repo
+
+        try:
+            create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True)
+        except Exception as error:  # of the hub, or of whichever HTTP library it uses
+            fail(f"--push_to_hub: no repository could be made, see hf auth login ({' '.join(str(error).split())[:200]})")
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for part in output_dir.glob(".*.part"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    # TensorBoard takes no lists.
+    settings = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
+    accelerator.init_trackers(Path(sys.argv[0]).stem or "train", config=settings)
+
+
+def validate(accelerator, state, pipeline, heldout, prompts, args, output_dir) -> dict[str, np.ndarray]:
+    """Held-out losses, and pictures, of the current weights (the averaged ones with --use_ema)."""
+    parameters = list(trainable_parameters(accelerator.unwrap_model(state.model)).values())
+    if state.ema:
+        state.ema.store(parameters)
+        state.ema.copy_to(parameters)
+    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size) if len(heldout) else {}
+    if prompts and accelerator.is_main_process:
+        draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
+    if state.ema:
+        state.ema.restore(parameters)
+    accelerator.wait_for_everyone()
+    accelerator.log({f"heldout_{name}": float(values.mean()) for name, values in losses.items()}, step=state.step)
+    return losses
+
+
+def train(args, accelerator, state, stream, total_steps, parameters, validate_now, output_dir) -> float | None:
+    """Runs the optimizer steps that are left; returns the mean training loss of the last ones, None if none was left."""
+    batches = rank_batches(
+        state.samples_seen, (total_steps - state.step) * args.gradient_accumulation_steps, args.train_batch_size,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    cuda = accelerator.device.type == "cuda"
+    workers = args.dataloader_num_workers if args.dataloader_num_workers is not None else (4 if cuda else 0)
+    loader = iter(torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=workers, pin_memory=cuda))
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    state.model.train()
+    running, counted, loss = torch.zeros((), device=accelerator.device), 0, None
+    began = window_began = time.perf_counter()
+    bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=not accelerator.is_main_process, smoothing=0.05)
+    with bar as progress:
+        while state.step < total_steps:
+            for micro in range(args.gradient_accumulation_steps):
+                # Dropout, where a method has any, draws from here: resuming needs no saved random state.
+                torch.manual_seed(stream_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
+                batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in next(loader).items()}
+                with accelerator.accumulate(state.model):
+                    batch_loss = state.model(batch)["loss"].mean()
+                    accelerator.backward(batch_loss)
+                    if accelerator.sync_gradients and args.max_grad_norm:
+                        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    state.optimizer.step()
+                    state.optimizer.zero_grad()
+                running += batch_loss.detach()
+                counted += 1
+            state.lr_scheduler.step()
+            if state.ema:
+                state.ema.step(parameters)
+            state.step += 1
+            state.samples_seen += global_batch
+            progress.update()
+
+            last = state.step == total_steps
+            # The last one too: what is killed while it saves its results goes on from there.
+            checkpoint = args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or last)
+            validation = args.validation_steps and state.step % args.validation_steps == 0 and not last
+            if state.step % args.logging_steps == 0 or last:
+                loss = float(accelerator.reduce(running / counted, "mean"))
+                now = time.perf_counter()
+                rate = counted * args.train_batch_size * accelerator.num_processes / (now - window_began)
+                learning_rate = state.lr_scheduler.get_last_lr()[0]
+                progress.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.1e}, {rate:.3g} images/s")
+                accelerator.log({"loss": loss, "lr": learning_rate, "images_per_second": rate}, step=state.step)
+                running, counted, window_began = torch.zeros_like(running), 0, now
+            if checkpoint or validation or last:
+                state.seconds += time.perf_counter() - began
+                if checkpoint:
+                    save_checkpoint(accelerator, state, output_dir, args.checkpoints_total_limit)
+                    accelerator.wait_for_everyone()
+                if validation:
+                    validate_now()
+                    state.model.train()
+                began = window_began = time.perf_counter()
+    return loss
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def print_plan(args, accelerator, data: TrainingData, trainable, totals, total_steps, cached, output_dir, checkpoint) -> None:
+    """What the run is about to do, before it does it. Main process only."""
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    left_out = [f"{count:,} {reason}" for reason, count in data.left_out.items() if count]
+    lines = {
+        "data": f"{data.source}, {data.rows:,} rows; left out: {', '.join(left_out) or 'none'}",
+        "train": f"{len(data.train):,} images of {data.train['patient'].nunique():,} patients, {data.train['prompt'].nunique():,} captions, {args.resize_mode} to {args.resolution}x{args.resolution}",
+        "held out": f"{len(data.heldout):,} images of {data.heldout['patient'].nunique():,} patients",
+        "base": args.pretrained_model_name_or_path,
+        "trains": "; ".join(f"{name} {count:,} of {totals[name]:,} parameters" for name, count in trainable.items()),
+        "steps": f"{total_steps:,} of {global_batch} images ({args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated), {total_steps * global_batch / len(data.train):.1f} epochs",
+        "cached": "; ".join(cached) or "nothing",
+        "device": f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}",
+        "output": str(output_dir) + (f", going on from {checkpoint}" if checkpoint else ""),
+    }
+    notes = list(data.notes)
+    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        notes.append("one process only: accelerate launch --cpu starts no more, while --multi_gpu does, on the CPU too")
+    print("\n".join([*(f"{name:>9}  {text}" for name, text in lines.items()), *(f"{'warning':>9}  {note}" for note in notes)]), flush=True)
+
+
+def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None) -> dict:
+    """One row of the form that all results share; a value that could not be computed is null with a note."""
+    return {"metric": metric, "label": label, "value": value, "low": low, "high": high, "n": n, "floor": floor, "note": note}
+
+
+def mean_row(metric: str, values: np.ndarray | None, note: str) -> dict:
+    """A mean with its 95% normal interval."""
+    if values is None or not len(values):
+        return result_row(metric, None, note="no held-out images")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return result_row(metric, mean, n=1, note=note)
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return result_row(metric, mean, low=mean - half, high=mean + half, n=len(values), note=note)
+
+
+def heldout_rows(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> list[dict]:
+    """Held-out losses at the start and the end, and the change image by image."""
+    fixed, rows = "fixed timesteps and noise", []
+    for name in before or ["diffusion"]:
+        rows.append(mean_row(f"heldout_{name}_start", before.get(name), f"{fixed}; the base model"))
+        rows.append(mean_row(f"heldout_{name}", after.get(name), fixed))
+        rows.append(mean_row(f"heldout_{name}_change", after[name] - before[name] if before else None, f"{fixed}; paired by image"))
+    return rows
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # In kilobytes, but on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames into place."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def move_into(folder: Path, output_dir: Path) -> None:
+    """Moves a folder's entries into the run folder, the index last: a reader who finds it finds everything it names."""
+    for entry in sorted(folder.iterdir(), key=lambda p: p.name == "model_index.json"):
+        target = output_dir / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    folder.rmdir()
+
+
+def model_card(args, summary: dict, usage: str) -> str:
+    """The run's README.md, with the front matter that the hub reads."""
+    base = args.pretrained_model_name_or_path
+    rows = [f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in summary["results"] if row["value"] is not None]
+    return "\n".join([
+        "---", *([f"base_model: {base}"] if not Path(base).exists() else []), "library_name: diffusers",
+        "tags: [text-to-image, stable-diffusion, chest-x-ray, medical-imaging]", "inference: false", "---", "",
+        f"# {summary['method']}: Stable Diffusion fine-tuned on chest radiographs", "",
+        f"Base model `{Path(base).name if Path(base).exists() else base}`; trained parameters: "
+        + ", ".join(f"{name} {count:,}" for name, count in summary["trainable_parameters"].items())
+        + f"; {summary['images']:,} images, {summary['steps']:,} steps of {summary['global_batch_size']}, {args.resolution}x{args.resolution} pixels.",
+        "", "```python", usage, "```", "", f'Prompts: "{args.prompt_template.replace("{}", "Cardiomegaly, Pleural Effusion")}".', "",
+        "| metric | value | n |", "|---|---|---|", *rows, "",
+        "For research only. The images are synthetic: they show no patient and must not be used for diagnosis. The terms of the",
+        "training data and of the base model apply.", "",
+    ])  # fmt: skip
+
+
+def reload_base(args: argparse.Namespace, hashes: dict[str, str]) -> StableDiffusionPipeline:
+    """The base model once more, in float32; ends with exit status 2 if it has changed since the run began."""
+    pipeline = load_base_pipeline(args)
+    if any(fingerprint(getattr(pipeline, part)) != value for part, value in hashes.items()):
+        fail(f"{args.pretrained_model_name_or_path} has changed since this run began; put it back and go on with --resume_from_checkpoint latest")
+    return pipeline
+
+
+def save_full(args: argparse.Namespace, weights: dict[str, torch.Tensor], hashes: dict[str, str], output_dir: Path) -> None:
+    """Saves a complete pipeline: the base model's own weights in float32, with what was trained put in."""
+    pipeline = reload_base(args, hashes)
+    for component in {name.split(".")[0] for name in weights}:
+        part = {name.removeprefix(f"{component}."): tensor for name, tensor in weights.items() if name.startswith(f"{component}.")}
+        getattr(pipeline, component).load_state_dict(part, strict=True)
+    pipeline.save_pretrained(output_dir / ".pipeline.part")
+    move_into(output_dir / ".pipeline.part", output_dir)
+
+
+def finish_run(args, accelerator, state, data, summary, usage, output_dir) -> None:
+    """Writes the model card and the summary, last of all, and uploads the run if asked to. Main process only."""
+    summary = {
+        **summary,
+        "base_model": args.pretrained_model_name_or_path,
+        "identity": state.identity,
+        "images": len(data.train),
+        "patients": data.train["patient"].nunique(),
+        "heldout_images": len(data.heldout),
+        "rows": data.rows,
+        "left_out": data.left_out,
+        "notes": data.notes,
+        "steps": state.step,
+        "epochs": state.samples_seen / len(data.train),
+        "global_batch_size": state.identity["global_batch_size"],
+        "num_processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+        "mixed_precision": accelerator.mixed_precision,
+        "resolution": args.resolution,
+        "resize_mode": args.resize_mode,
+        "uncertain": args.uncertain,
+        "prompt_template": args.prompt_template,
+        "arguments": vars(args),
+        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")},
+    }  # fmt: skip
+    seconds = state.seconds * len(data.train) / state.samples_seen
+    summary["results"] = [
+        *(result_row("trainable_parameters", n, label=name) for name, n in summary["trainable_parameters"].items()),
+        result_row("seconds_per_epoch", seconds, n=len(data.train), note="training steps only"),
+        result_row("seconds", state.seconds, note="training steps only, interruptions included"),
+        result_row("peak_memory_gib", peak_memory(accelerator.device) / 2**30, note=f"main process, {accelerator.device.type}"),
+        *summary["results"],
+    ]
+    write_text(output_dir / "README.md", model_card(args, summary, usage))
+    write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")
+    if args.push_to_hub:
+        from huggingface_hub import create_repo, upload_folder
+
+        try:
+            repo = create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True)
+            upload_folder(repo_id=repo.repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", "logs/*", ".*"])
+        except Exception as error:  # of the hub, or of whichever HTTP library it uses
+            fail(f"the run is complete in {output_dir}, but was not uploaded; use hf upload ({' '.join(str(error).split())[:200]})")
+
+
+def check_replicas(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Stops the run if the processes' weights have drifted apart, which no process could see by itself."""
+    digest = hashlib.sha256()
+    for parameter in parameters.values():
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digests = gather_object([digest.hexdigest()])
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"the {len(digests)} processes ended with different weights: {digests}")
+
+
+@plain_errors
+def main(args: argparse.Namespace) -> None:
+    name = run_name(args)
+    output_dir = Path(args.output_dir or Path("runs") / name)
+    data = load_training_data(args)
+    checkpoint = find_checkpoint(args, output_dir)
+    accelerator = make_accelerator(args, output_dir)
+    check_images(accelerator, [*data.train["image"], *data.heldout["image"]])
+
+    pipeline = load_base_pipeline(args)
+    hashes = fingerprint_components(accelerator, pipeline)
+    totals = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in ("unet", "text_encoder", "vae")}
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / global_batch)
+    identity = {"method": name, "vae_loss": args.vae_loss, "use_8bit_adam": args.use_8bit_adam, "use_ema": args.use_ema}
+    identity |= run_identity(args, data, hashes, global_batch)
+    if checkpoint:
+        data.notes += check_identity(checkpoint, identity, total_steps)
+
+    groups = select_components(args, pipeline)
+    anchored = args.train_vae and args.vae_loss == "anchored"
+    stream, heldout, cached = prepare_streams(
+        args, accelerator, pipeline, data, hashes["vae"], output_dir, use_pixels=args.train_vae,
+        use_moments=anchored or not args.train_vae, use_embeddings=not args.train_text_encoder,
+    )  # fmt: skip
+
+    model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
+    parameters = trainable_parameters(model)
+    optimizer = make_optimizer(args, groups, accelerator.device)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(parameters.values(), decay=args.ema_decay) if args.use_ema else None
+    state = TrainState(model, optimizer, lr_scheduler, ema, identity)
+
+    trainable = count_parameters(parameters)
+    if accelerator.is_main_process:
+        print_plan(args, accelerator, data, trainable, totals, total_steps, cached, output_dir, checkpoint)
+        if args.overwrite_output_dir and not checkpoint:
+            clear_run(output_dir)
+    start_reporting(args, accelerator, output_dir)
+    prompts = validation_prompts(args, data)
+    validate_now = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args, output_dir)
+    # Before a checkpoint is loaded: this is the base model.
+    before = validate_now()
+    if checkpoint:
+        load_checkpoint(accelerator, state, checkpoint, output_dir)
+    loss = train(args, accelerator, state, stream, total_steps, list(parameters.values()), validate_now, output_dir)
+
+    if ema:
+        ema.copy_to(parameters.values())
+    check_replicas(parameters)
+    after = validate_now()
+    if accelerator.is_main_process:
+        save_full(args, {name: p.detach().cpu() for name, p in parameters.items()}, hashes, output_dir)
+        usage = f'from diffusers import StableDiffusionPipeline\n\npipe = StableDiffusionPipeline.from_pretrained("{output_dir}", safety_checker=None)'
+        note = "mean of the last logging window" if loss is not None else "no step was left to train"
+        rows = [result_row("train_loss", loss, note=note), *heldout_rows(before, after)]
+        summary = {"script": "train_full.py", "method": name, "trainable_parameters": trainable, "results": rows}
+        finish_run(args, accelerator, state, data, summary, usage, output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
