@@ -14,6 +14,7 @@ REQUIRED = {
     "train_full": ["--train_unet"],
     "train_peft": ["--method", "bitfit"],
     "sample": ["--model", "runs/bitfit"],
+    "eval_downstream": ["--synthetic", "samples/bitfit"],
 }
 # The names and defaults that are a contract; None is a default that is found when the script runs.
 TRAIN = {
@@ -36,6 +37,11 @@ DEFAULTS = {
     "sample": {
         "labels": None, "like_csv": None, "images_per_label": 5000, "num_inference_steps": 50, "guidance_scale": 7.5,
         "scheduler": None, "resolution": None, "batch_size": 8, "seed": 0, "output_dir": None, "split": "all", "uncertain": "ignore",
+    },
+    "eval_downstream": {
+        "synthetic": None, "real_csv": None, "image_root": None, "train_on": "synthetic", "arch": "efficientnet_b0", "weights": "imagenet",
+        "num_seeds": 3, "output_dir": None, "labels": None, "split": None, "split_seed": 0, "uncertain": "ignore", "resize_mode": None,
+        "seed": 0, "horizontal_flip": False, "resolution": 224,
     },
 }  # fmt: skip
 CHOICES = {
