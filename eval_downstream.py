@@ -1377,6 +1377,7 @@ def summarise(args, settings, tables, labels, scores, rows, predictions, thresho
         seeds.append({"seed": args.seed + k, "validation_losses": losses, "thresholds": dict(zip(labels, thresholds[k])), "metrics": metrics})
     return {
         "script": "eval_downstream.py", "train_on": "nothing" if args.classifier else args.train_on, "settings": settings,
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("output_dir", "image_cache_dir")},
         "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")},
         "images": {
             "train": len(tables.train), "validation": len(tables.val), "test": len(tables.test), "test_patients": int(tables.test["patient"].nunique()),
@@ -1400,7 +1401,8 @@ def main(args: argparse.Namespace) -> None:
     if all(test_reasons):
         fail(f"nothing to score: {labels[0]} has {test_reasons[0]}, and so on for all {len(labels)} labels; pass other --labels or another table")
 
-    free = ("output_dir", "image_cache_dir", "reference", "bootstrap_samples", "labels", "source_resolution", "resize_mode", "num_train_images")
+    # What may change between a run and its continuation; where the files lie does not matter, what is in them does.
+    free = ("output_dir", "image_cache_dir", "reference", "bootstrap_samples", "synthetic", "real_csv", "test_csv", "image_root", "classifier", "max_test_images")
     settings = {key: value for key, value in vars(args).items() if key not in free} | {
         "labels": labels, "source_resolution": tables.source_resolution, "resize_mode": tables.resize_mode, "processes": accelerator.num_processes,
         "num_train_images": len(tables.train), "num_val_images": len(tables.val), "test": digest(test.pixels, test.targets, test.patients),
@@ -1427,6 +1429,7 @@ def main(args: argparse.Namespace) -> None:
             run_seed(args, accelerator, seed, len(labels), *parts, test, folders[-1])
             predictions.append(read_predictions(folders[-1]))
             thresholds.append([youden_threshold(*known) for known in zip(parts[1].targets.T, predictions[-1][0].T)])
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
 
