@@ -441,10 +441,9 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
     for name, source in sources.items():
         if not len(source.pool):
             fail(f"{name} images: none of them has any of {', '.join(labels)}; see the label columns, --labels and --uncertain")
-        for label in labels:
-            count = len(source.rows_of[label])
-            if count < args.max_per_label:
-                notes.append(f"{label}: {count:,} {name} images of the {args.max_per_label:,} asked for (--max_per_label); scored with equal n")
+        fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
+        if fewer:
+            notes.append(f"fewer {name} images than the {args.max_per_label:,} asked for (--max_per_label), so scored at the smaller n on both sides: {', '.join(fewer)}")
     if args.train_csv:
         train = load_split(args.train_csv, None if args.train_csv != args.real_csv else args.image_root, args.train_split, args.split_seed)
         sources["train"] = Source("train", train, {}, np.arange(len(train)))
@@ -711,6 +710,20 @@ def load_networks(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     if args.classifier is None or Path(args.classifier).resolve() == Path(args.features).resolve():
         return features, features
     return features, ClassifierNetwork(args.classifier, accelerator.device)
+
+
+# Copied from train_full.silence_known_noise
+def silence_known_noise() -> None:
+    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what `load_pipeline`
+    refuses in a sentence of its own (missing weights)."""
+    known = [
+        ("diffusers.models.modeling_utils", "should be kept in float32: []"),
+        ("diffusers.models.modeling_utils", "newly initialized"),
+        ("transformers.modeling_utils", "MISSING"),
+        ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
+    ]
+    for name, words in known:
+        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
 
 
 class ThroughVAE:
@@ -1619,6 +1632,7 @@ def network_warnings(args, plan: Plan, networks: tuple) -> list[str]:
 @plain_errors
 def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()
+    silence_known_noise()
     # Without the argument, processes that torchrun starts on a machine without a GPU would each compute everything.
     accelerator = Accelerator(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
     plan = plan_evaluation(args)
