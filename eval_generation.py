@@ -1,9 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57", "accelerate>=1.10", "bitsandbytes>=0.48",
-#   "torchxrayvision>=1.5", "vendi-score>=0.0.3", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11",
-#   "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
+#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5", "vendi-score>=0.0.3",
+#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
 # ]
 # ///
 """Judge generated chest radiographs against real ones: every column of the paper's Table 3, with n, intervals and floors.
