@@ -90,7 +90,8 @@ FEW_IMAGES = 1024
 SERIES = (1.0, 0.85, 0.7, 0.6, 0.5)
 NEIGHBOURS = 5
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-# Mean absolute difference between channels, of 255 levels, from which a tint of mid-grey is seen: CIE76 Delta E = 2.3 there.
+# Mean absolute difference between channels, of 255 levels, from which a tint is seen: on mid-grey it is a CIE76 Delta E of
+# 2.1 (red against blue) to 4.5 (green), where 2.3 is just noticeable.
 VISIBLE_COLOUR = 4.0
 THUMBNAIL = 32
 # Images in one file of the feature cache; what an interrupted run loses at most, per process.
@@ -1517,6 +1518,8 @@ def plot_consistency(results: Results, plan: Plan, path: Path) -> None:
     figure = Figure(figsize=(2 * side + 1, side + 0.6))
     for axes, (title, suffix) in zip(figure.subplots(1, 2), (("generated images", ""), ("real images", "_real"))):
         values = np.array([[results.rows[f"fires{suffix}", f"{label} -> {head}"]["value"] for head in plan.labels] for label in plan.labels], float)
+        # What is not known is grey, not white like 0.
+        axes.set_facecolor("lightgrey")
         axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
         for (row, column), value in np.ndenumerate(values):
             axes.text(column, row, "n/a" if np.isnan(value) else f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.6 else "black", fontsize=9)
@@ -1524,7 +1527,7 @@ def plot_consistency(results: Results, plan: Plan, path: Path) -> None:
         axes.set(title=title, xlabel="head that fires at 0.5", ylabel="prompt" if not suffix else "label", xticks=range(len(names)), yticks=range(len(names)))
         axes.set_xticklabels(names, rotation=45 if max(map(len, names)) > 2 else 0, ha="right" if max(map(len, names)) > 2 else "center")
         axes.set_yticklabels(names)
-    figure.suptitle("Images for which a head fires, %")
+    figure.suptitle("Images for which a head fires, %", y=1.02)
     figure.tight_layout()
     write_picture(figure, path)
 

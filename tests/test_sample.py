@@ -1,15 +1,16 @@
 """sample.py: images that depend on seed, prompt and index alone, complete metadata, and every kind of run."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from common import BASE, PEFT_ROWS, ROOT, launch, phantoms, pipeline_of, train
@@ -205,8 +206,7 @@ def kill_and_start_again(folder, processes: int, kills: int, seed: int) -> int:
     for _ in range(4 * kills):
         if cut == kills:
             break
-        # A session of its own, so that one signal reaches the launcher and every process that it has started.
-        process = subprocess.Popen([*map(str, command), *map(str, job)], cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*map(str, command), *map(str, job)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         before = len(list(folder.rglob("[!.]*.png")))
         # Half of the kills come a random while after the first new image, which is when files are being written.
@@ -218,7 +218,12 @@ def kill_and_start_again(folder, processes: int, kills: int, seed: int) -> int:
                 break
             time.sleep(0.005)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            # The launcher gives each of its processes a session of its own, which outlives it; stopped, it starts no more.
+            launcher = psutil.Process(process.pid)
+            launcher.suspend()
+            for child in [*launcher.children(recursive=True), launcher]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             cut += 1
         process.wait()
         if (folder / "metadata.csv").exists() and cut < kills:
