@@ -17,6 +17,7 @@ an image is kept in --feature_cache_dir by the image's content, so that nothing 
 """
 
 import argparse
+import datetime
 import functools
 import hashlib
 import io
@@ -26,6 +27,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +44,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
@@ -741,14 +743,16 @@ class ThroughVAE:
                 raise ValueError(f"no weights for {min(report['missing_keys'])}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             fail(f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline")
-        self.vae, self.device = self.vae.eval().to(device, torch.float32), device
+        self.vae, self.device, self.one_at_a_time = self.vae.eval().to(device, torch.float32), device, threading.Lock()
         self.key = fingerprint(self.vae)
 
     @torch.no_grad()
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """(R, R, 3) uint8 to the same; the latent is the distribution's mean."""
         pixels = torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)[None].to(self.device)
-        decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample[0]
+        # The threads that prepare images share the device's memory, which one full-size image may fill.
+        with self.one_at_a_time:
+            decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample[0]
         return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
@@ -1234,7 +1238,7 @@ def margin_row(metric: str, own: np.ndarray, others: np.ndarray, label: str, **m
     return result_row(metric, p1 - p2, label, low, high, len(own), **more)
 
 
-def prompt_rows(source: Source, labels: list[str], uncertain: str) -> dict[str, np.ndarray]:
+def prompt_rows(source: Source) -> dict[str, np.ndarray]:
     """Per label the images that stand for it alone: of generated ones those whose prompt names nothing else, of real ones all."""
     if source.name in ("real", "through the VAE"):
         return source.rows_of
@@ -1255,7 +1259,7 @@ def consistency_rows(source: Source, labels: list[str], network, uncertain: str,
     Sigmoid heads are independent, since findings occur together. `floors` has the same figures of real images.
     """
     heads = list(network.labels)
-    prompts = prompt_rows(source, labels, uncertain)
+    prompts = prompt_rows(source)
     named = "youden" if isinstance(network, ClassifierNetwork) else "operating"
     thresholds = {"": dict.fromkeys(heads, 0.5), f"_{named}": network.thresholds}
     diseases = [head for head in heads if head not in ("No Finding", "Support Devices")]
@@ -1494,7 +1498,8 @@ def matrix_tables(results: Results, plan: Plan) -> str:
     return "\n".join(parts)
 
 
-def report(results: Results, plan: Plan, name: str, network) -> str:
+def report(results: Results, plan: Plan, name: str) -> str:
+    """generation_metrics.md."""
     colour = [[title, results.text(f"colour_mean{suffix}"), results.text(f"colour_p99{suffix}"), results.text(f"colour_visible{suffix}", "all", 1, 100)] for title, suffix in ((name, ""), ("real", "_real"), *([("base model", "_baseline")] if "base model" in plan.sources else []))]
     copies = [[by, *(f"{results.text(f'memorisation_{metric}{kind}', 'all', 3)} / {results.text(f'memorisation_{metric}{kind}', 'all', 3, key='floor')}" for metric in ("nearer_train", "p99", "suspects"))] for by, kind in (("features", ""), ("pixels", "_pixels"))]
     return "\n".join([
@@ -1600,7 +1605,7 @@ def write_results(args, plan: Plan, networks: tuple, vae: ThroughVAE | None, sco
         plot_fid(curves, output_dir / "fid.png")
     if pairs:
         plot_pairs(pairs, plan, output_dir / "nearest_neighbours.png")
-    write_text(output_dir / "generation_metrics.md", report(results, plan, name, networks[1]))
+    write_text(output_dir / "generation_metrics.md", report(results, plan, name))
     write_text(output_dir / "generation_metrics.json", json.dumps(identify(args, plan, networks, vae) | {"results": rows}, indent=2, allow_nan=False) + "\n")
     print(table_three(results, plan, name))
     print(f"{output_dir / 'generation_metrics.json'}: {len(rows):,} rows; generation_metrics.md has them as tables")
@@ -1636,7 +1641,11 @@ def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()
     silence_known_noise()
     # Without the argument, processes that torchrun starts on a machine without a GPU would each compute everything.
-    accelerator = Accelerator(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
+    accelerator = Accelerator(
+        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+        # The others wait while the first process reads the files and scores.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+    )
     plan = plan_evaluation(args)
     networks = load_networks(args, accelerator)
     plan.warnings += network_warnings(args, plan, networks)
