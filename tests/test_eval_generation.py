@@ -569,3 +569,12 @@ def test_what_a_reader_must_know_is_a_warning(tmp_path, samples, classifier, cac
         assert "fewer synthetic images than the 5,000 asked for" in text
     assert value(summary, "memorisation_nearer_train") is None and "of a patient in --train_csv" in value(summary, "memorisation_nearer_train", key="note")
     assert "below 1,024" in value(summary, "fid", key="note")
+
+
+def test_a_table_of_prompts_alone_is_scored_as_one_set(tmp_path, samples, classifier, cache):
+    folder = tmp_path / "samples"
+    shutil.copytree(samples, folder)
+    pd.read_csv(folder / "metadata.csv")[["file_name", "prompt"]].to_csv(folder / "metadata.csv", index=False)
+    summary = run(tmp_path / "e", folder, classifier, cache, "--resolution=64")
+    assert {row["label"] for row in summary["results"]} == {"all"} and value(summary, "fid") > 0
+    assert not (tmp_path / "e" / "consistency.png").exists() and "does not say its resize_mode" in " ".join(summary["warnings"])
