@@ -1404,6 +1404,12 @@ def write_picture(figure: Figure, path: Path) -> None:
     os.replace(part, path)
 
 
+def name_of(synthetic: str) -> str:
+    """What --synthetic is called in the results: its folder, or its table."""
+    path = Path(synthetic)
+    return path.resolve().parent.name if path.name == "metadata.csv" else path.stem if path.suffix == ".csv" else path.resolve().name
+
+
 def short(label: str) -> str:
     return ABBREVIATIONS.get(label, label)
 
@@ -1579,7 +1585,7 @@ def identify(args: argparse.Namespace, plan: Plan, networks: tuple, vae: Through
     features, classifier = networks
     return {
         "script": "eval_generation.py",
-        "name": Path(args.synthetic).name,
+        "name": name_of(args.synthetic),
         "arguments": vars(args),
         "features": {"source": args.features, "fingerprint": features.key, "resizer": "torchxrayvision XRayResizer(224), skimage" if isinstance(features, XRVNetwork) else "Pillow Lanczos"},
         "classifier": {"source": args.classifier or args.features, "fingerprint": classifier.key, "labels": list(classifier.labels), "thresholds": classifier.thresholds, "real_test_auroc": getattr(classifier, "spec", {}).get("real_test_auroc")},
@@ -1595,7 +1601,7 @@ def write_results(args, plan: Plan, networks: tuple, vae: ThroughVAE | None, sco
     rows, curves, pairs = scored
     broken = [row for row in rows if any(isinstance(row[key], float) and not math.isfinite(row[key]) for key in ("value", "low", "high", "floor"))]
     assert not broken, broken[0]
-    results, name = Results(rows), Path(args.synthetic).name
+    results, name = Results(rows), name_of(args.synthetic)
     for picture in ("consistency.png", "fid.png", "nearest_neighbours.png"):
         # One of an earlier evaluation does not belong to these figures.
         (output_dir / picture).unlink(missing_ok=True)
@@ -1653,7 +1659,7 @@ def main(args: argparse.Namespace) -> None:
     if vae:
         real = plan.sources["real"]
         plan.sources["through the VAE"] = Source("through the VAE", real.table, real.rows_of, real.pool)
-    output_dir = Path(args.output_dir or Path("evaluations") / Path(args.synthetic).name)
+    output_dir = Path(args.output_dir or Path("evaluations") / name_of(args.synthetic))
     cache_dir = Path(args.feature_cache_dir or output_dir.parent / "feature_cache")
     try:
         for directory in (output_dir, cache_dir):

@@ -575,6 +575,7 @@ def test_a_table_of_prompts_alone_is_scored_as_one_set(tmp_path, samples, classi
     folder = tmp_path / "samples"
     shutil.copytree(samples, folder)
     pd.read_csv(folder / "metadata.csv")[["file_name", "prompt"]].to_csv(folder / "metadata.csv", index=False)
-    summary = run(tmp_path / "e", folder, classifier, cache, "--resolution=64")
+    summary = run(tmp_path / "e", folder / "metadata.csv", classifier, cache, "--resolution=64")
+    assert summary["name"] == "samples"
     assert {row["label"] for row in summary["results"]} == {"all"} and value(summary, "fid") > 0
     assert not (tmp_path / "e" / "consistency.png").exists() and "does not say its resize_mode" in " ".join(summary["warnings"])
