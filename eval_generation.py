@@ -413,15 +413,21 @@ def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: lis
         values = list(dict.fromkeys(value for own in found.values() for value in own))
         asked = getattr(args, column)
         if len({*values, str(asked)} if asked else set(values)) > 1:
-            told = "; ".join(f"{csv} has {', '.join(own)}" for csv, own in found.items() if own) + (f"; --{column} is {asked}" if asked else "")
+            told = "; ".join(f"{csv} has {', '.join(own)}" for csv, own in found.items() if own) + (
+                f"; --{column} is {asked}" if asked else ""
+            )
             if not args.mixed_geometry:
-                fail(f"images made with different {column} are not compared ({told}); sample again, or pass --mixed_geometry to compare them all the same")
+                fail(
+                    f"images made with different {column} are not compared ({told}); sample again, or pass --mixed_geometry to compare them all the same"
+                )
             notes.append(f"compared in spite of different {column}: {told}")
         if not values and not asked:
             notes.append(f"{next(iter(tables.values()))} does not say its {column}; taken as {fallback}")
         settled[column] = str(asked or next(iter(values), fallback))
     if not settled["resolution"].isdigit() or settled["resize_mode"] not in ("squash", "pad", "crop"):
-        fail(f"{next(iter(tables.values()))}: resolution {settled['resolution']!r} or resize_mode {settled['resize_mode']!r} is none of sample.py's")
+        fail(
+            f"{next(iter(tables.values()))}: resolution {settled['resolution']!r} or resize_mode {settled['resize_mode']!r} is none of sample.py's"
+        )
     return int(settled["resolution"]), settled["resize_mode"]
 
 
@@ -437,21 +443,31 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
     frames = {name: load_image_table(csv).query("frontal").reset_index(drop=True) for name, csv in tables.items()}
     if frames["synthetic"].empty:
         fail(f"{tables['synthetic']}: no frontal row")
-    frames["real"] = load_split(args.real_csv or next(p for p in DEFAULT_TABLES if Path(p).is_file()), args.image_root, args.real_split, args.split_seed)
-    labels = args.labels or [label for label in [*CONDITIONS, *(name for name in LABELS if name not in CONDITIONS)] if len(positives(frames["synthetic"], label, "zeros"))]
+    frames["real"] = load_split(
+        args.real_csv or next(p for p in DEFAULT_TABLES if Path(p).is_file()), args.image_root, args.real_split, args.split_seed
+    )
+    labels = args.labels or [
+        label
+        for label in [*CONDITIONS, *(name for name in LABELS if name not in CONDITIONS)]
+        if len(positives(frames["synthetic"], label, "zeros"))
+    ]
     sources = {name: select_source(name, frame, labels, args) for name, frame in frames.items()}
     for name, source in sources.items():
         if not len(source.pool):
             fail(f"{name} images: none of them has any of {', '.join(labels)}; see the label columns, --labels and --uncertain")
         fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
         if fewer:
-            notes.append(f"fewer {name} images than the {args.max_per_label:,} asked for (--max_per_label), so scored at the smaller n on both sides: {', '.join(fewer)}")
+            notes.append(
+                f"fewer {name} images than the {args.max_per_label:,} asked for (--max_per_label), so scored at the smaller n on both sides: {', '.join(fewer)}"
+            )
     if args.train_csv:
         train = load_split(args.train_csv, None if args.train_csv != args.real_csv else args.image_root, args.train_split, args.split_seed)
         sources["train"] = Source("train", train, {}, np.arange(len(train)))
         shared = len(set(train["patient"]) & set(sources["real"].table["patient"]))
         if shared:
-            notes.append(f"{shared:,} patients are in the training images and in the real images; memorisation leaves them out of the real ones")
+            notes.append(
+                f"{shared:,} patients are in the training images and in the real images; memorisation leaves them out of the real ones"
+            )
     return Plan(sources, labels, resolution, resize_mode, notes)
 
 
@@ -686,7 +702,9 @@ def load_xrv(source: str):
         try:
             return xrv.models.DenseNet(weights=XRV_WEIGHTS)
         except Exception as error:  # of whichever library it downloads and unpickles with
-            fail(f"--features xrv: torchxrayvision cannot load its weights ({' '.join(str(error).split())[:200]}); where there is no network, convert them once elsewhere and pass the safetensors file (see README.md)")
+            fail(
+                f"--features xrv: torchxrayvision cannot load its weights ({' '.join(str(error).split())[:200]}); where there is no network, convert them once elsewhere and pass the safetensors file (see README.md)"
+            )
     try:
         weights = load_file(source)
         operating = weights.pop("op_threshs", None)
@@ -742,7 +760,9 @@ class ThroughVAE:
             if report["missing_keys"]:
                 raise ValueError(f"no weights for {min(report['missing_keys'])}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            fail(f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline")
+            fail(
+                f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline"
+            )
         self.vae, self.device, self.one_at_a_time = self.vae.eval().to(device, torch.float32), device, threading.Lock()
         self.key = fingerprint(self.vae)
 
@@ -843,7 +863,9 @@ def compute_share(jobs: list[tuple], stores: list[tuple], geometry: tuple[int, s
         flush(network, store, 1)
 
 
-def compute_features(args, accelerator: Accelerator, plan: Plan, networks: list, vae: ThroughVAE | None, directory: Path) -> dict[str, FeatureStore]:
+def compute_features(
+    args, accelerator: Accelerator, plan: Plan, networks: list, vae: ThroughVAE | None, directory: Path
+) -> dict[str, FeatureStore]:
     """Fills the cache with what it lacks of the plan's images, by all processes, and sets each source's `hashes`."""
     geometry = (plan.resolution, plan.resize_mode)
     paths = list(dict.fromkeys(path for source in plan.sources.values() for path in source.table["image"]))
@@ -881,7 +903,9 @@ def fill_sources(plan: Plan, stores: dict[str, FeatureStore], features, classifi
         sound &= np.isfinite(source.probabilities).all(axis=1)
         if not sound.all():
             row = int((~sound).argmax())
-            fail(f"{source.table['image'][row]}: its features are all zero or not finite ({(~sound).sum():,} of {len(sound):,} {source.name} images); the weights of --features or --classifier are broken")
+            fail(
+                f"{source.table['image'][row]}: its features are all zero or not finite ({(~sound).sum():,} of {len(sound):,} {source.name} images); the weights of --features or --classifier are broken"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1160,16 +1184,30 @@ def kid_row(real: Sample, other: Sample, label: str, floor: float | None, args) 
         return result_row("kid", None, label, n=n, note="needs 6 images on each side")
     values = kid(first(real, n, args.seed, "equal").features, first(other, n, args.seed, "equal").features, subset, args.seed)
     half = 1.96 * float(values.std(ddof=1)) * math.sqrt(subset / (n - subset))
-    return result_row("kid", float(values.mean()), label, n=n, floor=floor, **around(float(values.mean()), half), note=f"{KID_SUBSETS} subsets of {subset:,}, standard deviation {values.std(ddof=1):.3g}")
+    return result_row(
+        "kid",
+        float(values.mean()),
+        label,
+        n=n,
+        floor=floor,
+        **around(float(values.mean()), half),
+        note=f"{KID_SUBSETS} subsets of {subset:,}, standard deviation {values.std(ddof=1):.3g}",
+    )
 
 
 def prdc_rows(real: Sample, other: Sample, label: str, half: int, floors: dict | None, args) -> list[dict]:
     n, rows = min(len(real.features), len(other.features)), []
     if n <= NEIGHBOURS:
-        return [result_row(name, None, label, n=n, note=f"needs more than {NEIGHBOURS} images") for name in ("precision", "recall", "density", "coverage")]
+        return [
+            result_row(name, None, label, n=n, note=f"needs more than {NEIGHBOURS} images")
+            for name in ("precision", "recall", "density", "coverage")
+        ]
     values = prdc(first(real, n, args.seed, "equal").features, first(other, n, args.seed, "equal").features)
     for name, hits in values.items():
-        more = {"floor": (floors or {}).get(name), "note": joined(f"k={NEIGHBOURS}; interval for given neighbourhoods", f"floor at n={half:,}" if floors else None)}
+        more = {
+            "floor": (floors or {}).get(name),
+            "note": joined(f"k={NEIGHBOURS}; interval for given neighbourhoods", f"floor at n={half:,}" if floors else None),
+        }
         if name == "density":
             low, high = mean_interval(hits)
             rows.append(result_row(name, float(hits.mean()), label, low, high, n, **more))
@@ -1192,7 +1230,17 @@ def vendi_rows(real: Sample, other: Sample, label: str, args) -> list[dict]:
         (own, floor), more = whole[::-1, order], {"n": n, "note": "floor: as many real images"}
         rows.append(result_row(name, float(own), label, floor=float(floor), **around(float(own), spread(parts[:, 1, order]), 1.0), **more))
         ratios = parts[:, 1, order] / parts[:, 0, order] if n > 3 else np.empty(1)
-        rows.append(result_row(f"{name}_ratio", float(own / floor), label, floor=1.0, **around(float(own / floor), spread(ratios), 0.0), n=n, note="to as many real images"))
+        rows.append(
+            result_row(
+                f"{name}_ratio",
+                float(own / floor),
+                label,
+                floor=1.0,
+                **around(float(own / floor), spread(ratios), 0.0),
+                n=n,
+                note="to as many real images",
+            )
+        )
     return rows
 
 
@@ -1201,8 +1249,36 @@ def set_rows(real: Sample, other: Sample, label: str, common: int, args, with_fl
     n = min(len(real.features), len(other.features))
     half = half_size(real, n, args) if n > 3 else 0
     if half < 2:
-        names = ("fid", "fid_all_images", "fid_half_n", "fid_common_n", "fid_infinity", "kid", "precision", "recall", "density", "coverage", "vendi", "vendi_ratio", "vendi_q2", "vendi_q2_ratio")
-        return [result_row(name, None, label, n=n, note=f"{len(real.features)} real images and {len(other.features)} others are too few, or of one patient") for name in names], {}, half
+        names = (
+            "fid",
+            "fid_all_images",
+            "fid_half_n",
+            "fid_common_n",
+            "fid_infinity",
+            "kid",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "vendi",
+            "vendi_ratio",
+            "vendi_q2",
+            "vendi_q2_ratio",
+        )
+        return (
+            [
+                result_row(
+                    name,
+                    None,
+                    label,
+                    n=n,
+                    note=f"{len(real.features)} real images and {len(other.features)} others are too few, or of one patient",
+                )
+                for name in names
+            ],
+            {},
+            half,
+        )
     common = min(common, half)
     floors = real_floors(real, half, common, args) if with_floors else None
     rows, curve = fid_rows(real, other, label, half, common, floors, args)
@@ -1211,8 +1287,20 @@ def set_rows(real: Sample, other: Sample, label: str, common: int, args, with_fl
     rows += vendi_rows(real, other, label, args)
     if floors:
         for name, size in (("half", half), ("common", common)):
-            value, note = float(floors[name].mean()), f"real images against other patients' real images, {args.num_subsamples} splits; interval: of one split"
-            rows.append(result_row(f"fid_real_halves_{name}_n", value, label, n=size, **around(value, spread(floors[name]), 0.0), note=joined(note, few(size))))
+            value, note = (
+                float(floors[name].mean()),
+                f"real images against other patients' real images, {args.num_subsamples} splits; interval: of one split",
+            )
+            rows.append(
+                result_row(
+                    f"fid_real_halves_{name}_n",
+                    value,
+                    label,
+                    n=size,
+                    **around(value, spread(floors[name]), 0.0),
+                    note=joined(note, few(size)),
+                )
+            )
     return rows, curve, half
 
 
@@ -1268,25 +1356,39 @@ def consistency_rows(source: Source, labels: list[str], network, uncertain: str,
         fires = {head: source.probabilities[:, i] > threshold[head] for i, head in enumerate(heads) if threshold.get(head) is not None}
         for label in labels:
             own, others = prompts[label], other_rows(source, prompts, label, uncertain)
-            metrics = [f"class_consistency{suffix}", f"class_consistency_margin{suffix}"] + ([f"class_consistency_alone{suffix}"] if label == "No Finding" else [])
+            metrics = [f"class_consistency{suffix}", f"class_consistency_margin{suffix}"] + (
+                [f"class_consistency_alone{suffix}"] if label == "No Finding" else []
+            )
             if label not in fires or not len(own):
-                reason = "the network has no such head" if label not in heads else "no threshold for this head" if len(own) else "no image of a prompt for this label alone"
+                reason = "no image of a prompt for this label alone" if not len(own) else "no threshold for this head"
+                reason = reason if label in heads else "the network has no such head"
                 rows += [result_row(metric, None, label, n=len(own), note=reason) for metric in metrics]
             else:
                 rows.append(share_row(metrics[0], fires[label][own], label))
                 rows.append(margin_row(metrics[1], fires[label][own], fires[label][others], label, note="recall minus false-fire rate"))
                 if label == "No Finding":
-                    quiet = ~np.any([fires[head] for head in diseases if head in fires], axis=0) if diseases else np.ones(len(source.table), bool)
+                    loud = [fires[head] for head in diseases if head in fires]
+                    quiet = ~np.any(loud, axis=0) if loud else np.ones(len(source.table), bool)
                     rows.append(share_row(metrics[2], (fires[label] & quiet)[own], label, note="and no disease head fires"))
             for head in labels:
                 if head in fires and len(own):
                     rows.append(share_row(f"fires{suffix}", fires[head][own], f"{label} -> {head}"))
                 else:
-                    rows.append(result_row(f"fires{suffix}", None, f"{label} -> {head}", n=len(own), note="no such head, threshold or image"))
+                    rows.append(
+                        result_row(f"fires{suffix}", None, f"{label} -> {head}", n=len(own), note="no such head, threshold or image")
+                    )
     for label in labels:
         if label in heads:
             scores = source.probabilities[:, heads.index(label)]
-            rows.append(auroc_row("class_consistency_auroc", scores[prompts[label]], scores[other_rows(source, prompts, label, uncertain)], label, note="against the other labels' images; 0.5 is chance"))
+            rows.append(
+                auroc_row(
+                    "class_consistency_auroc",
+                    scores[prompts[label]],
+                    scores[other_rows(source, prompts, label, uncertain)],
+                    label,
+                    note="against the other labels' images; 0.5 is chance",
+                )
+            )
         else:
             rows.append(result_row("class_consistency_auroc", None, label, n=len(prompts[label]), note="the network has no such head"))
     return [row | {"floor": floors.get((row["metric"], row["label"]))} for row in rows]
@@ -1346,11 +1448,36 @@ def memorisation_rows(synthetic: Source, real: Source, train: Source | None, arg
         tie = np.abs(to_seen - to_unseen) < 1e-6
         nearer = np.where(tie, 0.5, to_seen > to_unseen)
         low, high = wilson(float(nearer.sum()), len(nearer))
-        rows.append(result_row(f"memorisation_nearer_train{kind}", float(nearer.mean()), low=low, high=high, n=len(nearer), floor=0.5, note=f"{n:,} training images against {n:,} of other patients"))
+        rows.append(
+            result_row(
+                f"memorisation_nearer_train{kind}",
+                float(nearer.mean()),
+                low=low,
+                high=high,
+                n=len(nearer),
+                floor=0.5,
+                note=f"{n:,} training images against {n:,} of other patients",
+            )
+        )
         index, cosine = nearest(generated, trained)
         expected = nearest(other[unseen], trained)[1]
-        rows.append(percentile_row(f"memorisation_p99{kind}", cosine, 0.99, floor=float(np.quantile(expected, 0.99)), note=f"cosine to the nearest of {len(trained):,} training images; floor: {n:,} real images of other patients"))
-        rows.append(share_row(f"memorisation_suspects{kind}", cosine > expected.max(), floor=1 / (n + 1), note="nearer to a training image than any real image of another patient is"))
+        rows.append(
+            percentile_row(
+                f"memorisation_p99{kind}",
+                cosine,
+                0.99,
+                floor=float(np.quantile(expected, 0.99)),
+                note=f"cosine to the nearest of {len(trained):,} training images; floor: {n:,} real images of other patients",
+            )
+        )
+        rows.append(
+            share_row(
+                f"memorisation_suspects{kind}",
+                cosine > expected.max(),
+                floor=1 / (n + 1),
+                note="nearer to a training image than any real image of another patient is",
+            )
+        )
         pairs[name] = (index, cosine)
     return rows, pairs
 
@@ -1365,7 +1492,11 @@ def score_sources(args: argparse.Namespace, plan: Plan, network) -> tuple[list[d
     labels = ["all", *plan.labels]
     suffixes = {"synthetic": "", "base model": "_baseline", "through the VAE": "_vae"}
     rows, curves = [], {}
-    sizes = [half_size(real.sample(label), min(len(real.sample(label).features), len(synthetic.sample(label).features)), args) for label in labels if len(real.sample(label).features) > 3]
+    sizes = [
+        half_size(real.sample(label), min(len(real.sample(label).features), len(synthetic.sample(label).features)), args)
+        for label in labels
+        if len(real.sample(label).features) > 3
+    ]
     common = min([size for size in sizes if size > 1], default=0)
     tasks = [(name, label) for name in suffixes if name in plan.sources for label in labels]
     for name, label in tqdm(tasks, "scoring", unit="set", leave=False):
@@ -1456,11 +1587,25 @@ def table_three(results: Results, plan: Plan, name: str) -> str:
     lines = [
         [name, results.number("fid"), results.fid("fid", "all"), results.text("vendi"), *consistency("")],
         [f"{name}, half of n", results.number("fid_half_n"), results.fid("fid_half_n", "all"), "", *[""] * len(plan.labels)],
-        ["floor: real against real, half of n", results.number("fid_half_n"), results.fid("fid_real_halves_half_n", "all"), results.text("vendi", key="floor"), *consistency("_real")],
+        [
+            "floor: real against real, half of n",
+            results.number("fid_half_n"),
+            results.fid("fid_real_halves_half_n", "all"),
+            results.text("vendi", key="floor"),
+            *consistency("_real"),
+        ],
     ]
     for source, suffix, title in (("through the VAE", "_vae", "floor: real through the VAE"), ("base model", "_baseline", "base model")):
         if source in plan.sources:
-            lines.append([title, results.number(f"fid{suffix}"), results.fid(f"fid{suffix}", "all"), results.text(f"vendi{suffix}"), *consistency(suffix)])
+            lines.append(
+                [
+                    title,
+                    results.number(f"fid{suffix}"),
+                    results.fid(f"fid{suffix}", "all"),
+                    results.text(f"vendi{suffix}"),
+                    *consistency(suffix),
+                ]
+            )
         else:
             lines.append([title, *["not given"] * (len(header) - 1)])
     return markdown_table(header, lines)
@@ -1506,8 +1651,25 @@ def matrix_tables(results: Results, plan: Plan) -> str:
 
 def report(results: Results, plan: Plan, name: str) -> str:
     """generation_metrics.md."""
-    colour = [[title, results.text(f"colour_mean{suffix}"), results.text(f"colour_p99{suffix}"), results.text(f"colour_visible{suffix}", "all", 1, 100)] for title, suffix in ((name, ""), ("real", "_real"), *([("base model", "_baseline")] if "base model" in plan.sources else []))]
-    copies = [[by, *(f"{results.text(f'memorisation_{metric}{kind}', 'all', 3)} / {results.text(f'memorisation_{metric}{kind}', 'all', 3, key='floor')}" for metric in ("nearer_train", "p99", "suspects"))] for by, kind in (("features", ""), ("pixels", "_pixels"))]
+    colour = [
+        [
+            title,
+            results.text(f"colour_mean{suffix}"),
+            results.text(f"colour_p99{suffix}"),
+            results.text(f"colour_visible{suffix}", "all", 1, 100),
+        ]
+        for title, suffix in ((name, ""), ("real", "_real"), *([("base model", "_baseline")] if "base model" in plan.sources else []))
+    ]
+    copies = [
+        [
+            by,
+            *(
+                f"{results.text(f'memorisation_{metric}{kind}', 'all', 3)} / {results.text(f'memorisation_{metric}{kind}', 'all', 3, key='floor')}"
+                for metric in ("nearer_train", "p99", "suspects")
+            ),
+        ]
+        for by, kind in (("features", ""), ("pixels", "_pixels"))
+    ]
     return "\n".join([
         f"# {name}\n",
         "Intervals in brackets are at 95 %. FID and Vendi change with n, so compare them at equal n only.\n",
@@ -1528,14 +1690,30 @@ def plot_consistency(results: Results, plan: Plan, path: Path) -> None:
     side = 1.2 + 0.75 * len(plan.labels)
     figure = Figure(figsize=(2 * side + 1, side + 0.6))
     for axes, (title, suffix) in zip(figure.subplots(1, 2), (("generated images", ""), ("real images", "_real"))):
-        values = np.array([[results.rows[f"fires{suffix}", f"{label} -> {head}"]["value"] for head in plan.labels] for label in plan.labels], float)
+        values = np.array(
+            [[results.rows[f"fires{suffix}", f"{label} -> {head}"]["value"] for head in plan.labels] for label in plan.labels], float
+        )
         # What is not known is grey, not white like 0.
         axes.set_facecolor("lightgrey")
         axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
         for (row, column), value in np.ndenumerate(values):
-            axes.text(column, row, "n/a" if np.isnan(value) else f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.6 else "black", fontsize=9)
+            axes.text(
+                column,
+                row,
+                "n/a" if np.isnan(value) else f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                color="white" if value > 0.6 else "black",
+                fontsize=9,
+            )
         names = [short(label) for label in plan.labels]
-        axes.set(title=title, xlabel="head that fires at 0.5", ylabel="prompt" if not suffix else "label", xticks=range(len(names)), yticks=range(len(names)))
+        axes.set(
+            title=title,
+            xlabel="head that fires at 0.5",
+            ylabel="prompt" if not suffix else "label",
+            xticks=range(len(names)),
+            yticks=range(len(names)),
+        )
         axes.set_xticklabels(names, rotation=45 if max(map(len, names)) > 2 else 0, ha="right" if max(map(len, names)) > 2 else "center")
         axes.set_yticklabels(names)
     figure.suptitle("Images for which a head fires, %", y=1.02)
@@ -1555,7 +1733,13 @@ def plot_fid(curves: dict, path: Path) -> None:
         axes.plot(span, np.polyval(line, span), "-", color=colour, linewidth=1)
         axes.plot([1 / curve["half"]], [curve["floor"]], "x", color=colour)
     axes.plot([], [], "kx", label="real against real")
-    axes.set(xlabel="1 / n", ylabel="FID", title="FID against 1/n; where a line meets the left edge is FID at infinite n", xlim=(0, None), ylim=(0, None))
+    axes.set(
+        xlabel="1 / n",
+        ylabel="FID",
+        title="FID against 1/n; where a line meets the left edge is FID at infinite n",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
     axes.legend()
     write_picture(figure, path)
 
@@ -1599,7 +1783,9 @@ def identify(args: argparse.Namespace, plan: Plan, networks: tuple, vae: Through
 
 def write_results(args, plan: Plan, networks: tuple, vae: ThroughVAE | None, scored: tuple, output_dir: Path) -> None:
     rows, curves, pairs = scored
-    broken = [row for row in rows if any(isinstance(row[key], float) and not math.isfinite(row[key]) for key in ("value", "low", "high", "floor"))]
+    broken = [
+        row for row in rows if any(isinstance(row[key], float) and not math.isfinite(row[key]) for key in ("value", "low", "high", "floor"))
+    ]
     assert not broken, broken[0]
     results, name = Results(rows), name_of(args.synthetic)
     for picture in ("consistency.png", "fid.png", "nearest_neighbours.png"):
@@ -1612,7 +1798,10 @@ def write_results(args, plan: Plan, networks: tuple, vae: ThroughVAE | None, sco
     if pairs:
         plot_pairs(pairs, plan, output_dir / "nearest_neighbours.png")
     write_text(output_dir / "generation_metrics.md", report(results, plan, name))
-    write_text(output_dir / "generation_metrics.json", json.dumps(identify(args, plan, networks, vae) | {"results": rows}, indent=2, allow_nan=False) + "\n")
+    write_text(
+        output_dir / "generation_metrics.json",
+        json.dumps(identify(args, plan, networks, vae) | {"results": rows}, indent=2, allow_nan=False) + "\n",
+    )
     print(table_three(results, plan, name))
     print(f"{output_dir / 'generation_metrics.json'}: {len(rows):,} rows; generation_metrics.md has them as tables")
 
@@ -1634,11 +1823,15 @@ def network_warnings(args, plan: Plan, networks: tuple) -> list[str]:
                 fail(f"{told}; train another classifier, or pass --mixed_geometry to go on all the same")
             notes.append(told)
         if network.spec["source_resolution"] != plan.resolution:
-            notes.append(f"{flag}: the classifier saw images by way of {network.spec['source_resolution']} pixels, these come by way of {plan.resolution}")
+            notes.append(
+                f"{flag}: the classifier saw images by way of {network.spec['source_resolution']} pixels, these come by way of {plan.resolution}"
+            )
         known, patients = set(network.spec["split"]["patients"]), plan.sources["real"].table["patient"].unique()
         shared = sum(patient_hash(patient) in known for patient in patients)
         if shared:
-            notes.append(f"{flag}: {shared:,} of the {len(patients):,} patients of the real images were the classifier's to train on, so its figures on real images are too good")
+            notes.append(
+                f"{flag}: {shared:,} of the {len(patients):,} patients of the real images were the classifier's to train on, so its figures on real images are too good"
+            )
     return notes
 
 

@@ -61,11 +61,16 @@ def main() -> None:
             theirs, theirs_seconds = float(metric.compute()), time.perf_counter() - start
             start = time.perf_counter()
             ours, ours_seconds = evaluation.fid(one, two), time.perf_counter() - start
-            print(f"FID {ours:.12g}, torchmetrics {theirs:.12g}, relative difference {abs(ours / theirs - 1):.1e}; {ours_seconds:.3f} s against {theirs_seconds:.3f} s, {theirs_seconds / ours_seconds:.1f} times faster")
+            print(
+                f"FID {ours:.12g}, torchmetrics {theirs:.12g}, relative difference {abs(ours / theirs - 1):.1e}; {ours_seconds:.3f} s against {theirs_seconds:.3f} s, {theirs_seconds / ours_seconds:.1f} times faster"
+            )
         return
 
     labels = evaluation.CONDITIONS[: args.labels]
-    sources = {name: source(evaluation, name, args.rows, labels, seed, shift) for name, seed, shift in (("real", 1, 0.0), ("synthetic", 2, 0.05), ("train", 3, 0.0))}
+    sources = {
+        name: source(evaluation, name, args.rows, labels, seed, shift)
+        for name, seed, shift in (("real", 1, 0.0), ("synthetic", 2, 0.05), ("train", 3, 0.0))
+    }
     plan = evaluation.Plan(sources, labels, 512, "squash", [])
     flags = ["--synthetic", "none", "--real_csv", __file__, "--train_csv", __file__]
 
@@ -81,7 +86,9 @@ def main() -> None:
     wanted = ("fid", "fid_infinity", "kid", "vendi", "precision", "coverage", "memorisation_nearer_train")
     print(json.dumps([row for row in rows if row["metric"] in wanted and row["label"] == "all"], indent=1))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{args.rows:,} + {args.rows:,} rows, {args.labels} labels: {seconds:.0f} s, peak memory {peak:.2f} GiB, of which {before:.2f} before scoring")
+    print(
+        f"{args.rows:,} + {args.rows:,} rows, {args.labels} labels: {seconds:.0f} s, peak memory {peak:.2f} GiB, of which {before:.2f} before scoring"
+    )
 
 
 if __name__ == "__main__":

@@ -158,7 +158,9 @@ def test_fid_of_gaussians_with_known_moments():
     other = np.linalg.qr(np.random.default_rng(1).standard_normal((6, 6)))[0]
     cov3 = other * scale2**2 @ other.T
     trace = np.sqrt(np.linalg.eigvals(cov1 @ cov3).real).sum()
-    assert evaluation.frechet_distance(np.zeros(6), cov1, mean, cov3) == pytest.approx(np.square(mean).sum() + np.trace(cov1 + cov3) - 2 * trace, rel=1e-9)
+    assert evaluation.frechet_distance(np.zeros(6), cov1, mean, cov3) == pytest.approx(
+        np.square(mean).sum() + np.trace(cov1 + cov3) - 2 * trace, rel=1e-9
+    )
     generator = np.random.default_rng(2)
     errors = []
     for n in (1000, 100_000):
@@ -174,7 +176,9 @@ def test_fid_of_a_set_with_itself_and_of_few_images(n):
     assert 0 <= evaluation.fid(one, one) < 1e-3 and 0 <= evaluation.fid(one, one[::-1]) < 1e-3
     assert evaluation.fid(one, two) > 0
     # The short form for few images is the same number; singular covariances cost the long one digits.
-    assert evaluation.fid(one, two) == pytest.approx(evaluation.frechet_distance(*evaluation.moments(one), *evaluation.moments(two)), rel=1e-5)
+    assert evaluation.fid(one, two) == pytest.approx(
+        evaluation.frechet_distance(*evaluation.moments(one), *evaluation.moments(two)), rel=1e-5
+    )
 
 
 def test_fid_is_never_negative():
@@ -295,7 +299,9 @@ def test_intervals_and_auroc_are_the_textbooks():
 
 def test_class_consistency_on_heads_that_are_known():
     """Four prompts for Edema, four for No Finding, one that names two findings and is no prompt for either alone."""
-    table = pd.DataFrame({"Edema": [1, 1, 1, 1, 0, 0, 0, 0, 1], "No Finding": [0, 0, 0, 0, 1, 1, 1, 1, 0], "Cardiomegaly": [0] * 8 + [1]}).astype(float)
+    table = pd.DataFrame(
+        {"Edema": [1, 1, 1, 1, 0, 0, 0, 0, 1], "No Finding": [0, 0, 0, 0, 1, 1, 1, 1, 0], "Cardiomegaly": [0] * 8 + [1]}
+    ).astype(float)
     heads = np.zeros((9, 3), np.float32)
     heads[:, 0] = [0.9, 0.8, 0.45, 0.1, 0.7, 0.2, 0.2, 0.2, 0.9]
     heads[:, 2] = [0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.9, 0.1, 0.1]
@@ -440,8 +446,16 @@ def test_tinted_blurred_and_copied_images_are_caught(tmp_path, classifier, cache
         "other": {label: [Image.open(path) for path in paths] for label, paths in unseen.items()},
     }
     # All findings, so that the real images are at least as many as the training images.
-    flags = ["--train_csv", real_csv(), "--labels", *(label for label in evaluation.LABELS if label not in ("Lung Lesion", "Pleural Other"))]
-    found = {name: run(tmp_path / name, write_samples(tmp_path / "s" / name, images), classifier, cache, *flags) for name, images in folders.items()}
+    flags = [
+        "--train_csv",
+        real_csv(),
+        "--labels",
+        *(label for label in evaluation.LABELS if label not in ("Lung Lesion", "Pleural Other")),
+    ]
+    found = {
+        name: run(tmp_path / name, write_samples(tmp_path / "s" / name, images), classifier, cache, *flags)
+        for name, images in folders.items()
+    }
     assert value(found["copies"], "memorisation_nearer_train") == value(found["copies"], "memorisation_nearer_train_pixels") == 1
     assert value(found["copies"], "memorisation_p99") > 0.9999 and value(found["copies"], "memorisation_suspects") == 1
     assert value(found["copies"], "memorisation_suspects_pixels") == 1 and value(found["other"], "memorisation_suspects_pixels") < 0.1
@@ -567,7 +581,9 @@ def test_what_a_reader_must_know_is_a_warning(tmp_path, samples, classifier, cac
         assert "3 of the" in text and "were the classifier's to train on" in text
         assert "patients are in the training images and in the real images" in text
         assert "fewer synthetic images than the 5,000 asked for" in text
-    assert value(summary, "memorisation_nearer_train") is None and "of a patient in --train_csv" in value(summary, "memorisation_nearer_train", key="note")
+    assert value(summary, "memorisation_nearer_train") is None and "of a patient in --train_csv" in value(
+        summary, "memorisation_nearer_train", key="note"
+    )
     assert "below 1,024" in value(summary, "fid", key="note")
 
 
