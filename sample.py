@@ -471,7 +471,8 @@ def sample_batch(args: argparse.Namespace, pipeline: StableDiffusionPipeline, em
 def save_image(image: Image.Image, path: Path) -> None:
     """Writes beside and renames into place: a file with its name is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    # Processes that outlived a killed launcher may still be writing the same image.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     image.save(part, format="PNG")
     os.replace(part, path)
 
@@ -568,7 +569,7 @@ def main(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         for part in output_dir.rglob(".*.part"):
-            part.unlink()
+            part.unlink(missing_ok=True)
         write_text(output_dir / "metadata.csv", samples.assign(**settings).to_csv(index=False))
         sheets = write_contact_sheets(samples, output_dir)
         print(f"{output_dir / 'metadata.csv'}: {len(samples):,} images; contact sheets in {sheets[0].parent}")

@@ -14,6 +14,7 @@ REQUIRED = {
     "train_full": ["--train_unet"],
     "train_peft": ["--method", "bitfit"],
     "sample": ["--model", "runs/bitfit"],
+    "eval_generation": ["--synthetic", "samples/bitfit"],
     "eval_downstream": ["--synthetic", "samples/bitfit"],
 }
 # The names and defaults that are a contract; None is a default that is found when the script runs.
@@ -37,6 +38,11 @@ DEFAULTS = {
     "sample": {
         "labels": None, "like_csv": None, "images_per_label": 5000, "num_inference_steps": 50, "guidance_scale": 7.5,
         "scheduler": None, "resolution": None, "batch_size": 8, "seed": 0, "output_dir": None, "split": "all", "uncertain": "ignore",
+    },
+    "eval_generation": {
+        "synthetic": None, "real_csv": None, "image_root": None, "real_split": "test", "train_csv": None, "train_split": "train",
+        "split_seed": 0, "uncertain": "ignore", "classifier": None, "features": "xrv", "baseline": None, "vae": None,
+        "max_per_label": 5000, "pool": "unique", "resolution": None, "resize_mode": None, "seed": 0, "output_dir": None,
     },
     "eval_downstream": {
         "synthetic": None, "real_csv": None, "image_root": None, "train_on": "synthetic", "arch": "efficientnet_b0", "weights": "imagenet",

@@ -1,10 +1,16 @@
 """sample.py: images that depend on seed, prompt and index alone, complete metadata, and every kind of run."""
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from common import BASE, PEFT_ROWS, ROOT, launch, phantoms, pipeline_of, train
@@ -13,6 +19,8 @@ from PIL import Image
 import sample
 
 LABELS = ["--labels", "Edema", "No Finding"]
+# A job of some seconds in many small steps, so that a kill finds something half done.
+JOB = [*LABELS, "--images_per_label", 200, "--num_inference_steps", 3, "--resolution", 64, "--batch_size", 4]
 
 
 def run(output_dir, *flags, model=BASE, steps=3):
@@ -182,3 +190,60 @@ def test_bad_input(tmp_path, capsys):
     shutil.rmtree(tmp_path / "other")
     (tmp_path / "file").write_text("")
     refused("cannot be written", *LABELS, f"--output_dir={tmp_path / 'file' / 's'}")
+
+
+def kill_and_start_again(folder, processes: int, kills: int, seed: int) -> int:
+    """Runs one job of sample.py, each start killed with all its processes at a random moment, then once undisturbed.
+
+    The moments are drawn over the time from the launch to a little beyond what a start has been seen to need, so they fall
+    into imports, loading, sampling and the writing of files alike. Returns how many starts were cut off.
+    """
+    moments, cut, span = np.random.default_rng(seed), 0, 8.0
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu" if processes > 1 else "--cpu", "--num_machines", "1"]
+    command += ["--num_processes", processes, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    job = [ROOT / "sample.py", "--model", BASE, "--output_dir", folder, *JOB]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for _ in range(4 * kills):
+        if cut == kills:
+            break
+        process = subprocess.Popen([*map(str, command), *map(str, job)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        before = len(list(folder.rglob("[!.]*.png")))
+        # Half of the kills come a random while after the first new image, which is when files are being written.
+        while_writing, delay = moments.random() < 0.5, moments.random()
+        while process.poll() is None and time.monotonic() - started < (60 if while_writing else span * delay):
+            if while_writing and len(list(folder.rglob("[!.]*.png"))) > before:
+                span = max(span, time.monotonic() - started)
+                time.sleep(0.5 * delay)
+                break
+            time.sleep(0.005)
+        if process.poll() is None:
+            # The launcher gives each of its processes a session of its own, which outlives it; stopped, it starts no more.
+            launcher = psutil.Process(process.pid)
+            launcher.suspend()
+            for child in [*launcher.children(recursive=True), launcher]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            cut += 1
+        process.wait()
+        if (folder / "metadata.csv").exists() and cut < kills:
+            # It ended before its turn; what is left to draw is made anew by taking most of it away.
+            for path in sorted(folder.rglob("[!.]*.png"))[::2]:
+                path.unlink()
+    done = launch(*job, processes=processes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return cut
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_again_and_again_it_makes_every_image_once(processes, tmp_path):
+    """SIGKILL at random moments of one job; KILLS=20 is the whole of it, some minutes for each number of processes."""
+    kills = int(os.environ.get("KILLS", 3))
+    assert kill_and_start_again(tmp_path / "killed", processes, kills, seed=processes) == kills
+    table = pd.read_csv(tmp_path / "killed" / "metadata.csv")
+    sample.main(sample.parse_args(["--model", str(BASE), "--output_dir", str(tmp_path / "whole"), *map(str, JOB)]))
+    assert table.equals(pd.read_csv(tmp_path / "whole" / "metadata.csv")) and table["file_name"].is_unique
+    found = sorted(str(path.relative_to(tmp_path / "killed")) for path in (tmp_path / "killed").rglob("*.png") if path.parent.name[0] != ".")
+    assert found == sorted(table["file_name"])
+    assert furthest(pixels(tmp_path / "whole", found), pixels(tmp_path / "killed", found)) <= 2
+    assert not list((tmp_path / "killed").rglob("*.part")) and not list((tmp_path / "killed").rglob(".*.png*"))
