@@ -237,6 +237,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [label for label in args.labels or [] if label not in LABELS]
     if unknown:
         parser.error(f"--labels: {unknown[0]!r} is none of {', '.join(LABELS)}")
+    if len(set(args.labels or [])) < len(args.labels or []):
+        parser.error("--labels names a finding twice")
+    if args.classifier and (args.synthetic or args.labels or args.reference):
+        parser.error("--classifier scores a saved classifier on real images, with the labels it has; leave out --synthetic, --labels and --reference")
     if args.train_on != "real" and not args.synthetic and not args.classifier:
         parser.error(f"--train_on {args.train_on} needs --synthetic FOLDER, a folder of sample.py")
     for flag in ("real_csv", "test_csv"):
@@ -366,6 +370,9 @@ def settle_geometry(recorded: dict[str, list], resolution: int | None, resize_mo
             f"the tables were made differently: the synthetic images with --resize_mode {', '.join(recorded['resize_mode'])}, the real ones "
             f"with {resize_mode or 'one of these'}; leave --resize_mode out, or pass --mixed_geometry to compare them all the same"
         )
+    unknown = [mode for mode in recorded["resize_mode"] if mode not in ("squash", "pad", "crop")] + [side for side in recorded["resolution"] if not side.isdigit()]
+    if unknown:
+        fail(f"--synthetic: its table has the resolution or resize_mode {unknown[0]!r}, which is none of sample.py's; mend the column or take it out")
     sides = [int(side) for side in recorded["resolution"]]
     return resolution or max(sides, default=512), resize_mode or next(iter(recorded["resize_mode"]), "squash")
 
@@ -431,11 +438,10 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
     real_csv = args.real_csv or next((p for p in DEFAULT_TABLES if Path(p).is_file()), None)
     test_csv = args.test_csv or real_csv
     synthetic_csv = find_synthetic_table(args.synthetic) if args.synthetic and not args.classifier else None
-    recorded = {"resize_mode": [spec["resize_mode"]], "resolution": [spec["source_resolution"]]} if spec else {"resize_mode": [], "resolution": []}
+    sources = {csv: load_frontal(csv, None if csv == synthetic_csv else args.image_root, left_out) for csv in dict.fromkeys((synthetic_csv, real_csv, test_csv)) if csv}
+    recorded = {"resize_mode": [spec["resize_mode"]], "resolution": [str(spec["source_resolution"])]} if spec else {"resize_mode": [], "resolution": []}
     recorded = read_geometry(synthetic_csv) if synthetic_csv else recorded
     source_resolution, resize_mode = settle_geometry(recorded, args.source_resolution, args.resize_mode, args.mixed_geometry)
-
-    sources = {csv: load_frontal(csv, None if csv == synthetic_csv else args.image_root, left_out) for csv in dict.fromkeys((synthetic_csv, real_csv, test_csv)) if csv}
     labels = choose_labels(spec.get("labels") or args.labels, sources)
     split = args.split or ("all" if args.test_csv else "test")
     test = sources[test_csv]
@@ -446,14 +452,15 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
         notes.append("real rows without a patient (patient_id or patientNNNNN in the path) are split by image")
 
     for name, csv in (("synthetic", synthetic_csv), ("real", real_csv)):
-        if csv and not args.classifier:
+        # A real table of which all or another part is tested on is no source of training images.
+        if csv and not args.classifier and (name == "synthetic" or split == "test" or args.test_csv):
             table, ready_made = sources[csv], name == "synthetic" or bool(args.test_csv)
             # A table without test rows has a split of its own, since it may be one part of the usual one.
             parts = assign_splits(table["patient"], args.split_seed + int(ready_made))
             pools[name] = (table[(parts == "train") | ((parts == "test") & ready_made)], table[parts == "val"])
     if args.train_on != "synthetic" and pools and not args.test_csv and split != "test":
         fail(f"--split {split}: these patients are trained on; leave --split out, or pass --test_csv")
-    train, val = equalise(args, pools)
+    train, val = equalise(args, pools, left_out)
     if "real" in pools and not args.test_csv:
         assert split != "test" or not {*pools["real"][0]["patient"], *pools["real"][1]["patient"]} & set(test["patient"])
     shared = len({*train["patient"], *val["patient"]} & set(test["patient"]))
@@ -465,7 +472,7 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
     return Tables(train, val, test, labels, source_resolution, resize_mode, left_out, shared, notes)
 
 
-def equalise(args: argparse.Namespace, pools: dict[str, tuple[pd.DataFrame, pd.DataFrame]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def equalise(args: argparse.Namespace, pools: dict[str, tuple[pd.DataFrame, pd.DataFrame]], left_out: dict[str, int]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Training and validation rows of --train_on, as many whichever it is: what the smaller of the tables given has."""
     if not pools:
         return pd.DataFrame(columns=["patient"]), pd.DataFrame(columns=["patient"])
@@ -474,7 +481,11 @@ def equalise(args: argparse.Namespace, pools: dict[str, tuple[pd.DataFrame, pd.D
         fail(f"--train_on {args.train_on}: no real table to train on; pass --real_csv FILE")
     parts = []
     for i, (part, wanted) in enumerate((("training", args.num_train_images), ("validation", None))):
-        count = wanted or min(len(pool[i]) for pool in pools.values())
+        smallest = min(pools, key=lambda name: len(pools[name][i]))
+        count = wanted or len(pools[smallest][i])
+        if not count:
+            fail(f"no {smallest} images for {part} in the split by patient; pass a larger table, or --test_csv FILE for a table of test images alone")
+        left_out[f"synthetic or real beyond the {count:,} {part} images that both tables have"] = 0 if wanted else sum(len(pools[n][i]) - count for n in used if len(used) == 1)
         shares = [count // len(used) + (k < count % len(used)) for k in range(len(used))]
         for name, share in zip(used, shares):
             if len(pools[name][i]) < max(share, 1):
@@ -591,9 +602,16 @@ def cache_pixels(accelerator: Accelerator, images: list[str], source_resolution:
     if not broadcast_object_list([path.exists()])[0]:
         check_images(accelerator, images)
         if accelerator.is_main_process:
-            directory.mkdir(parents=True, exist_ok=True)
             part, sizes = path.with_suffix(f".{os.getpid()}.part"), {}
-            pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), resolution, resolution))
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                for stale in directory.glob(f"{path.stem}.*.part"):
+                    # Left by a process that was killed; another may be at work on the same images.
+                    if time.time() - stale.stat().st_mtime > 3600:
+                        stale.unlink()
+                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), resolution, resolution))
+            except OSError as error:
+                fail(f"--image_cache_dir {directory}: cannot be written ({error.strerror}); pass another, or another --output_dir")
 
             def decode(i: int) -> str:
                 pixels[i] = to_gray(load_image(images[i], source_resolution, resize_mode), resolution)
@@ -604,11 +622,12 @@ def cache_pixels(accelerator: Accelerator, images: list[str], source_resolution:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     for size in tqdm(pool.map(decode, range(len(images))), "decoding images", len(images), unit="image", leave=False):
                         sizes[size] = sizes.get(size, 0) + 1
-            except BadImage:
+                pixels.flush()
+                part.with_suffix(".sizes").write_text(json.dumps(sizes))
+            except BaseException:
                 part.unlink()
                 raise
-            pixels.flush()
-            write_text(path.with_suffix(".json"), json.dumps(sizes))
+            os.replace(part.with_suffix(".sizes"), path.with_suffix(".json"))
             os.replace(part, path)
         accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r", allow_pickle=False), json.loads(path.with_suffix(".json").read_text())
@@ -657,10 +676,18 @@ def load_initial_weights(accelerator: Accelerator, model: torch.nn.Module, arch:
     head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
     body = {name: tensor for name, tensor in saved.items() if not name.startswith(f"{head}.")}
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{head}.")}
-    differing = sorted(name for name in own.keys() | body.keys() if name not in own or name not in body or own[name].shape != body[name].shape)
+    # Older files lack the counters of batch normalisation, which nothing here reads.
+    names = {name for name in own.keys() | body.keys() if not name.endswith("num_batches_tracked")}
+    differing = sorted(name for name in names if name not in own or name not in body or own[name].shape != body[name].shape)
     if differing:
         fail(f"--weights {weights}: not the weights of {arch}, {len(differing)} tensors do not match, such as {differing[0]}; pass its --arch")
     model.load_state_dict(body, strict=False)
+
+
+def spec_digest(spec: dict) -> str:
+    """SHA-256 of what a classifier.json says of its weights: a head scored under another label's name would go unnoticed."""
+    keys = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "train_on", "model_sha256")
+    return hashlib.sha256(json.dumps([spec.get(key) for key in keys], sort_keys=True).encode()).hexdigest()
 
 
 def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
@@ -670,7 +697,7 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
         spec = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split", "real_test_auroc", "model_sha256")
+    needed = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split", "real_test_auroc", "model_sha256", "spec_sha256")
     missing = [key for key in needed if key not in spec]
     if missing:
         fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
@@ -678,6 +705,8 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
+        if spec_digest(spec) != spec["spec_sha256"] or "patients" not in spec["split"]:
+            raise ValueError("classifier.json has been changed since it was written")
         model = build_classifier(spec["arch"], len(spec["labels"]))
         model.load_state_dict(load_file(weights))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -820,7 +849,10 @@ def train_seed(args: argparse.Namespace, accelerator: Accelerator, seed: int, nu
     # Scores in float32, whatever the precision that accelerate gives to the wrapped one.
     scorer = build_classifier(args.arch, num_labels).to(accelerator.device)
     path, losses, best = folder / "progress.safetensors", [], {}
-    if path.exists():
+    if accelerator.scaler:
+        # As it is before the first seed, whichever seed this process begins with.
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+    if broadcast_object_list([path.exists()])[0]:
         best, counters = load_progress(path, model, optimizer)
         losses = counters["losses"]
         if accelerator.scaler:
@@ -1231,6 +1263,7 @@ def save_classifier(args, tables: Tables, rows: list[dict], thresholds: list[flo
         "real_test_auroc": {row["label"]: {key: row[key] for key in ("value", "low", "high", "n", "note")} for row in rows if row["metric"] == "auroc" and row["label"] != "all"},
         "model_sha256": hashlib.sha256((part / "model.safetensors").read_bytes()).hexdigest(),
     }  # fmt: skip
+    spec["spec_sha256"] = spec_digest(spec)
     write_text(part / "classifier.json", json.dumps(spec, indent=2) + "\n")
     shutil.rmtree(output_dir / "classifier", ignore_errors=True)
     os.replace(part, output_dir / "classifier")
@@ -1308,19 +1341,18 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     path = Path(folder) / "downstream_metrics.json"
     try:
         found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        theirs, entries, reasons = found["settings"], found["seeds"], found["training_reasons"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         fail(f"--reference {folder}: no finished run ({error}); pass the output folder of one with --train_on real")
-    theirs = found["settings"]
-    same = ("labels", "test", "num_train_images", "num_val_images", "arch", "weights", "resolution", "num_train_epochs", "patience",
-            "train_batch_size", "learning_rate", "num_seeds")  # fmt: skip
-    differing = [key for key in same if theirs.get(key) != settings.get(key)]
+    # All but what is trained on, which is the difference that is asked about, and the seeds.
+    differing = [key for key in settings if theirs.get(key) != settings[key] and key not in ("train_on", "training", "seed", "mixed_geometry")]
     if theirs.get("train_on") != "real" or differing:
         what = "is not trained on real images" if theirs.get("train_on") != "real" else f"was made with another {', '.join(differing)}"
         fail(f"--reference {folder}: {what}; the ratio needs the same test images, labels, number of images and schedule")
-    seeds = [Path(folder) / "seeds" / f"seed-{entry['seed']}" for entry in found["seeds"]]
+    seeds = [Path(folder) / "seeds" / f"seed-{entry['seed']}" for entry in entries]
     predictions = [read_predictions(path) for path in seeds]
-    thresholds = [[entry["thresholds"][label] for label in labels] for entry in found["seeds"]]
-    return score(test, predictions, thresholds, found["training_reasons"], draws, seed)
+    thresholds = [[entry["thresholds"][label] for label in labels] for entry in entries]
+    return score(test, predictions, thresholds, reasons, draws, seed)
 
 
 def describe_run(args: argparse.Namespace, tables: Tables, train: Images, test: Images, sizes: dict, output_dir: Path) -> None:
@@ -1351,6 +1383,8 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
+    # The same seed is to give the same figures; and scores are not rounded to TF32.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False, False
     return accelerator
 
 
@@ -1389,12 +1423,17 @@ def summarise(args, settings, tables, labels, scores, rows, predictions, thresho
 
 @plain_errors
 def main(args: argparse.Namespace) -> None:
-    name = "_".join(filter(None, [Path(args.classifier).resolve().parent.name if args.classifier else args.train_on, args.synthetic and Path(args.synthetic).stem]))
+    name = "_".join(filter(None, [args.train_on, args.synthetic and Path(args.synthetic).stem]))
+    if args.classifier:
+        name = f"{Path(args.classifier).resolve().parent.name}_on_{Path(args.test_csv or args.real_csv or DEFAULT_TABLES[0]).stem}"
     output_dir = Path(args.output_dir or Path("downstream") / name)
     classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
     tables = load_tables(args, spec)
     labels = tables.labels
     accelerator = start_accelerator(args)
+    if not args.classifier:
+        # Said before hours of decoding, if they cannot be had.
+        load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args.arch, args.weights)
     resolution = spec.get("resolution", args.resolution)
     train, val, test, sizes = load_images(args, accelerator, tables, resolution, output_dir)
     training_reasons, test_reasons = one_class(train.targets, "training") if len(train.targets) else [None] * len(labels), one_class(test.targets, "test")
@@ -1408,7 +1447,9 @@ def main(args: argparse.Namespace) -> None:
         "num_train_images": len(tables.train), "num_val_images": len(tables.val), "test": digest(test.pixels, test.targets, test.patients),
         "training": digest(train.pixels, train.targets, val.pixels, val.targets), "weights_sha256": spec.get("model_sha256"),
     }  # fmt: skip
-    if args.weights not in ("imagenet", "none"):
+    if spec:
+        settings |= {key: spec[key] for key in ("arch", "resolution", "train_on")} | {"weights": "a saved classifier"}
+    elif args.weights not in ("imagenet", "none"):
         settings["weights_sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
     bootstrap_seed = stream_seed(args.split_seed, "bootstrap")
     if args.reference:
@@ -1434,7 +1475,8 @@ def main(args: argparse.Namespace) -> None:
         return
 
     scores = score(test, predictions, thresholds, training_reasons, args.bootstrap_samples, bootstrap_seed)
-    rows = result_rows(labels, scores, test, [a or b for a, b in zip(test_reasons, training_reasons)], bootstrap_seed)
+    reasons = [a or b for a, b in zip(test_reasons, training_reasons)]
+    rows = result_rows(labels, scores, test, reasons, bootstrap_seed)
     if args.reference:
         rows += ratio_rows(labels, scores, reference, args.reference, bootstrap_seed)
     title = f"the saved classifier {args.classifier}" if args.classifier else f"trained on {len(tables.train):,} {'synthetic and real' if args.train_on == 'both' else args.train_on} images{' with shuffled labels' if args.shuffle_labels else ''}"
@@ -1443,7 +1485,9 @@ def main(args: argparse.Namespace) -> None:
         plot_training(predictions, args.seed, output_dir)
     if not args.classifier and not args.shuffle_labels:
         best = int(np.argmin([min(losses) for _, _, losses in predictions]))
-        save_classifier(args, tables, rows, thresholds[best], folders[best] / "model.safetensors", output_dir)
+        own = Scores(*({name: figures[:, best : best + 1] for name, figures in part.items()} for part in (scores.values, scores.samples)))
+        own_rows = result_rows(labels, own, test, reasons, bootstrap_seed)
+        save_classifier(args, tables, own_rows, thresholds[best], folders[best] / "model.safetensors", output_dir)
     lead = headline(labels, rows)
     write_text(output_dir / "downstream_table.md", table_markdown(f"Real test images, {title}", labels, rows, lead, footnotes(args, tables, test)))
     summary = summarise(args, settings, tables, labels, scores, rows, predictions, thresholds, training_reasons, train, test)

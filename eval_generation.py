@@ -604,6 +604,13 @@ def build_classifier(arch: str, num_labels: int) -> torch.nn.Module:
     return get_model(arch, weights=None, num_classes=num_labels).to(memory_format=torch.channels_last)
 
 
+# Copied from eval_downstream.spec_digest
+def spec_digest(spec: dict) -> str:
+    """SHA-256 of what a classifier.json says of its weights: a head scored under another label's name would go unnoticed."""
+    keys = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "train_on", "model_sha256")
+    return hashlib.sha256(json.dumps([spec.get(key) for key in keys], sort_keys=True).encode()).hexdigest()
+
+
 # Copied from eval_downstream.load_classifier
 def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     """A saved classifier in evaluation mode, float32, on the CPU, and its classifier.json; ends with exit status 2 where they do not belong together."""
@@ -612,7 +619,7 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
         spec = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split", "real_test_auroc", "model_sha256")
+    needed = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split", "real_test_auroc", "model_sha256", "spec_sha256")
     missing = [key for key in needed if key not in spec]
     if missing:
         fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
@@ -620,6 +627,8 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
+        if spec_digest(spec) != spec["spec_sha256"] or "patients" not in spec["split"]:
+            raise ValueError("classifier.json has been changed since it was written")
         model = build_classifier(spec["arch"], len(spec["labels"]))
         model.load_state_dict(load_file(weights))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -1826,6 +1835,8 @@ def network_warnings(args, plan: Plan, networks: tuple) -> list[str]:
             notes.append(
                 f"{flag}: the classifier saw images by way of {network.spec['source_resolution']} pixels, these come by way of {plan.resolution}"
             )
+        if network.spec.get("train_on") != "real":
+            notes.append(f"{flag}: the classifier was trained on {network.spec.get('train_on')} images, not on real ones alone, so it may judge by what generators do")
         known, patients = set(network.spec["split"]["patients"]), plan.sources["real"].table["patient"].unique()
         shared = sum(patient_hash(patient) in known for patient in patients)
         if shared:

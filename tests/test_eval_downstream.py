@@ -260,6 +260,14 @@ def test_the_saved_classifier_is_the_one_that_was_scored(learnt, tmp_path):
     assert whole["images"]["patients_in_training_and_test"] == seen.nunique()
 
 
+def test_the_best_seed_is_saved_with_its_own_figures(samples, tmp_path):
+    summary = run(tmp_path / "out", f"--synthetic={samples}", num_seeds=2)
+    best = min(summary["seeds"], key=lambda seed: min(seed["validation_losses"]))
+    spec = json.loads((tmp_path / "out" / "classifier" / "classifier.json").read_text())
+    assert {label: figure["value"] for label, figure in spec["real_test_auroc"].items()} == best["metrics"]["auroc"]
+    assert spec["thresholds"] == best["thresholds"] and row(summary, "auroc", "Edema")["value"] != best["metrics"]["auroc"]["Edema"]
+
+
 def test_labels_that_are_all_negative_give_a_constant_classifier(tmp_path):
     rows = of_split(phantoms(300), "train")
     rows[CONDITIONS] = "0"
@@ -444,6 +452,10 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
     refused("these patients are trained on", synthetic, "--split=all", train_on="real")
     refused("no finished run", synthetic, f"--reference={tmp_path / 'empty'}")
     refused("is not trained on real images", synthetic, f"--reference={tmp_path / 'mixed'}")
+    run(tmp_path / "control", synthetic, "--shuffle_labels", train_on="real")
+    refused("made with another shuffle_labels", synthetic, f"--reference={tmp_path / 'control'}")
+    (tmp_path / "control" / "downstream_metrics.json").write_text("{}")
+    refused("no finished run", synthetic, f"--reference={tmp_path / 'control'}")
     broken = of_split(phantoms(300), "train")
     (tmp_path / "broken.jpg").write_bytes(open(broken["Path"].iloc[0], "rb").read()[:500])
     broken["patient_id"], broken["Path"] = broken["Path"], str(tmp_path / "broken.jpg")
@@ -459,6 +471,13 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
     refused("not empty and not a folder of this script", synthetic, folder="mine")
     (tmp_path / "file").write_text("")
     refused("cannot be written", synthetic, f"--image_cache_dir={tmp_path / 'image_cache'}", folder="file/x")
+    refused("--image_cache_dir", synthetic, f"--image_cache_dir={tmp_path / 'file' / 'cache'}")
+    refused("names a finding twice", synthetic, "--labels", "Edema", "Edema")
+    for text, words in (("", "the file is empty"), ("file_name,Edema,resize_mode\n000.png,1,stretch\n", "'stretch', which is none of sample.py's")):
+        (tmp_path / "s.csv").write_text(text)
+        refused(words, f"--synthetic={tmp_path / 's.csv'}")
+    of_split(phantoms(), "test").to_csv(tmp_path / "test_only.csv", index=False)
+    refused("no real images for training in the split by patient", synthetic, real_csv=tmp_path / "test_only.csv")
 
     classifier = tmp_path / "done" / "classifier"
     spec = json.loads((classifier / "classifier.json").read_text())
@@ -468,6 +487,10 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
         refused(f"no {key}; save the classifier anew", f"--classifier={classifier}")
     (classifier / "classifier.json").write_text(json.dumps(spec | {"labels": spec["labels"][:3], "thresholds": {}}))
     refused("does not match classifier.json", f"--classifier={classifier}")
+    (classifier / "classifier.json").write_text(json.dumps(spec))
+    for change in ({"labels": spec["labels"][::-1]}, {"thresholds": {}}, {"normalisation": {"mean": [0] * 3, "std": [1] * 3}}):
+        (classifier / "classifier.json").write_text(json.dumps(spec | change))
+        refused("does not match classifier.json", f"--classifier={classifier}")
     (classifier / "classifier.json").write_text(json.dumps(spec))
     with open(classifier / "model.safetensors", "ab") as file:
         file.write(b"x")

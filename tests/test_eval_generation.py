@@ -70,6 +70,7 @@ def classifier(tmp_path_factory) -> Path:
         "split": {"seed": 0, "fingerprint": "0", "patients": []}, "real_test_auroc": {},
         "model_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }  # fmt: skip
+    spec["spec_sha256"] = evaluation.spec_digest(spec)
     (folder / "classifier.json").write_text(json.dumps(spec))
     return folder
 
