@@ -37,17 +37,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -370,9 +366,11 @@ def settle_geometry(recorded: dict[str, list], resolution: int | None, resize_mo
             f"the tables were made differently: the synthetic images with --resize_mode {', '.join(recorded['resize_mode'])}, the real ones "
             f"with {resize_mode or 'one of these'}; leave --resize_mode out, or pass --mixed_geometry to compare them all the same"
         )
-    unknown = [mode for mode in recorded["resize_mode"] if mode not in ("squash", "pad", "crop")] + [side for side in recorded["resolution"] if not side.isdigit()]
+    unknown = [mode for mode in recorded["resize_mode"] if mode not in ("squash", "pad", "crop")]
+    unknown += [side for side in recorded["resolution"] if not side.isdigit()]
     if unknown:
-        fail(f"--synthetic: its table has the resolution or resize_mode {unknown[0]!r}, which is none of sample.py's; mend the column or take it out")
+        way_out = "mend the column or take it out"
+        fail(f"--synthetic: its table has the resolution or resize_mode {unknown[0]!r}, which is none of sample.py's; {way_out}")
     sides = [int(side) for side in recorded["resolution"]]
     return resolution or max(sides, default=512), resize_mode or next(iter(recorded["resize_mode"]), "squash")
 
@@ -430,7 +428,7 @@ def subset(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 
 
 def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
-    """Loads the tables, splits by patient and equalises; patients in training and test are counted, and there are none in a split of ours.
+    """Loads the tables, splits by patient and equalises; patients in training and test are counted (none in a split of ours).
 
     `spec` is the classifier.json of --classifier, with which nothing is trained, or {}.
     """
@@ -438,9 +436,13 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
     real_csv = args.real_csv or next((p for p in DEFAULT_TABLES if Path(p).is_file()), None)
     test_csv = args.test_csv or real_csv
     synthetic_csv = find_synthetic_table(args.synthetic) if args.synthetic and not args.classifier else None
-    sources = {csv: load_frontal(csv, None if csv == synthetic_csv else args.image_root, left_out) for csv in dict.fromkeys((synthetic_csv, real_csv, test_csv)) if csv}
-    recorded = {"resize_mode": [spec["resize_mode"]], "resolution": [str(spec["source_resolution"])]} if spec else {"resize_mode": [], "resolution": []}
-    recorded = read_geometry(synthetic_csv) if synthetic_csv else recorded
+    roots = {csv: None if csv == synthetic_csv else args.image_root for csv in (synthetic_csv, real_csv, test_csv) if csv}
+    sources = {csv: load_frontal(csv, root, left_out) for csv, root in roots.items()}
+    recorded = {"resize_mode": [], "resolution": []}
+    if spec:
+        recorded = {"resize_mode": [spec["resize_mode"]], "resolution": [str(spec["source_resolution"])]}
+    elif synthetic_csv:
+        recorded = read_geometry(synthetic_csv)
     source_resolution, resize_mode = settle_geometry(recorded, args.source_resolution, args.resize_mode, args.mixed_geometry)
     labels = choose_labels(spec.get("labels") or args.labels, sources)
     split = args.split or ("all" if args.test_csv else "test")
@@ -472,7 +474,9 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
     return Tables(train, val, test, labels, source_resolution, resize_mode, left_out, shared, notes)
 
 
-def equalise(args: argparse.Namespace, pools: dict[str, tuple[pd.DataFrame, pd.DataFrame]], left_out: dict[str, int]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def equalise(
+    args: argparse.Namespace, pools: dict[str, tuple[pd.DataFrame, pd.DataFrame]], left_out: dict[str, int]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Training and validation rows of --train_on, as many whichever it is: what the smaller of the tables given has."""
     if not pools:
         return pd.DataFrame(columns=["patient"]), pd.DataFrame(columns=["patient"])
@@ -484,13 +488,19 @@ def equalise(args: argparse.Namespace, pools: dict[str, tuple[pd.DataFrame, pd.D
         smallest = min(pools, key=lambda name: len(pools[name][i]))
         count = wanted or len(pools[smallest][i])
         if not count:
-            fail(f"no {smallest} images for {part} in the split by patient; pass a larger table, or --test_csv FILE for a table of test images alone")
-        left_out[f"synthetic or real beyond the {count:,} {part} images that both tables have"] = 0 if wanted else sum(len(pools[n][i]) - count for n in used if len(used) == 1)
+            way_out = "pass a larger table, or --test_csv FILE for a table of test images alone"
+            fail(f"no {smallest} images for {part} in the split by patient; {way_out}")
+        if not wanted and len(used) == 1 and len(pools[used[0]][i]) > count:
+            beyond = len(pools[used[0]][i]) - count
+            left_out[f"{used[0]} beyond the {count:,} {part} images that both tables have"] = beyond
         shares = [count // len(used) + (k < count % len(used)) for k in range(len(used))]
         for name, share in zip(used, shares):
-            if len(pools[name][i]) < max(share, 1):
-                fail(f"{len(pools[name][i]):,} {name} images for {part}, {max(share, 1):,} needed; pass a larger table or a smaller --num_train_images")
-        parts.append(pd.concat([subset(pools[name][i], share, args.split_seed).assign(real=name == "real") for name, share in zip(used, shares)], ignore_index=True))
+            found = len(pools[name][i])
+            if found < max(share, 1):
+                way_out = "pass a larger table or a smaller --num_train_images"
+                fail(f"{found:,} {name} images for {part}, {max(share, 1):,} needed; {way_out}")
+        drawn = [subset(pools[name][i], share, args.split_seed).assign(real=name == "real") for name, share in zip(used, shares)]
+        parts.append(pd.concat(drawn, ignore_index=True))
     return parts[0], parts[1]
 
 
@@ -589,7 +599,9 @@ def to_gray(rgb: np.ndarray, resolution: int) -> np.ndarray:
     return np.asarray(Image.fromarray(gray).resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def cache_pixels(accelerator: Accelerator, images: list[str], source_resolution: int, resize_mode: str, resolution: int, directory: Path) -> tuple[np.ndarray, dict]:
+def cache_pixels(
+    accelerator: Accelerator, images: list[str], source_resolution: int, resize_mode: str, resolution: int, directory: Path
+) -> tuple[np.ndarray, dict]:
     """All images decoded and resized once: (n, resolution, resolution) uint8, memory-mapped, and the count of each size found.
 
     The file is named by what determines it: the geometry, and each image's path, size and time.
@@ -691,13 +703,19 @@ def spec_digest(spec: dict) -> str:
 
 
 def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
-    """A saved classifier in evaluation mode, float32, on the CPU, and its classifier.json; ends with exit status 2 where they do not belong together."""
+    """A saved classifier in evaluation mode, float32, on the CPU, and its classifier.json.
+
+    Ends with exit status 2 where the two do not belong together.
+    """
     path = Path(folder) / "classifier.json"
     try:
         spec = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split", "real_test_auroc", "model_sha256", "spec_sha256")
+    needed = (
+        "arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split",
+        "real_test_auroc", "model_sha256", "spec_sha256",
+    )  # fmt: skip
     missing = [key for key in needed if key not in spec]
     if missing:
         fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
@@ -931,10 +949,14 @@ def youden_threshold(target: np.ndarray, probability: np.ndarray) -> float | Non
     return float(thresholds[1:][np.argmax((true_positive - false_positive)[1:])])
 
 
+def probability_bins(probability: np.ndarray) -> np.ndarray:
+    """The index of each probability's bin, of ECE_BINS of equal width."""
+    return np.minimum((probability * ECE_BINS).astype(int), ECE_BINS - 1)
+
+
 def calibration_error(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Expected calibration error over equal-width bins (arXiv 1706.04599, eq. 3) for each row of `weights` (draws, n)."""
-    bins = np.minimum((probability * ECE_BINS).astype(int), ECE_BINS - 1)
-    members = np.eye(ECE_BINS)[bins]
+    members = np.eye(ECE_BINS)[probability_bins(probability)]
     return np.abs((weights * (target - probability)) @ members).sum(axis=1) / weights.sum(axis=1)
 
 
@@ -1106,17 +1128,20 @@ def result_rows(labels: list[str], scores: Scores, test: Images, reasons: list[s
         floors = [floor_of(metric, float(p), float(c)) for p, c in zip(positives, constants)]
         for i, label in enumerate(labels):
             if not defined[i]:
-                rows.append(result_row(metric, None, label, n=int(counts[i]), note=f"n/a: {reasons[i] or 'no threshold, since the validation images have one class only'}"))
+                reason = reasons[i] or "no threshold, since the validation images have one class only"
+                rows.append(result_row(metric, None, label, n=int(counts[i]), note=f"n/a: {reason}"))
                 continue
             low, high = interval(over_seeds(metric, values[i], samples[i], seed))
-            rows.append(result_row(metric, float(values[i].mean()), label, low, high, int(counts[i]), floors[i], verdict(metric, low, rates[i : i + 1], seeds)))
+            note = verdict(metric, low, rates[i : i + 1], seeds)
+            rows.append(result_row(metric, float(values[i].mean()), label, low, high, int(counts[i]), floors[i], note))
         if not defined.any():
             rows.append(result_row(metric, None, note="n/a: no label has it"))
             continue
         low, high = interval(over_seeds(metric, values[defined].mean(axis=0), samples[defined].mean(axis=0), seed))
         floor = float(np.mean([f for f, d in zip(floors, defined) if d])) if floors[0] is not None else None
         notes = [verdict(metric, low, rates[defined], seeds), None if defined.all() else f"mean of {defined.sum()} of {len(labels)} labels"]
-        rows.append(result_row(metric, float(values[defined].mean()), "all", low, high, len(test.targets), floor, "; ".join(filter(None, notes)) or None))
+        note = "; ".join(filter(None, notes)) or None
+        rows.append(result_row(metric, float(values[defined].mean()), "all", low, high, len(test.targets), floor, note))
     return rows
 
 
@@ -1137,7 +1162,8 @@ def ratio_rows(labels: list[str], scores: Scores, reference: Scores, name: str, 
             drawn = over_seeds(metric, ours[chosen].mean(axis=0), scores.samples[metric][chosen].mean(axis=0), seed)
             others = over_seeds(metric, theirs[chosen].mean(axis=0), reference.samples[metric][chosen].mean(axis=0), seed + 1)
             low, high = interval(drawn / np.maximum(others, 1e-12))
-            rows.append(result_row(f"{metric}_of_reference", float(ours[chosen].mean() / theirs[chosen].mean()), label, low, high, note=f"of the figure of {name}"))
+            ratio = float(ours[chosen].mean() / theirs[chosen].mean())
+            rows.append(result_row(f"{metric}_of_reference", ratio, label, low, high, note=f"of the figure of {name}"))
     return rows
 
 
@@ -1165,7 +1191,8 @@ def table_markdown(title: str, labels: list[str], rows: list[dict], lead: str, f
     beaten = {label: found["accuracy_gain", label] for label in columns}
     marks = {label: "" if row["value"] is None or row["low"] > 0 else " (≤ floor)" for label, row in beaten.items()}
     lines = [f"# {title}", "", lead, "", line("accuracy at 0.5, %", [*labels, "mean"]), "|---" * (len(columns) + 1) + "|"]
-    lines.append(line("floor: always the more frequent class", [cell(found["constant_accuracy", label] | {"low": None}, True) for label in columns]))
+    floors = [cell(found["constant_accuracy", label] | {"low": None}, True) for label in columns]
+    lines.append(line("floor: always the more frequent class", floors))
     lines.append(line("**this classifier**", [cell(found["accuracy", label], True) + marks[label] for label in columns]))
     lines += ["", line("beside accuracy", [*labels, "mean"]), "|---" * (len(columns) + 1) + "|"]
     for metric, name in METRICS.items():
@@ -1175,10 +1202,12 @@ def table_markdown(title: str, labels: list[str], rows: list[dict], lead: str, f
         lines.append(line(f"{name}{', %' if percent else ''}", [cell(found[metric, label], percent) for label in columns]))
         if metric in ("auprc", "f1"):
             floor = {"auprc": "floor: the share of positives", "f1": "floor: F1 of always positive"}[metric]
-            lines.append(line(floor, ["n/a" if found[metric, label]["floor"] is None else f"{found[metric, label]['floor']:.3f}" for label in columns]))
+            values = [found[metric, label]["floor"] for label in columns]
+            lines.append(line(floor, ["n/a" if value is None else f"{value:.3f}" for value in values]))
     for metric in ("auroc", "accuracy", "balanced_accuracy", "auprc", "f1"):
         if (f"{metric}_of_reference", "all") in found:
-            lines.append(line(f"{METRICS[metric]}, share of the reference's", [cell(found[f"{metric}_of_reference", label], False) for label in columns]))
+            shares = [cell(found[f"{metric}_of_reference", label], False) for label in columns]
+            lines.append(line(f"{METRICS[metric]}, share of the reference's", shares))
     return "\n".join([*lines, "", *(f"- {note}" for note in footnotes), ""])
 
 
@@ -1186,7 +1215,8 @@ def panels(labels: list[str], title: str, x: str, y: str):
     """A figure with one square panel in [0, 1] for each label, and its panels."""
     columns = min(3, len(labels))
     rows = math.ceil(len(labels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.7 * rows + 0.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 3.7 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle(title)
     for axis, label in itertools.zip_longest(axes.flat, labels):
         if label is None:
@@ -1197,10 +1227,10 @@ def panels(labels: list[str], title: str, x: str, y: str):
     return figure, axes.flat
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes beside and renames into place."""
     part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", dpi=130)
-    plt.close(figure)
+    figure.savefig(part, format="png", dpi=130, bbox_inches="tight")
     os.replace(part, path)
 
 
@@ -1220,7 +1250,7 @@ def plot_curves(labels, rows: list[dict], test: Images, predictions: list[tuple]
         for _, probability, _ in predictions:
             false_positive, true_positive, _ = roc_curve(target, probability[known, i])
             roc_axes[i].plot(false_positive, true_positive, linewidth=1.3)
-            bins = np.minimum((probability[known, i] * ECE_BINS).astype(int), ECE_BINS - 1)
+            bins = probability_bins(probability[known, i])
             filled = [bins == b for b in np.unique(bins)]
             points = [(probability[known, i][inside].mean(), target[inside].mean()) for inside in filled]
             reliability_axes[i].plot(*zip(*points), linewidth=1, color="C0", alpha=0.5)
@@ -1235,7 +1265,8 @@ def plot_curves(labels, rows: list[dict], test: Images, predictions: list[tuple]
 
 def plot_training(predictions: list[tuple], first_seed: int, output_dir: Path) -> None:
     """training.png: the validation loss by epoch; a dot marks the epoch that was kept."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
     for k, (_, _, losses) in enumerate(predictions):
         epochs = np.arange(1, len(losses) + 1)
         axis.plot(epochs, losses, linewidth=1.3, label=f"seed {first_seed + k}")
@@ -1255,12 +1286,13 @@ def save_classifier(args, tables: Tables, rows: list[dict], thresholds: list[flo
     # Synthetic images have no patients.
     real = pd.concat([table[table["real"]] for table in (tables.train, tables.val)])["patient"]
     patients = sorted({patient_hash(patient) for patient in real})
+    aurocs = [row for row in rows if row["metric"] == "auroc" and row["label"] != "all"]
     spec = {
         "script": "eval_downstream.py", "arch": args.arch, "labels": tables.labels, "resolution": args.resolution,
         "source_resolution": tables.source_resolution, "resize_mode": tables.resize_mode, "channels": "mean, repeated three times",
         "normalisation": NORMALISATION, "thresholds": dict(zip(tables.labels, thresholds)), "train_on": args.train_on, "uncertain": args.uncertain,
         "split": {"seed": args.split_seed, "fingerprint": hashlib.sha256("\n".join(patients).encode()).hexdigest(), "patients": patients},
-        "real_test_auroc": {row["label"]: {key: row[key] for key in ("value", "low", "high", "n", "note")} for row in rows if row["metric"] == "auroc" and row["label"] != "all"},
+        "real_test_auroc": {row["label"]: {key: row[key] for key in ("value", "low", "high", "n", "note")} for row in aurocs},
         "model_sha256": hashlib.sha256((part / "model.safetensors").read_bytes()).hexdigest(),
     }  # fmt: skip
     spec["spec_sha256"] = spec_digest(spec)
@@ -1286,14 +1318,15 @@ def headline(labels: list[str], rows: list[dict]) -> str:
     return text + f"AUROC is above chance, beyond its interval, in {better} of {len(aurocs)}; its mean is {cell(mean, False).split(' **')[0]}."
 
 
-def footnotes(args: argparse.Namespace, tables: Tables, test: Images) -> list[str]:
+def footnotes(args: argparse.Namespace, tables: Tables) -> list[str]:
     """How the figures came about, and what limits them."""
     notes = [
-        f"95% intervals: {args.bootstrap_samples:,} draws of {tables.test['patient'].nunique():,} patients ({len(tables.test):,} images) with replacement"
-        + ("." if args.classifier or args.num_seeds == 1 else f", widened by what the {args.num_seeds} seeds vary by."),
-        f"CONSTANT: at 0.5 the same answer for at least {1 - CONSTANT_RATE:.1%} of the images in every seed. (≤ floor): accuracy is not above the constant predictor's, "
-        "beyond the interval of their difference.",
-        f"Uncertain labels: {args.uncertain}. Images: {tables.resize_mode} to {tables.source_resolution} pixels, the mean of the channels, then the network's input.",
+        f"95% intervals: {args.bootstrap_samples:,} draws of {tables.test['patient'].nunique():,} patients ({len(tables.test):,} images) "
+        + ("with replacement." if args.classifier or args.num_seeds == 1 else f"with replacement, widened by what the {args.num_seeds} seeds vary by."),
+        f"CONSTANT: at 0.5 the same answer for at least {1 - CONSTANT_RATE:.1%} of the images in every seed. (≤ floor): accuracy is "
+        "not above the constant predictor's, beyond the interval of their difference.",
+        f"Uncertain labels: {args.uncertain}. Images: {tables.resize_mode} to {tables.source_resolution} pixels, the mean of the "
+        "channels, then the network's input.",
         f"{tables.shared_patients:,} patients are in both training and test.",
     ]  # fmt: skip
     return notes + [note for note in tables.notes if "patients are in both" not in note]
@@ -1345,7 +1378,8 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         fail(f"--reference {folder}: no finished run ({error}); pass the output folder of one with --train_on real")
     # All but what is trained on, which is the difference that is asked about, and the seeds.
-    differing = [key for key in settings if theirs.get(key) != settings[key] and key not in ("train_on", "training", "seed", "mixed_geometry")]
+    free = ("train_on", "training", "seed", "mixed_geometry")
+    differing = [key for key in settings if theirs.get(key) != settings[key] and key not in free]
     if theirs.get("train_on") != "real" or differing:
         what = "is not trained on real images" if theirs.get("train_on") != "real" else f"was made with another {', '.join(differing)}"
         fail(f"--reference {folder}: {what}; the ratio needs the same test images, labels, number of images and schedule")
@@ -1359,16 +1393,19 @@ def describe_run(args: argparse.Namespace, tables: Tables, train: Images, test: 
     """What is trained and tested on, before it happens."""
     lines = []
     if len(train.targets):
-        lines.append(f"{'train':>9}  {len(tables.train):,} images ({args.train_on}), validation {len(tables.val):,}; {args.arch} from {args.weights}, {args.num_seeds} seeds")
+        network = f"{args.arch} from {args.weights}, {args.num_seeds} seeds"
+        lines.append(f"{'train':>9}  {len(tables.train):,} images ({args.train_on}), validation {len(tables.val):,}; {network}")
     lines.append(f"{'test':>9}  {len(tables.test):,} real images of {tables.test['patient'].nunique():,} patients")
     for i, label in enumerate(tables.labels):
-        counts = [f"{int(np.nansum(part.targets[:, i])):,} positive, {int(np.isnan(part.targets[:, i]).sum()):,} masked of {len(part.targets):,}" for part in (train, test) if len(part.targets)]
+        targets = [part.targets[:, i] for part in (train, test) if len(part.targets)]
+        counts = [f"{int(np.nansum(t)):,} positive, {int(np.isnan(t).sum()):,} masked of {len(t):,}" for t in targets]
         lines.append(f"{'label':>9}  {label}: {' in training; '.join(counts)} in test")
     left = ", ".join(f"{count:,} {reason}" for reason, count in tables.left_out.items() if count)
     if left:
         lines.append(f"{'left out':>9}  {left}")
     if len(sizes) > 1:
-        lines.append(f"{'resized':>9}  images of {len(sizes):,} sizes, such as {', '.join(list(sizes)[:3])}, to {tables.source_resolution}x{tables.source_resolution} by {tables.resize_mode}")
+        target = f"{tables.source_resolution}x{tables.source_resolution} by {tables.resize_mode}"
+        lines.append(f"{'resized':>9}  images of {len(sizes):,} sizes, such as {', '.join(list(sizes)[:3])}, to {target}")
     lines.append(f"{'output':>9}  {output_dir}")
     print("\n".join([*lines, *(f"{'warning':>9}  {note}" for note in tables.notes)]), flush=True)
 
@@ -1392,8 +1429,9 @@ def load_images(args, accelerator, tables: Tables, resolution: int, output_dir: 
     """Training, validation and test images, decoded once, and the count of each size that was found."""
     cache_dir = Path(args.image_cache_dir or output_dir.parent / "image_cache")
     geometry = (tables.source_resolution, tables.resize_mode, resolution)
-    targets = [label_targets(table, tables.labels, args.uncertain) if len(table) else np.empty((0, len(tables.labels)), np.float32) for table in (tables.train, tables.val, tables.test)]
-    patients = [table["patient"].to_numpy(dtype=object) for table in (tables.train, tables.val, tables.test)]
+    none, parts = np.empty((0, len(tables.labels)), np.float32), (tables.train, tables.val, tables.test)
+    targets = [label_targets(table, tables.labels, args.uncertain) if len(table) else none for table in parts]
+    patients = [table["patient"].to_numpy(dtype=object) for table in parts]
     test_pixels, sizes = cache_pixels(accelerator, list(tables.test["image"]), *geometry, cache_dir)
     pixels, count = np.empty((0, resolution, resolution), np.uint8), len(tables.train)
     if count:
@@ -1403,12 +1441,14 @@ def load_images(args, accelerator, tables: Tables, resolution: int, output_dir: 
     return *(Images(*part) for part in parts), sizes
 
 
-def summarise(args, settings, tables, labels, scores, rows, predictions, thresholds, training_reasons, train, test) -> dict:
+def summarise(args, settings, tables, scores, rows, predictions, thresholds, training_reasons) -> dict:
     """downstream_metrics.json: a function of the data and the settings alone, so the same command writes the same bytes."""
     seeds = []
     for k, (_, _, losses) in enumerate(predictions):
-        metrics = {name: {label: (None if math.isnan(v) else float(v)) for label, v in zip(labels, scores.values[name][:, k])} for name in METRICS}
-        seeds.append({"seed": args.seed + k, "validation_losses": losses, "thresholds": dict(zip(labels, thresholds[k])), "metrics": metrics})
+        by_label = {name: [None if math.isnan(value) else float(value) for value in scores.values[name][:, k]] for name in METRICS}
+        metrics = {name: dict(zip(tables.labels, values)) for name, values in by_label.items()}
+        thresholds_of = dict(zip(tables.labels, thresholds[k]))
+        seeds.append({"seed": args.seed + k, "validation_losses": losses, "thresholds": thresholds_of, "metrics": metrics})
     return {
         "script": "eval_downstream.py", "train_on": "nothing" if args.classifier else args.train_on, "settings": settings,
         "arguments": {key: value for key, value in vars(args).items() if key not in ("output_dir", "image_cache_dir")},
@@ -1421,12 +1461,59 @@ def summarise(args, settings, tables, labels, scores, rows, predictions, thresho
     }  # fmt: skip
 
 
-@plain_errors
-def main(args: argparse.Namespace) -> None:
+def default_output_dir(args: argparse.Namespace) -> Path:
     name = "_".join(filter(None, [args.train_on, args.synthetic and Path(args.synthetic).stem]))
     if args.classifier:
-        name = f"{Path(args.classifier).resolve().parent.name}_on_{Path(args.test_csv or args.real_csv or DEFAULT_TABLES[0]).stem}"
-    output_dir = Path(args.output_dir or Path("downstream") / name)
+        table = args.test_csv or args.real_csv or DEFAULT_TABLES[0]
+        name = f"{Path(args.classifier).resolve().parent.name}_on_{Path(table).stem}"
+    return Path("downstream") / name
+
+
+def run_settings(args, tables: Tables, spec: dict, images: tuple[Images, Images, Images], processes: int) -> dict:
+    """What must not change between a run and its continuation, nor between runs that are compared.
+
+    Where the files lie does not matter, what is in them does.
+    """
+    train, val, test = images
+    free = (
+        "output_dir", "image_cache_dir", "reference", "bootstrap_samples", "synthetic", "real_csv", "test_csv", "image_root",
+        "classifier", "max_test_images",
+    )  # fmt: skip
+    settings = {key: value for key, value in vars(args).items() if key not in free} | {
+        "labels": tables.labels, "source_resolution": tables.source_resolution, "resize_mode": tables.resize_mode,
+        "processes": processes, "num_train_images": len(tables.train), "num_val_images": len(tables.val),
+        "test": digest(test.pixels, test.targets, test.patients),
+        "training": digest(train.pixels, train.targets, val.pixels, val.targets), "weights_sha256": spec.get("model_sha256"),
+    }  # fmt: skip
+    if spec:
+        settings |= {key: spec[key] for key in ("arch", "resolution", "train_on")} | {"weights": "a saved classifier"}
+    elif args.weights not in ("imagenet", "none"):
+        settings["weights_sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    return settings
+
+
+def run_seeds(args, accelerator: Accelerator, num_labels: int, images: tuple[Images, Images, Images], folders: list[Path]) -> tuple[list, list]:
+    """Trains what is not trained yet; predictions and Youden's thresholds by seed."""
+    train, val, test = images
+    predictions, thresholds = [], []
+    for seed, folder in enumerate(folders, args.seed):
+        parts = [shuffle_labels(part, seed) if args.shuffle_labels else part for part in (train, val)]
+        run_seed(args, accelerator, seed, num_labels, *parts, test, folder)
+        predictions.append(read_predictions(folder))
+        thresholds.append([youden_threshold(*known) for known in zip(parts[1].targets.T, predictions[-1][0].T)])
+    return predictions, thresholds
+
+
+def title_of(args: argparse.Namespace, tables: Tables) -> str:
+    if args.classifier:
+        return f"the saved classifier {args.classifier}"
+    kind = "synthetic and real" if args.train_on == "both" else args.train_on
+    return f"trained on {len(tables.train):,} {kind} images{' with shuffled labels' if args.shuffle_labels else ''}"
+
+
+@plain_errors
+def main(args: argparse.Namespace) -> None:
+    output_dir = Path(args.output_dir or default_output_dir(args))
     classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
     tables = load_tables(args, spec)
     labels = tables.labels
@@ -1434,23 +1521,15 @@ def main(args: argparse.Namespace) -> None:
     if not args.classifier:
         # Said before hours of decoding, if they cannot be had.
         load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args.arch, args.weights)
-    resolution = spec.get("resolution", args.resolution)
-    train, val, test, sizes = load_images(args, accelerator, tables, resolution, output_dir)
-    training_reasons, test_reasons = one_class(train.targets, "training") if len(train.targets) else [None] * len(labels), one_class(test.targets, "test")
+    *images, sizes = load_images(args, accelerator, tables, spec.get("resolution", args.resolution), output_dir)
+    train, _, test = images
+    training_reasons = one_class(train.targets, "training") if len(train.targets) else [None] * len(labels)
+    test_reasons = one_class(test.targets, "test")
     if all(test_reasons):
-        fail(f"nothing to score: {labels[0]} has {test_reasons[0]}, and so on for all {len(labels)} labels; pass other --labels or another table")
+        found = f"{labels[0]} has {test_reasons[0]}, and so on for all {len(labels)} labels"
+        fail(f"nothing to score: {found}; pass other --labels or another table")
 
-    # What may change between a run and its continuation; where the files lie does not matter, what is in them does.
-    free = ("output_dir", "image_cache_dir", "reference", "bootstrap_samples", "synthetic", "real_csv", "test_csv", "image_root", "classifier", "max_test_images")
-    settings = {key: value for key, value in vars(args).items() if key not in free} | {
-        "labels": labels, "source_resolution": tables.source_resolution, "resize_mode": tables.resize_mode, "processes": accelerator.num_processes,
-        "num_train_images": len(tables.train), "num_val_images": len(tables.val), "test": digest(test.pixels, test.targets, test.patients),
-        "training": digest(train.pixels, train.targets, val.pixels, val.targets), "weights_sha256": spec.get("model_sha256"),
-    }  # fmt: skip
-    if spec:
-        settings |= {key: spec[key] for key in ("arch", "resolution", "train_on")} | {"weights": "a saved classifier"}
-    elif args.weights not in ("imagenet", "none"):
-        settings["weights_sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    settings = run_settings(args, tables, spec, images, accelerator.num_processes)
     bootstrap_seed = stream_seed(args.split_seed, "bootstrap")
     if args.reference:
         reference = load_reference(args.reference, labels, settings, test, args.bootstrap_samples, bootstrap_seed)
@@ -1459,17 +1538,13 @@ def main(args: argparse.Namespace) -> None:
         describe_run(args, tables, train, test, sizes, output_dir)
     accelerator.wait_for_everyone()
 
+    folders = [output_dir / "seeds" / f"seed-{args.seed + k}" for k in range(args.num_seeds)]
     if args.classifier:
-        probabilities = 1 / (1 + np.exp(-predict(accelerator, classifier.to(accelerator.device), test.pixels, spec["normalisation"]).astype(np.float64)))
-        predictions, thresholds = [(None, probabilities, [])], [[spec["thresholds"][label] for label in labels]]
+        logits = predict(accelerator, classifier.to(accelerator.device), test.pixels, spec["normalisation"])
+        predictions = [(None, 1 / (1 + np.exp(-logits.astype(np.float64))), [])]
+        thresholds = [[spec["thresholds"][label] for label in labels]]
     else:
-        folders, predictions, thresholds = [], [], []
-        for seed in range(args.seed, args.seed + args.num_seeds):
-            parts = [shuffle_labels(part, seed) if args.shuffle_labels else part for part in (train, val)]
-            folders.append(output_dir / "seeds" / f"seed-{seed}")
-            run_seed(args, accelerator, seed, len(labels), *parts, test, folders[-1])
-            predictions.append(read_predictions(folders[-1]))
-            thresholds.append([youden_threshold(*known) for known in zip(parts[1].targets.T, predictions[-1][0].T)])
+        predictions, thresholds = run_seeds(args, accelerator, len(labels), images, folders)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
@@ -1479,7 +1554,7 @@ def main(args: argparse.Namespace) -> None:
     rows = result_rows(labels, scores, test, reasons, bootstrap_seed)
     if args.reference:
         rows += ratio_rows(labels, scores, reference, args.reference, bootstrap_seed)
-    title = f"the saved classifier {args.classifier}" if args.classifier else f"trained on {len(tables.train):,} {'synthetic and real' if args.train_on == 'both' else args.train_on} images{' with shuffled labels' if args.shuffle_labels else ''}"
+    title = title_of(args, tables)
     plot_curves(labels, rows, test, predictions, title, output_dir)
     if not args.classifier:
         plot_training(predictions, args.seed, output_dir)
@@ -1489,8 +1564,9 @@ def main(args: argparse.Namespace) -> None:
         own_rows = result_rows(labels, own, test, reasons, bootstrap_seed)
         save_classifier(args, tables, own_rows, thresholds[best], folders[best] / "model.safetensors", output_dir)
     lead = headline(labels, rows)
-    write_text(output_dir / "downstream_table.md", table_markdown(f"Real test images, {title}", labels, rows, lead, footnotes(args, tables, test)))
-    summary = summarise(args, settings, tables, labels, scores, rows, predictions, thresholds, training_reasons, train, test)
+    table = table_markdown(f"Real test images, {title}", labels, rows, lead, footnotes(args, tables))
+    write_text(output_dir / "downstream_table.md", table)
+    summary = summarise(args, settings, tables, scores, rows, predictions, thresholds, training_reasons)
     write_text(output_dir / "downstream_metrics.json", json.dumps(summary, indent=2) + "\n")
     print(f"{lead}\n{output_dir / 'downstream_table.md'}, with roc.png, reliability.png and downstream_metrics.json")
 

@@ -613,13 +613,19 @@ def spec_digest(spec: dict) -> str:
 
 # Copied from eval_downstream.load_classifier
 def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
-    """A saved classifier in evaluation mode, float32, on the CPU, and its classifier.json; ends with exit status 2 where they do not belong together."""
+    """A saved classifier in evaluation mode, float32, on the CPU, and its classifier.json.
+
+    Ends with exit status 2 where the two do not belong together.
+    """
     path = Path(folder) / "classifier.json"
     try:
         spec = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = ("arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split", "real_test_auroc", "model_sha256", "spec_sha256")
+    needed = (
+        "arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split",
+        "real_test_auroc", "model_sha256", "spec_sha256",
+    )  # fmt: skip
     missing = [key for key in needed if key not in spec]
     if missing:
         fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
@@ -1537,7 +1543,8 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def write_picture(figure: Figure, path: Path) -> None:
+# Copied from eval_downstream.save_figure
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes beside and renames into place."""
     part = path.with_name(f".{path.name}.part")
     figure.savefig(part, format="png", dpi=130, bbox_inches="tight")
@@ -1727,7 +1734,7 @@ def plot_consistency(results: Results, plan: Plan, path: Path) -> None:
         axes.set_yticklabels(names)
     figure.suptitle("Images for which a head fires, %", y=1.02)
     figure.tight_layout()
-    write_picture(figure, path)
+    save_figure(figure, path)
 
 
 def plot_fid(curves: dict, path: Path) -> None:
@@ -1750,7 +1757,7 @@ def plot_fid(curves: dict, path: Path) -> None:
         ylim=(0, None),
     )
     axes.legend()
-    write_picture(figure, path)
+    save_figure(figure, path)
 
 
 def plot_pairs(pairs: dict, plan: Plan, path: Path, count: int = 6) -> None:
@@ -1770,7 +1777,7 @@ def plot_pairs(pairs: dict, plan: Plan, path: Path, count: int = 6) -> None:
                 grid[2 * i + 1, column].set_title("nearest training image", fontsize=9)
     figure.suptitle("Nearest pairs by cosine of the features (upper rows) and of the pixels (lower rows)")
     figure.tight_layout()
-    write_picture(figure, path)
+    save_figure(figure, path)
 
 
 def identify(args: argparse.Namespace, plan: Plan, networks: tuple, vae: ThroughVAE | None) -> dict:
