@@ -22,7 +22,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -612,7 +611,7 @@ def compare_all(study: Study) -> tuple[Comparison, Comparison, dict[str, Compari
     fid = compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, same_images)
     vendi = compare(study, "evaluations", "Vendi score", "vendi", "all", "highest", 2, same_images)
     consistency = {
-        label: compare(study, "evaluations", f"Prompt followed: {label}", "class_consistency_auroc", label, "highest", 3, heads, 0.5)
+        label: compare(study, "evaluations", f"Prompt: {label}", "class_consistency_auroc", label, "highest", 3, heads, 0.5)
         for label in study.labels("evaluations", "class_consistency_auroc")
     }
     settings = ["real test images (fingerprint)", "labels", "training images", "network", "initial weights", "resolution", "epochs", "shuffled labels"]
@@ -631,50 +630,68 @@ def leaders_of_labels(consistency: dict[str, Comparison]) -> list[str]:
     return [row for row in rows if all(row in one.leaders for one in compared) and any(row in one.above_chance for one in compared)]
 
 
-def answer(study: Study, comparisons: tuple) -> str:
-    """One paragraph in plain words: who leads, beyond the intervals or not, and what that rests on."""
+def some(rows: list[str], of: list[str]) -> str:
+    """Which of the rows, in as few words as say it."""
+    others = [row for row in of if row not in rows]
+    if not rows or not others:
+        return "none" if not rows else "both" if len(of) == 2 else "all"
+    return names(rows) if len(rows) <= 3 else f"all but {names(others)}" if len(others) <= 2 else f"{len(rows)} of {len(of)}"
+
+
+def sentence_of(one: Comparison) -> str:
+    """The best, what cannot be told from it, what is behind it, and who beats the base model and chance."""
+    if len(one.figures) < 2:
+        return f"{one.measure}: {one.reason or f'measured for {names(list(one.figures))} only'}."
+    best, rest = f"{one.direction} for {name_of_row(one.best)} ({one.figures[one.best]['value']:.{one.digits}f})", one.leaders[1:]
+    if not one.pairs:
+        text = f"none of the {len(one.figures)} strategies differ beyond their intervals ({best})"
+    elif not rest:
+        text = f"{best}, beyond the intervals of all others"
+    else:
+        behind = f"; behind: {names(one.behind)}" if one.behind else ", nor anything else, though some others differ between them"
+        text = f"{best}, not distinguishable from {names(rest)}{behind}"
+    if one.base:
+        text += f"; {'higher' if not one.lower else 'lower'} than the base model's {one.base['value']:.{one.digits}f}: {some(one.beat_base, list(one.figures))}"
+    if one.chance is not None:
+        text += f"; above chance: {some(one.above_chance, list(one.figures))}"
+    return f"{one.measure}: {text}."
+
+
+def sentence_of_labels(consistency: dict[str, Comparison]) -> str:
+    """For how many labels the prompt shows, and who leads."""
+    compared = {label: one for label, one in consistency.items() if len(one.figures) > 1}
+    if not compared:
+        return f"Following the prompt: {next(iter(consistency.values())).reason or 'measured for one strategy only'}."
+    rows = list(dict.fromkeys(row for one in compared.values() for row in one.figures))
+    always = [row for row in rows if all(row in one.above_chance for one in compared.values())]
+    never = [row for row in rows if not any(row in one.above_chance for one in compared.values())]
+    text = f"above chance for {'the one label' if len(compared) == 1 else f'all {len(compared)} labels'}: {some(always, rows)}"
+    text += f"; for no label: {some(never, rows)}" if never else ""
+    differing = [label for label, one in compared.items() if one.pairs]
+    text += f"; strategies differ for {len(differing)} of {len(compared)} labels; among the leaders for {'it' if len(compared) == 1 else 'every label'}: {some(leaders_of_labels(consistency), rows)}"
+    return f"Following the prompt (AUROC): {text}."
+
+
+def answer(study: Study, comparisons: tuple) -> list[str]:
+    """In plain words: whether there is a winner; then a sentence for each figure."""
     fid, vendi, consistency, downstream = comparisons
     # A strategy that is no better than doing nothing leads nowhere.
     groups = {"FID": [row for row in fid.leaders if not fid.base or row in fid.beat_base], "following the prompt": leaders_of_labels(consistency),
               "downstream AUROC": [row for row in downstream.leaders if row in downstream.above_chance]}  # fmt: skip
     rivals = {"FID": len(fid.figures), "following the prompt": max((len(one.figures) for one in consistency.values()), default=0), "downstream AUROC": len(downstream.figures)}
     judged = [what for what, count in rivals.items() if count > 1]
-    missing = [what for what, count in rivals.items() if count < 2]
     common = [row for row in study.strategies if judged and all(row in groups[what] for what in judged)]
-    sentences = []
     if not judged:
-        sentences.append("No strategy can be recommended: no figure was measured for two strategies in a comparable way.")
+        lead = "No strategy can be recommended: no figure was measured for two strategies in a comparable way."
     elif len(common) == 1 and all(groups[what] == common for what in judged):
-        sentences.append(f"{names(common)} is ahead of every other strategy beyond the 95 % intervals in {listed(judged)}.")
+        lead = f"{names(common)} is ahead of every other strategy, beyond the 95 % intervals, in {listed(judged)}."
+    elif len(common) == 1:
+        lead = f"No outright winner, but {names(common)} is the one strategy that no other beats, beyond the 95 % intervals, in {listed(judged)}."
     elif common:
-        leading = "is the only strategy" if len(common) == 1 else "are the strategies"
-        sentences.append(f"No outright winner: {names(common)} {leading} that nothing beats beyond the 95 % intervals in {listed(judged)}.")
+        lead = f"No winner can be named: {names(common)} cannot be told apart as leaders, within the 95 % intervals, in {listed(judged)}."
     else:
-        sentences.append(f"No winner can be named: no strategy is unbeaten beyond the 95 % intervals in {listed(judged)} at once." if len(judged) > 1 else f"No winner can be named by {judged[0]}.")
-    for what, one in (("FID", fid), ("downstream AUROC", downstream)):
-        if len(one.figures) > 1:
-            sentences.append(sentence_of(what, one))
-    followed = [label for label, one in consistency.items() if one.above_chance]
-    compared = [label for label, one in consistency.items() if one.figures]
-    if compared:
-        sentences.append(f"The prompt shows in the images, beyond chance, for {len(followed)} of {len(compared)} labels with one strategy at least.")
-    if missing:
-        sentences.append(f"Not compared: {listed(missing)}.")
-    return " ".join(sentences)
-
-
-def sentence_of(what: str, one: Comparison) -> str:
-    """Best, not distinguishable from it, and no better than nothing."""
-    best, value = name_of_row(one.best), f"{one.figures[one.best]['value']:.{one.digits}f}"
-    rest = [row for row in one.leaders if row != one.best]
-    if one.chance is not None and not one.above_chance:
-        return f"No strategy's {what} is above chance."
-    text = f"{what} is {one.direction} for {best} ({value})"
-    text += f", which is not distinguishable from {names(rest)}" if rest and one.behind else ", beyond all others' intervals" if not rest else ", but no strategy can be told from it"
-    if one.base:
-        worse = [row for row in one.figures if row not in one.beat_base]
-        text += "; all beat the base model" if not worse else f"; none beats the base model ({one.base['value']:.{one.digits}f})" if not one.beat_base else f"; {names(worse)} {'does' if len(worse) == 1 else 'do'} not beat the base model"
-    return text + "."
+        lead = f"No winner can be named: no strategy is among the leaders, within the 95 % intervals, in {listed(judged)}{' at once' if len(judged) > 1 else ''}."
+    return [lead, sentence_of(fid), sentence_of(vendi), sentence_of_labels(consistency), sentence_of(downstream)]
 
 
 def cautions(study: Study, fid: Comparison) -> list[str]:
@@ -740,22 +757,21 @@ def number_cell(row: dict | None, digits: int, scale: float = 1.0, sign: bool = 
 
 
 def with_paper(cell: Cell, table: str, row: str, metric: str, label: str, digits: int, scale: float = 1.0) -> Cell:
-    """The paper's figure beside ours, with its footnotes; for a strategy that it leaves out, that it does."""
+    """The paper's figure beside ours, with its footnotes."""
     value = paper_value(table, row, metric, label)
     if value is not None:
         printed = {("3", "unet_text_encoder", "Pneumothorax"): "9.99"}.get((table, row, label), f"{scale * value:,.{digits}f}")
         cell.paper, cell.notes = printed, paper_notes(table, row, metric, label)
-    elif table in ("3", "4") and row in STRATEGIES and row not in PAPER_GENERATION and label in ("all", *CONDITIONS):
-        cell.paper = "not reported"
     return cell
 
 
-def first_cells(row: str, results: Results, table: str, status: str) -> list[Cell]:
-    """Number and name, with what is missing said beside the name."""
+def first_cells(row: str, results: Results, status: str) -> list[Cell]:
+    """Number and name, with what is missing here and in the paper."""
     name = Cell(name_of_row(row), flags=[] if results.there else [status])
-    if row in STRATEGIES and table in ("3", "4"):
-        name.notes = ["excluded"] if row not in PAPER_GENERATION or row == "unet_vae" else []
-        name.notes += ["difffit"] if row == "difffit" else []
+    if row in STRATEGIES and row not in PAPER_GENERATION:
+        name.paper = "not reported"
+    if name.paper or row == "unet_vae":
+        name.notes = ["excluded", "difffit"] if row == "difffit" else ["excluded"]
     return [Cell(str(NUMBERS.get(row, ""))), name]
 
 
@@ -766,14 +782,14 @@ def status_of(study: Study, part: str, row: str) -> str:
     return "not run" if part == "runs" or (row in STRATEGIES and not study.runs[row].there) else "not evaluated"
 
 
-def change_cell(run: Results, name: str, sign_flag: bool = True) -> Cell:
+def change_cell(run: Results, name: str) -> Cell:
     """A held-out loss before and after, and whether its change is beyond its interval."""
     before, after, change = (run.get(f"heldout_{name}{suffix}") for suffix in ("_start", "", "_change"))
     if not (before and after):
         return Cell(run.why_not(f"heldout_{name}"))
     cell = Cell(f"{before['value']:.4f} → {after['value']:.4f}")
     if change and has_interval(change):
-        cell.detail = f"change {change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})"
+        cell.detail = f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})"
         if change["high"] >= 0:
             cell.flags, cell.grey = ["no lower than at the start"], True
     return cell
@@ -783,7 +799,8 @@ def learning_rates(run: dict, row: str) -> str:
     arguments = run["arguments"]
     if row in PEFT:
         return shown(arguments.get("learning_rate"))
-    return ", ".join(f"{part.replace('_', ' ')} {shown(arguments.get(f'{part}_lr'))}" for part in row_components(row))
+    names_of = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
+    return ", ".join(f"{names_of[part]} {shown(arguments.get(f'{part}_lr'))}" for part in row_components(row))
 
 
 def table_one(study: Study) -> Table:
@@ -808,7 +825,7 @@ def table_one(study: Study) -> Table:
             Cell(learning_rates(found, row)), seconds, number_cell(run.get("peak_memory_gib"), 2, why=run.why_not("peak_memory_gib")), loss,
         ])  # fmt: skip
     return Table("Table 1. What was trained, and what it cost", header, rows, key=[
-        "The held-out loss is of the same images, noise and timesteps before and after. It does not rank strategies: judge by Tables 3 and 4.",
+        "Held-out loss: before → after, and its change with the 95 % interval, on the same, noise and timesteps. It does not rank strategies: judge by Tables 3 and 4.",
     ])  # fmt: skip
 
 
@@ -880,7 +897,7 @@ def table_three(study: Study) -> Table:
     for row in [*study.strategies, "base"]:
         results = study.evaluations[row]
         figure = results.get("fid")
-        cells = [*first_cells(row, results, "3", status_of(study, "evaluations", row)), Cell(f"{figure['n']:,}" if figure and figure["n"] else "")]
+        cells = [*first_cells(row, results, status_of(study, "evaluations", row)), Cell(f"{figure['n']:,}" if figure and figure["n"] else "")]
         cells.append(with_paper(fid_cell(study, row, base), "3", row, "fid", "all", 2))
         cells.append(number_cell(results.get("fid_half_n"), 2, why=results.why_not("fid_half_n") if results.there else ""))
         cells.append(with_paper(number_cell(results.get("vendi"), 2, why=results.why_not("vendi") if results.there else ""), "3", row, "vendi", "all", 2))
@@ -901,33 +918,29 @@ def table_three(study: Study) -> Table:
         [
             "no lower than the base model (grey): the FID is not below the untouched base model's, beyond the intervals.",
             "as low as real images: at half of n the FID reaches that of real images against other patients' real images. Nothing can be expected to be lower.",
-            "no more than for other prompts (grey): the head fires no more often for its own prompt than for the others (margin of Table 3b not above 0), as "
-            "with a model that ignores its prompt.",
+            ("no more than for other prompts (grey): the head fires no more often for its own prompt than for the others (margin of Table 3b not above 0), as "
+            "with a model that ignores its prompt."),
             "Vendi above real images' is not better: noise is varied too.",
             *([", ".join(f"{ABBREVIATIONS[label]}: {label}" for label in labels if label in ABBREVIATIONS) + "."] if any(label in ABBREVIATIONS for label in labels) else []),
         ],
     )  # fmt: skip
 
 
-def prompts_table(study: Study) -> Table:
-    """By label: recall minus false-fire rate, and the AUROC that needs no threshold."""
-    labels, rows = study.labels("evaluations", "class_consistency_auroc"), []
+def prompts_table(study: Study, title: str, metric: str, lead: str, chance: float, flag: str, digits: int, scale: float = 1.0) -> Table:
+    """By label, whether the prompt shows; grey where a figure is not above chance, for real images too."""
+    labels, rows = study.labels("evaluations", metric), []
     for row in [*study.strategies, "base", "real"]:
         results, suffix = (study.first("evaluations"), "_real") if row == "real" else (study.evaluations[row], "")
-        cells = [Cell(str(NUMBERS.get(row, ""))), Cell(name_of_row(row), flags=[status_of(study, "evaluations", row)] if row != "real" and not results.there else [])]
-        for metric, scale, digits, least, flag in (("class_consistency_margin", 100, 1, 0, "not above 0"), ("class_consistency_auroc", 1, 3, 0.5, "at chance")):
-            for label in labels:
-                figure = results.get(metric + suffix, label)
-                cell = number_cell(figure, digits, scale, sign=scale == 100, why=results.why_not(metric + suffix, label) if results.there else "")
-                if has_interval(figure) and figure["low"] <= least:
-                    cell.grey, cell.flags = True, [flag]
-                cells.append(cell)
+        cells = [Cell(str(NUMBERS.get(row, ""))), Cell(name_of_row(row), flags=[status_of(study, "evaluations", row)] if not results.there else [])]
+        for label in labels:
+            figure = results.get(metric + suffix, label)
+            cell = number_cell(figure, digits, scale, sign=chance == 0, why=results.why_not(metric + suffix, label) if results.there else "")
+            if has_interval(figure) and figure["low"] <= chance:
+                cell.grey, cell.flags = True, [flag]
+            cells.append(cell)
         rows.append(cells)
-    short = [ABBREVIATIONS.get(label, label) for label in labels]
-    return Table(
-        "Table 3b. Does the prompt show in the images?", ["#", "images", *(f"{name} margin, %" for name in short), *(f"{name} AUROC" for name in short)], rows,
-        "Margin: how much more often the head fires for its own prompt than for the others. AUROC: the same without a threshold; 0.5 is chance.",
-    )  # fmt: skip
+    unit = ", %" if scale == 100 else ""
+    return Table(title, ["#", "images", *(f"{ABBREVIATIONS.get(label, label)}{unit} ↑" for label in labels)], rows, lead)
 
 
 def images_table(study: Study) -> Table:
@@ -955,7 +968,7 @@ def images_table(study: Study) -> Table:
     if source.there:
         rows.append([Cell(""), Cell("expected of real images"), *floors])
     return Table(
-        "Table 3c. Variety, colour and copies", ["#", "images", *columns], rows,
+        "Table 3d. Variety, colour and copies", ["#", "images", *columns], rows,
         "Visible colour: images with a tint that can be seen. Nearer to training images: share nearer to a training image than to as many of other patients (50 % is expected).",
         ["more than expected: beyond the interval, more colour than real images have, or nearer to the training images than images of other patients are."],
     )  # fmt: skip
@@ -970,7 +983,7 @@ def table_four(study: Study) -> Table:
         rows.append([Cell(""), Cell("floor: always the more frequent answer"), *constants])
     for row in [*study.strategies, "base", "real"]:
         results = study.downstream[row]
-        cells = first_cells(row, results, "4", status_of(study, "downstream", row))
+        cells = first_cells(row, results, status_of(study, "downstream", row))
         for label in labels:
             figure, gain = results.get("accuracy", label), results.get("accuracy_gain", label)
             cell = number_cell(figure, 1, 100, why=results.why_not("accuracy", label) if results.there else "")
@@ -1016,29 +1029,27 @@ def auroc_table(study: Study) -> Table:
 def verdict_table(study: Study, comparisons: tuple) -> Table:
     """One line per figure: who leads, who cannot be told from it, who is behind, who beats the base model."""
     fid, vendi, consistency, downstream = comparisons
+    compared = [fid, vendi, *consistency.values(), downstream]
     rows = []
-    for one in [fid, vendi, *consistency.values(), downstream]:
+    for one in compared:
         if not one.figures:
-            rows.append([Cell(one.measure), Cell(one.reason), Cell(""), Cell(""), Cell("")])
+            rows.append([Cell(one.measure), Cell(one.reason), *[Cell("")] * 4])
             continue
         best = one.figures[one.best]
         lead = number_cell(best, one.digits)
         lead.text = f"{name_of_row(one.best)} {lead.text}"
-        rest = [row for row in one.leaders if row != one.best]
-        nothing = f"base model: {names(one.beat_base)}" if one.base and one.chance is None else "base model not evaluated" if one.chance is None else ""
-        if one.chance is not None:
-            nothing = f"chance: {names(one.above_chance)}" + (f"; base model: {names(one.beat_base)}" if one.base else "")
-        n = f", n = {best['n']:,}" if best["n"] else ""
-        rows.append([Cell(f"{one.measure}, {one.direction}{n}"), lead, Cell(names(rest)), Cell(names(one.behind)), Cell(nothing)])
-    count, differ = sum(len(one.figures) * (len(one.figures) - 1) // 2 for one in (fid, vendi, *consistency.values(), downstream)), sum(len(one.pairs) for one in (fid, vendi, *consistency.values(), downstream))
-    return Table(
-        "Who differs from the best, beyond the 95 % intervals", ["figure", "best", "not distinguishable from it", "behind it", "better than"], rows, "",
-        [
-            f"Two strategies differ where their 95 % intervals do not overlap: {differ:,} of {count:,} pairs here. That is a careful rule: by chance alone it happens to 0.6 % of pairs with "
-            "equally wide intervals, and to 5 % at most. With many pairs expect some by chance; nothing is corrected for their number.",
-            "Higher Vendi means more varied, which noise is too; it does not enter the answer above.",
-        ],
-    )  # fmt: skip
+        rows.append([
+            Cell(f"{one.measure}, {one.direction}", f"n = {best['n']:,}" if best["n"] else ""), lead, Cell(names(one.leaders[1:])), Cell(names(one.behind)),
+            Cell(some(one.beat_base, list(one.figures)) if one.base else "not evaluated"), Cell(some(one.above_chance, list(one.figures)) if one.chance is not None else ""),
+        ])  # fmt: skip
+    pairs, differ = sum(math.comb(len(one.figures), 2) for one in compared), sum(len(one.pairs) for one in compared)
+    key = [
+        (f"Two strategies differ where their 95 % intervals do not overlap: {differ:,} of {pairs:,} pairs here. That is a careful rule: by chance alone it happens to 0.6 % of "
+        "pairs with equally wide intervals, and to 5 % at most. With many pairs expect some by chance; nothing is corrected for their number."),
+        "Higher Vendi means more varied, which noise is too: it does not decide the answer above.",
+        "Prompt: AUROC of the classifier's head for images of its own prompt against those of the other prompts.",
+    ]  # fmt: skip
+    return Table("Who differs from the best, beyond the 95 % intervals", ["figure", "best", "not distinguishable from it", "behind it", "better than the base model", "above chance"], rows, "", key)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1114,14 +1125,14 @@ def draw_figure(study: Study, args: argparse.Namespace) -> Figure2 | None:
         return None
     real, about = real_images(study, args, labels)
     rows = {"real": real, "base": sampled["base"], **{row: sampled[row] for row in study.strategies}}
-    left, top, step = 190, 30, TILE + GAP
+    left, top, step = 280, 34, TILE + GAP
     picture = Image.new("RGB", (left + len(labels) * (SAMPLES * step + 2 * GAP), top + len(rows) * step), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
     for column, label in enumerate(labels):
         pen.text((left + column * (SAMPLES * step + 2 * GAP), 6), label, "black", font)
     for line, (row, images) in enumerate(rows.items()):
         y = top + line * step
-        pen.text((4, y + TILE // 2 - 8), f"{NUMBERS[row]}  {name_of_row(row)}" if row in NUMBERS else name_of_row(row), "black", font)
+        pen.text((4, y + TILE // 2 - 12), f"{NUMBERS[row]}  {name_of_row(row)}" if row in NUMBERS else name_of_row(row), "black", font)
         for column, label in enumerate(labels):
             for i in range(SAMPLES):
                 x = left + column * (SAMPLES * step + 2 * GAP) + i * step
@@ -1129,7 +1140,7 @@ def draw_figure(study: Study, args: argparse.Namespace) -> Figure2 | None:
                     picture.paste(tile(images[label][i]), (x, y))
                 else:
                     pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), "#eeeeee")
-                    pen.text((x + 8, y + TILE // 2 - 8), "not available" if row == "real" else "no sample", "#555555", font)
+                    pen.text((x + 6, y + TILE // 2 - 12), "not available" if row == "real" else "no sample", "#555555", font)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     have = [name_of_row(row) for row, images in rows.items() if images]
@@ -1200,33 +1211,39 @@ def build(args: argparse.Namespace, study: Study) -> tuple[list[Part], Figure2 |
     two, split_problems = table_two(study)
     by_part = identity_problems(study)
     problems = [*budget_problems(study), *sampling_problems(study), *split_problems, *by_part["evaluations"], *by_part["downstream"]]
-    paragraph = answer(study, comparisons)
+    lines = answer(study, comparisons)
     if problems:
-        paragraph += " But these rows are not comparable as they stand (see below), so this is about these runs, not about the strategies."
+        lines[0] += " And the rows are not comparable as they stand (below): this is about these runs, not about the strategies."
     missing = [row for row in study.strategies if not study.runs[row].there]
     unjudged = [row for row in study.strategies if study.runs[row].there and not (study.evaluations[row].there and study.downstream[row].there)]
     limits = cautions(study, comparisons[0])
     limits += [f"Not run: {names(missing)}."] if missing else []
     limits += [f"Run, but not fully evaluated: {names(unjudged)}."] if unjudged else []
     limits += ["The base model was not evaluated, so it is not known whether any strategy gains over it."] if not study.evaluations["base"].there else []
-    top = Part("", [("answer", paragraph), *([("problems", problems)] if problems else []), ("list", limits), verdict_table(study, comparisons)])
+    top = Part("", [("answer", lines), *([("problems", problems)] if problems else []), ("list", limits), verdict_table(study, comparisons)])
     context = (
         "The paper's figures stand beside ours as context, not as a target: its FID and Vendi are biased by their own n, over 25,133 images of which 17,032 are "
         "unique; its classifier, its split and its real images are others; and it gives no intervals."
     )
+    followed = [
+        prompts_table(study, "Table 3b. Does the prompt show? By the classifier at 0.5", "class_consistency_margin",
+                      "Margin: how much more often the head fires for its own prompt than for the others (recall minus false-fire rate).", 0, "not above 0", 1, 100),
+        prompts_table(study, "Table 3c. Does the prompt show? Without a threshold", "class_consistency_auroc",
+                      "AUROC of the head for images of its own prompt against those of the others; 0.5 is chance.", 0.5, "at chance", 3),
+    ]  # fmt: skip
     parts = [
         top,
         Part("Training", [("text", context), table_one(study), two]),
-        Part("Generated images", [table_three(study), prompts_table(study), images_table(study)]),
+        Part("Generated images", [table_three(study), *followed, images_table(study)]),
         Part("Use for training classifiers", [table_four(study), auroc_table(study)]),
         Part("Figure 2. Samples", [figure or ("text", "No samples in the study's folder.")]),
         Part("How this came about", [
             provenance(study), ("list", [*base_line(study), *version_lines(study)]), *([("text", "Warnings of the scripts:"), ("list", file_notes(study))] if file_notes(study) else []),
-            ("text", "To repeat it, start launch/sweep.sh with the same data, base model and seeds, then launch/report.py. report.csv holds every figure with its interval, n, floor and note. "
-             "Synthetic radiographs show no patient and are not for diagnosis."),
+            ("text", ("To repeat it, start launch/sweep.sh with the same data, base model and seeds, then launch/report.py. report.csv holds every figure with its interval, n, floor and note. "
+             "Synthetic radiographs show no patient and are not for diagnosis.")),
         ]),
     ]  # fmt: skip
-    return parts, figure, " ".join([paragraph, *limits])
+    return parts, figure, " ".join([*lines, *limits])
 
 
 def number_footnotes(parts: list[Part]) -> dict[str, int]:
@@ -1256,13 +1273,17 @@ table { border-collapse: collapse; font-size: .85rem; line-height: 1.3; font-var
 th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e1e4e8; overflow-wrap: normal; }
 th { border-bottom: 2px solid #8a919a; vertical-align: bottom; }
 tbody tr:hover td { background: #f6f8fa; }
-.value { font-weight: 600; }
+sup { line-height: 0; }
+td:nth-child(2) { min-width: 7.5em; }
+.figure .value { font-weight: 600; }
 .detail, .paper, .flag { display: block; font-size: .78rem; color: #57606a; min-width: 5.5em; }
-.detail { white-space: nowrap; }
-.wrap .detail { white-space: normal; }
+.figure .detail { white-space: nowrap; }
 .flag { color: #8a3b00; }
 td.grey { background: #e4e6e9; }
 td.grey .value { color: #57606a; font-weight: 400; }
+.answer p { font-weight: 600; margin: 0 0 .5rem; max-width: none; }
+.answer ul { font-size: 1rem; margin: 0; padding-left: 1.2rem; }
+.answer li { max-width: none; }
 .paper { color: #2a5d9f; white-space: nowrap; }
 .key { font-size: .85rem; color: #444b53; padding-left: 1.2rem; margin: .25rem 0; }
 img { display: block; max-width: none; width: 100%; min-width: 900px; height: auto; }
@@ -1272,7 +1293,7 @@ img { display: block; max-width: none; width: 100%; min-width: 900px; height: au
 
 
 def html_cell(cell: Cell, numbers: dict[str, int]) -> str:
-    refs = "".join(f'<sup><a href="#note-{numbers[key]}">[{numbers[key]}]</a></sup>' for key in cell.notes)
+    refs = "".join(f'<sup><a href="#note-{number}">[{number}]</a></sup>' for number in sorted(numbers[key] for key in cell.notes))
     parts = [f'<span class="value">{html.escape(cell.text)}</span>' if cell.text else "", *(f'<span class="flag">{html.escape(flag)}</span>' for flag in cell.flags)]
     if cell.detail:
         parts.insert(1, f'<span class="detail">{html.escape(cell.detail)}</span>')
@@ -1280,8 +1301,10 @@ def html_cell(cell: Cell, numbers: dict[str, int]) -> str:
         parts.append(f'<span class="paper">paper: {html.escape(cell.paper)}{refs}</span>')
     elif refs:
         parts.insert(1, refs)
-    grey = ' class="grey"' if cell.grey else ""
-    return f"<td{grey}>{''.join(parts)}</td>"
+    # An interval is one line; other details are text.
+    kinds = ["figure"] * (" to " in cell.detail and cell.detail[0] in "+-0123456789") + ["grey"] * cell.grey
+    style = ' class="' + " ".join(kinds) + '"' if kinds else ""
+    return f"<td{style}>{''.join(parts)}</td>"
 
 
 def html_list(items: list[str], style: str = "") -> str:
@@ -1308,8 +1331,9 @@ def html_block(block, numbers: dict[str, int]) -> str:
     kind, content = block
     if kind == "problems":
         return f'<div class="problems" role="alert"><strong>Not comparable as they stand</strong>{html_list(content)}</div>'
-    style = ' class="answer"' if kind == "answer" else ""
-    return html_list(content) if kind == "list" else f"<p{style}>{html.escape(content)}</p>"
+    if kind == "answer":
+        return f'<div class="answer"><p>{html.escape(content[0])}</p>{html_list(content[1:])}</div>'
+    return html_list(content) if kind == "list" else f"<p>{html.escape(content)}</p>"
 
 
 def html_report(title: str, parts: list[Part]) -> str:
@@ -1335,7 +1359,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_cell(cell: Cell, numbers: dict[str, int]) -> str:
-    refs = "".join(f" [{numbers[key]}]" for key in cell.notes)
+    refs = "".join(f" [{number}]" for number in sorted(numbers[key] for key in cell.notes))
     text = markdown_text(cell.text) + (f" ({markdown_text(cell.detail)})" if cell.detail else "")
     text += "".join(f" *{markdown_text(flag)}*" for flag in cell.flags)
     text += f"; paper: {markdown_text(cell.paper)}" if cell.paper else ""
@@ -1352,7 +1376,9 @@ def markdown_block(block, numbers: dict[str, int]) -> str:
     kind, content = block
     if kind in ("problems", "list"):
         return ("**Not comparable as they stand**\n\n" if kind == "problems" else "") + "\n".join(f"- {markdown_text(item)}" for item in content)
-    return f"**{markdown_text(content)}**" if kind == "answer" else markdown_text(content)
+    if kind == "answer":
+        return f"**{markdown_text(content[0])}**\n\n" + "\n".join(f"- {markdown_text(item)}" for item in content[1:])
+    return markdown_text(content)
 
 
 def markdown_report(title: str, parts: list[Part]) -> str:
