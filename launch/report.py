@@ -11,6 +11,7 @@ puts the scripts' rows of results side by side. What was not run is shown as not
 
 import argparse
 import base64
+import contextlib
 import csv
 import hashlib
 import html
@@ -651,9 +652,10 @@ def sentence_of(one: Comparison) -> str:
         behind = f"; behind: {names(one.behind)}" if one.behind else ", nor anything else, though some others differ between them"
         text = f"{best}, not distinguishable from {names(rest)}{behind}"
     if one.base:
-        text += f"; {'higher' if not one.lower else 'lower'} than the base model's {one.base['value']:.{one.digits}f}: {some(one.beat_base, list(one.figures))}"
+        verb = ("is more varied than" if len(one.beat_base) == 1 else "are more varied than") if one.chance is None and not one.lower else "beats" if len(one.beat_base) == 1 else "beat"
+        text += f"; {some(one.beat_base, list(one.figures))} {verb} the base model ({one.base['value']:.{one.digits}f})"
     if one.chance is not None:
-        text += f"; above chance: {some(one.above_chance, list(one.figures))}"
+        text += f"; {some(one.above_chance, list(one.figures))} {'is' if len(one.above_chance) == 1 else 'are'} above chance"
     return f"{one.measure}: {text}."
 
 
@@ -690,7 +692,7 @@ def answer(study: Study, comparisons: tuple) -> list[str]:
     elif common:
         lead = f"No winner can be named: {names(common)} cannot be told apart as leaders, within the 95 % intervals, in {listed(judged)}."
     else:
-        lead = f"No winner can be named: no strategy is among the leaders, within the 95 % intervals, in {listed(judged)}{' at once' if len(judged) > 1 else ''}."
+        lead = f"No winner can be named: no strategy leads in {listed(judged)}{' at once' if len(judged) > 1 else ''}, allowing for the 95 % intervals."
     return [lead, sentence_of(fid), sentence_of(vendi), sentence_of_labels(consistency), sentence_of(downstream)]
 
 
@@ -825,7 +827,7 @@ def table_one(study: Study) -> Table:
             Cell(learning_rates(found, row)), seconds, number_cell(run.get("peak_memory_gib"), 2, why=run.why_not("peak_memory_gib")), loss,
         ])  # fmt: skip
     return Table("Table 1. What was trained, and what it cost", header, rows, key=[
-        "Held-out loss: before → after, and its change with the 95 % interval, on the same, noise and timesteps. It does not rank strategies: judge by Tables 3 and 4.",
+        "Held-out loss: before → after, and its change with the 95 % interval, on the same images, noise and timesteps. It does not rank strategies: judge by Tables 3 and 4.",
     ])  # fmt: skip
 
 
@@ -1271,6 +1273,7 @@ p { margin: .5rem 0; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .85rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e1e4e8; overflow-wrap: normal; }
+.many { min-width: 46rem; }
 th { border-bottom: 2px solid #8a919a; vertical-align: bottom; }
 tbody tr:hover td { background: #f6f8fa; }
 sup { line-height: 0; }
@@ -1287,7 +1290,7 @@ td.grey .value { color: #57606a; font-weight: 400; }
 .paper { color: #2a5d9f; white-space: nowrap; }
 .key { font-size: .85rem; color: #444b53; padding-left: 1.2rem; margin: .25rem 0; }
 img { display: block; max-width: none; width: 100%; min-width: 900px; height: auto; }
-@media (max-width: 600px) { .answer { font-size: 1rem; } h1 { font-size: 1.3rem; } td:nth-child(-n+2) .value { overflow-wrap: anywhere; } }
+@media (max-width: 600px) { .answer { font-size: 1rem; } h1 { font-size: 1.3rem; } }
 @media print { .scroll { overflow: visible; } }
 """
 
@@ -1316,8 +1319,8 @@ def html_table(table: Table, numbers: dict[str, int]) -> str:
     title = html.escape(table.title)
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.header)
     body = "\n".join("<tr>" + "".join(html_cell(cell, numbers) for cell in row) + "</tr>" for row in table.rows)
-    lead = f"<p>{html.escape(table.lead)}</p>" if table.lead else ""
-    box = f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    lead, many = f"<p>{html.escape(table.lead)}</p>" if table.lead else "", ' class="many"' if len(table.header) > 4 else ""
+    box = f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table{many}><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
     return f"<h3>{title}</h3>\n{lead}{box}\n{html_list(table.key, 'key') if table.key else ''}"
 
 
@@ -1435,7 +1438,8 @@ def write_report(output_dir: Path, files: dict[str, str | bytes]) -> None:
             os.replace(part, path)
     except OSError as error:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
         fail(f"--output_dir {output_dir}: cannot be written ({error.strerror}); pass another")
 
 
