@@ -456,6 +456,10 @@ def shown(value: object) -> str:
     """A setting for a reader: fingerprints shortened, numbers with thousands."""
     if isinstance(value, str) and len(value) >= 40:
         return value.removeprefix("xrv-")[:8]
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
     if isinstance(value, bool) or not isinstance(value, Number):
         return "none" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
@@ -478,6 +482,12 @@ def difference(what: str, values: dict[str, object]) -> str | None:
         for rows in groups.values()
     ]
     return f"{what} {listed(parts)}"
+
+
+def one_sentence(title: str, differences: list[str | None]) -> list[str]:
+    """All differences of one kind as one sentence; no sentence where there is none."""
+    found = [text for text in differences if text]
+    return [f"{title}: {'; '.join(found)}."] if found else []
 
 
 def budget_problems(study: Study) -> list[str]:
@@ -504,7 +514,7 @@ def budget_problems(study: Study) -> list[str]:
     )
     vae_losses = {row: dig(run, "arguments", "vae_loss") for row, run in there.items() if row not in PEFT and "vae" in row_components(row)}
     found.append(difference("VAE loss", vae_losses))
-    return [f"Training budgets differ: {text}." for text in found if text]
+    return one_sentence("Training budgets differ", found)
 
 
 def row_components(row: str) -> list[str]:
@@ -519,7 +529,9 @@ def generation_identity(found: ResultFile) -> dict[str, object]:
         "features (fingerprint)": dig(found.found, "features", "fingerprint"),
         "classifier (fingerprint)": dig(found.found, "classifier", "fingerprint"),
         "resolution": dig(found.found, "resolution"), "resize mode": dig(found.found, "resize_mode"), "pooling": dig(found.found, "pool"),
-        "uncertain labels": dig(found.found, "arguments", "uncertain"), "n of FID": (found.get("fid") or {}).get("n"),
+        "uncertain labels": dig(found.found, "arguments", "uncertain"),
+        "generated images": {name: count for name, count in (dig(found.found, "images", "synthetic") or {}).items() if name != "fingerprint"},
+        "number of images n": (found.get("fid") or {}).get("n"),
     }  # fmt: skip
 
 
@@ -543,7 +555,7 @@ def identity_problems(study: Study) -> dict[str, list[str]]:
     ):
         of_row = {row: identity(found) for row, found in getattr(study, part).items() if found.there}
         texts = [difference(what, {row: values[what] for row, values in of_row.items()}) for what in next(iter(of_row.values()), {})]
-        problems[part] = [f"{title}: {text}." for text in texts if text]
+        problems[part] = one_sentence(title, texts)
     return problems
 
 
@@ -558,7 +570,7 @@ def sampling_problems(study: Study) -> list[str]:
         "images": "number of images",
     }
     found = [difference(what, {row: values.get(key) for row, values in study.settings.items()}) for key, what in names.items()]
-    problems = [f"Samples were drawn differently: {text}." for text in found if text]
+    problems = one_sentence("Samples were drawn differently", found)
     wrong = [row for row, result in study.evaluations.items() if result.there and result.found["name"] != row]
     if wrong:
         problems.append(
@@ -656,7 +668,7 @@ def compare(
 
 def compare_all(study: Study) -> tuple[Comparison, Comparison, dict[str, Comparison], Comparison]:
     """FID, Vendi, class consistency by label (its AUROC, which needs no threshold), downstream AUROC."""
-    same_images = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "n of FID"]
+    same_images = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
     heads = ["classifier (fingerprint)", "resolution", "resize mode"]
     fid = compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, same_images)
     vendi = compare(study, "evaluations", "Vendi score", "vendi", "all", "highest", 2, same_images)
@@ -752,6 +764,7 @@ def answer(study: Study, comparisons: tuple) -> list[str]:
         "downstream AUROC": len(downstream.figures),
     }
     judged = [what for what, count in rivals.items() if count > 1]
+    unjudged = [what for what in rivals if what not in judged]
     common = [row for row in study.strategies if judged and all(row in groups[what] for what in judged)]
     if not judged:
         lead = "No strategy can be recommended: no figure was measured for two strategies in a comparable way."
@@ -763,6 +776,8 @@ def answer(study: Study, comparisons: tuple) -> list[str]:
         lead = f"No winner can be named: {names(common)} cannot be told apart as leaders, within the 95 % intervals, in {listed(judged)}."
     else:
         lead = f"No winner can be named: no strategy leads in {listed(judged)}{' at once' if len(judged) > 1 else ''}, allowing for the 95 % intervals."
+    if judged and unjudged:
+        lead += f" That leaves open {listed(unjudged)}, not compared."
     return [lead, sentence_of(fid), sentence_of(vendi), sentence_of_labels(consistency), sentence_of(downstream)]
 
 
@@ -982,7 +997,7 @@ def consistency_cell(results: ResultFile, label: str) -> Cell:
 
 def base_for_fid(study: Study) -> dict | None:
     """The base model's FID where it compares with the strategies'."""
-    needs = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "n of FID"]
+    needs = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
     return compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, needs).base
 
 

@@ -324,7 +324,15 @@ def test_figures_of_different_images_are_not_ranked(three):
     assert "**Not comparable as they stand**" in markdown and "ssssssss (LoRA)" in markdown
     write_study(three, evaluations={"lora": generation("lora", 10.0, n=500)})
     markdown = make(three)[1]
-    assert "FID: not compared, since the rows differ in n of FID." in markdown and "below 1,024" in markdown
+    assert "FID: not compared, since the rows differ in number of images n." in markdown and "below 1,024" in markdown
+
+
+def test_what_was_not_compared_is_left_open(three):
+    for row in ("unet", "lora", "bitfit"):
+        (three / "downstream" / row / "downstream_metrics.json").unlink()
+    markdown = make(three)[1]
+    assert "U-Net is ahead of every other strategy, beyond the 95 % intervals, in FID and following the prompt. That leaves open downstream AUROC, not compared." in markdown
+    assert "Downstream AUROC: not measured for any strategy." in markdown
 
 
 def test_different_budgets_are_said_loudly(three):
