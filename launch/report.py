@@ -11,6 +11,7 @@ puts the scripts' rows of results side by side. What was not run is shown as not
 
 import argparse
 import base64
+import contextlib
 import csv
 import hashlib
 import html
@@ -212,7 +213,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what is reported")
     group.add_argument("--study", type=Path, default=Path("study"), help="folder with runs/, samples/, evaluations/ and downstream/")
     group.add_argument("--output_dir", type=Path, default=None, help="folder for the report (STUDY/report)")
-    group.add_argument("--rows", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES), metavar="ROW", help=f"rows of Table 1 to show, any of {', '.join(STRATEGIES)} (all)")
+    group.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(STRATEGIES),
+        default=list(STRATEGIES),
+        metavar="ROW",
+        help=f"rows of Table 1 to show, any of {', '.join(STRATEGIES)} (all)",
+    )
     group.add_argument("--title", default="Which fine-tuning strategy for these radiographs?", help="heading of the report")
     group = parser.add_argument_group("real images of Figure 2")
     group.add_argument("--real_csv", default=None, help="image table with the real images (the evaluations' own, if it is there)")
@@ -352,7 +360,9 @@ def read_result(path: Path, kind: str) -> dict | None:
         fail(f"{path}: not valid JSON ({' '.join(str(error).split())[:100]}); remove it and run the step again")
     check_form(found, {"script": str}, str(path))
     if found["script"] not in FILES[kind][1]:
-        fail(f"{path}: of {found['script'][:60]!r}, not of {' or '.join(FILES[kind][1])}; each script's results have a folder of their own in the study")
+        fail(
+            f"{path}: of {found['script'][:60]!r}, not of {' or '.join(FILES[kind][1])}; each script's results have a folder of their own in the study"
+        )
     check_form(found, FORMS[kind], str(path))
     for number, row in enumerate(found["results"], 1):
         check_form(row, FORMS["row"], f"{path}: row {number} of results")
@@ -366,7 +376,7 @@ def read_result(path: Path, kind: str) -> dict | None:
     return found
 
 
-class Results:
+class ResultFile:
     """The rows of results of one JSON file by metric and label, and the file's other fields; empty where there is no file."""
 
     def __init__(self, found: dict | None):
@@ -390,18 +400,22 @@ class Study:
 
     folder: Path
     strategies: list[str]
-    runs: dict[str, Results]
-    evaluations: dict[str, Results]
-    downstream: dict[str, Results]
+    runs: dict[str, ResultFile]
+    evaluations: dict[str, ResultFile]
+    downstream: dict[str, ResultFile]
     settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of the samples
 
-    def first(self, part: str) -> Results:
+    def first(self, part: str) -> ResultFile:
         """The first file of a part that is there."""
-        return next((found for found in getattr(self, part).values() if found.there), Results(None))
+        return next((found for found in getattr(self, part).values() if found.there), ResultFile(None))
 
     def labels(self, part: str, metric: str) -> list[str]:
         """The labels of a metric in all files of a part: the paper's six in its order, then others; the paper's where there is none."""
-        named = list(dict.fromkeys(label for found in getattr(self, part).values() for name, label in found.rows if name == metric and label != "all"))
+        named = list(
+            dict.fromkeys(
+                label for found in getattr(self, part).values() for name, label in found.rows if name == metric and label != "all"
+            )
+        )
         return [name for name in CONDITIONS if name in named] + [name for name in named if name not in CONDITIONS] or CONDITIONS
 
 
@@ -411,9 +425,14 @@ def read_study(args: argparse.Namespace) -> Study:
         fail(f"--study {args.study}: no such folder; pass the one that launch/sweep.sh filled")
     strategies = [row for row in STRATEGIES if row in args.rows]
     extra = {"runs": [], "evaluations": ["base"], "downstream": ["base", "real"]}
-    parts = {part: {row: Results(read_result(args.study / part / row / name, part)) for row in [*strategies, *extra[part]]} for part, (name, _) in FILES.items()}
+    parts = {
+        part: {row: ResultFile(read_result(args.study / part / row / name, part)) for row in [*strategies, *extra[part]]}
+        for part, (name, _) in FILES.items()
+    }
     if not any(found.there for part in parts.values() for found in part.values()):
-        fail(f"--study {args.study}: no runs/*/training_summary.json, evaluations/*/generation_metrics.json or downstream/*/downstream_metrics.json of these rows in it")
+        fail(
+            f"--study {args.study}: no runs/*/training_summary.json, evaluations/*/generation_metrics.json or downstream/*/downstream_metrics.json of these rows in it"
+        )
     return Study(args.study, strategies, **parts)
 
 
@@ -437,6 +456,10 @@ def shown(value: object) -> str:
     """A setting for a reader: fingerprints shortened, numbers with thousands."""
     if isinstance(value, str) and len(value) >= 40:
         return value.removeprefix("xrv-")[:8]
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
     if isinstance(value, bool) or not isinstance(value, Number):
         return "none" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
@@ -454,8 +477,17 @@ def difference(what: str, values: dict[str, object]) -> str | None:
         groups.setdefault(json.dumps(value, sort_keys=True, default=str), []).append(row)
     if len(groups) < 2:
         return None
-    parts = [f"{shown(values[rows[0]])} ({listed([name_of_row(row) for row in rows]) if len(rows) <= 3 else f'{len(rows)} rows'})" for rows in groups.values()]
+    parts = [
+        f"{shown(values[rows[0]])} ({listed([name_of_row(row) for row in rows]) if len(rows) <= 3 else f'{len(rows)} rows'})"
+        for rows in groups.values()
+    ]
     return f"{what} {listed(parts)}"
+
+
+def one_sentence(title: str, differences: list[str | None]) -> list[str]:
+    """All differences of one kind as one sentence; no sentence where there is none."""
+    found = [text for text in differences if text]
+    return [f"{title}: {'; '.join(found)}."] if found else []
 
 
 def budget_problems(study: Study) -> list[str]:
@@ -471,12 +503,18 @@ def budget_problems(study: Study) -> list[str]:
     }  # fmt: skip
     found = [difference(what, {row: dig(run, *path) for row, run in there.items()}) for what, path in fields.items()]
     for component in ("unet", "text_encoder", "vae"):
-        rates = {row: dig(run, "arguments", f"{component}_lr") for row, run in there.items() if row not in PEFT and component in row_components(row)}
+        rates = {
+            row: dig(run, "arguments", f"{component}_lr")
+            for row, run in there.items()
+            if row not in PEFT and component in row_components(row)
+        }
         found.append(difference(f"learning rate of the {component.replace('_', ' ')} in full training", rates))
-    found.append(difference("learning rate of PEFT", {row: dig(run, "arguments", "learning_rate") for row, run in there.items() if row in PEFT}))
+    found.append(
+        difference("learning rate of PEFT", {row: dig(run, "arguments", "learning_rate") for row, run in there.items() if row in PEFT})
+    )
     vae_losses = {row: dig(run, "arguments", "vae_loss") for row, run in there.items() if row not in PEFT and "vae" in row_components(row)}
     found.append(difference("VAE loss", vae_losses))
-    return [f"Training budgets differ: {text}." for text in found if text]
+    return one_sentence("Training budgets differ", found)
 
 
 def row_components(row: str) -> list[str]:
@@ -484,18 +522,20 @@ def row_components(row: str) -> list[str]:
     return [part for part in ("unet", "text_encoder", "vae") if part in row]
 
 
-def generation_identity(found: Results) -> dict[str, object]:
+def generation_identity(found: ResultFile) -> dict[str, object]:
     """What two evaluations must have in common before their figures compare."""
     return {
         "real images (fingerprint)": dig(found.found, "images", "real", "fingerprint"),
         "features (fingerprint)": dig(found.found, "features", "fingerprint"),
         "classifier (fingerprint)": dig(found.found, "classifier", "fingerprint"),
         "resolution": dig(found.found, "resolution"), "resize mode": dig(found.found, "resize_mode"), "pooling": dig(found.found, "pool"),
-        "uncertain labels": dig(found.found, "arguments", "uncertain"), "n of FID": (found.get("fid") or {}).get("n"),
+        "uncertain labels": dig(found.found, "arguments", "uncertain"),
+        "generated images": {name: count for name, count in (dig(found.found, "images", "synthetic") or {}).items() if name != "fingerprint"},
+        "number of images n": (found.get("fid") or {}).get("n"),
     }  # fmt: skip
 
 
-def downstream_identity(found: Results) -> dict[str, object]:
+def downstream_identity(found: ResultFile) -> dict[str, object]:
     """The settings of a classifier's training and test; what it is trained on is the difference that is asked about."""
     names = {
         "test": "real test images (fingerprint)", "labels": "labels", "num_train_images": "training images", "num_val_images": "validation images",
@@ -509,18 +549,28 @@ def downstream_identity(found: Results) -> dict[str, object]:
 def identity_problems(study: Study) -> dict[str, list[str]]:
     """What differs between the evaluations and between the downstream runs, in sentences, by part."""
     problems = {}
-    for part, identity, title in (("evaluations", generation_identity, "Generation was judged differently"), ("downstream", downstream_identity, "Downstream classifiers were made differently")):
+    for part, identity, title in (
+        ("evaluations", generation_identity, "Generation was judged differently"),
+        ("downstream", downstream_identity, "Downstream classifiers were made differently"),
+    ):
         of_row = {row: identity(found) for row, found in getattr(study, part).items() if found.there}
         texts = [difference(what, {row: values[what] for row, values in of_row.items()}) for what in next(iter(of_row.values()), {})]
-        problems[part] = [f"{title}: {text}." for text in texts if text]
+        problems[part] = one_sentence(title, texts)
     return problems
 
 
 def sampling_problems(study: Study) -> list[str]:
     """What differs between the samples other than their model; and evaluations of other folders' images."""
-    names = {"seed": "seed", "guidance_scale": "guidance", "num_inference_steps": "denoising steps", "scheduler": "scheduler", "resolution": "resolution", "images": "number of images"}
+    names = {
+        "seed": "seed",
+        "guidance_scale": "guidance",
+        "num_inference_steps": "denoising steps",
+        "scheduler": "scheduler",
+        "resolution": "resolution",
+        "images": "number of images",
+    }
     found = [difference(what, {row: values.get(key) for row, values in study.settings.items()}) for key, what in names.items()]
-    problems = [f"Samples were drawn differently: {text}." for text in found if text]
+    problems = one_sentence("Samples were drawn differently", found)
     wrong = [row for row, result in study.evaluations.items() if result.there and result.found["name"] != row]
     if wrong:
         problems.append(
@@ -570,7 +620,9 @@ class Comparison:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """(better, worse) of all pairs that differ."""
-        return [(one, other) for one, other in itertools.permutations(self.figures, 2) if self.better(self.figures[one], self.figures[other])]
+        return [
+            (one, other) for one, other in itertools.permutations(self.figures, 2) if self.better(self.figures[one], self.figures[other])
+        ]
 
     @property
     def beat_base(self) -> list[str]:
@@ -585,7 +637,17 @@ def has_interval(row: dict | None) -> bool:
     return bool(row) and row["value"] is not None and row["low"] is not None and row["high"] is not None
 
 
-def compare(study: Study, part: str, measure: str, metric: str, label: str, direction: str, digits: int, needs: list[str], chance: float | None = None) -> Comparison:
+def compare(
+    study: Study,
+    part: str,
+    measure: str,
+    metric: str,
+    label: str,
+    direction: str,
+    digits: int,
+    needs: list[str],
+    chance: float | None = None,
+) -> Comparison:
     """Puts the strategies' figures in order; compares nothing where the rows differ in what the figure needs to have in common."""
     identity = generation_identity if part == "evaluations" else downstream_identity
     found = {row: getattr(study, part)[row] for row in study.strategies if has_interval(getattr(study, part)[row].get(metric, label))}
@@ -606,7 +668,7 @@ def compare(study: Study, part: str, measure: str, metric: str, label: str, dire
 
 def compare_all(study: Study) -> tuple[Comparison, Comparison, dict[str, Comparison], Comparison]:
     """FID, Vendi, class consistency by label (its AUROC, which needs no threshold), downstream AUROC."""
-    same_images = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "n of FID"]
+    same_images = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
     heads = ["classifier (fingerprint)", "resolution", "resize mode"]
     fid = compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, same_images)
     vendi = compare(study, "evaluations", "Vendi score", "vendi", "all", "highest", 2, same_images)
@@ -614,7 +676,16 @@ def compare_all(study: Study) -> tuple[Comparison, Comparison, dict[str, Compari
         label: compare(study, "evaluations", f"Prompt: {label}", "class_consistency_auroc", label, "highest", 3, heads, 0.5)
         for label in study.labels("evaluations", "class_consistency_auroc")
     }
-    settings = ["real test images (fingerprint)", "labels", "training images", "network", "initial weights", "resolution", "epochs", "shuffled labels"]
+    settings = [
+        "real test images (fingerprint)",
+        "labels",
+        "training images",
+        "network",
+        "initial weights",
+        "resolution",
+        "epochs",
+        "shuffled labels",
+    ]
     downstream = compare(study, "downstream", "Downstream AUROC", "auroc", "all", "highest", 3, settings, 0.5)
     return fid, vendi, consistency, downstream
 
@@ -651,9 +722,16 @@ def sentence_of(one: Comparison) -> str:
         behind = f"; behind: {names(one.behind)}" if one.behind else ", nor anything else, though some others differ between them"
         text = f"{best}, not distinguishable from {names(rest)}{behind}"
     if one.base:
-        text += f"; {'higher' if not one.lower else 'lower'} than the base model's {one.base['value']:.{one.digits}f}: {some(one.beat_base, list(one.figures))}"
+        verb = (
+            ("is more varied than" if len(one.beat_base) == 1 else "are more varied than")
+            if one.chance is None and not one.lower
+            else "beats"
+            if len(one.beat_base) == 1
+            else "beat"
+        )
+        text += f"; {some(one.beat_base, list(one.figures))} {verb} the base model ({one.base['value']:.{one.digits}f})"
     if one.chance is not None:
-        text += f"; above chance: {some(one.above_chance, list(one.figures))}"
+        text += f"; {some(one.above_chance, list(one.figures))} {'is' if len(one.above_chance) == 1 else 'are'} above chance"
     return f"{one.measure}: {text}."
 
 
@@ -665,10 +743,12 @@ def sentence_of_labels(consistency: dict[str, Comparison]) -> str:
     rows = list(dict.fromkeys(row for one in compared.values() for row in one.figures))
     always = [row for row in rows if all(row in one.above_chance for one in compared.values())]
     never = [row for row in rows if not any(row in one.above_chance for one in compared.values())]
-    text = f"above chance for {'the one label' if len(compared) == 1 else f'all {len(compared)} labels'}: {some(always, rows)}"
-    text += f"; for no label: {some(never, rows)}" if never else ""
+    text = f"{some(always, rows)} {'is' if len(always) == 1 else 'are'} above chance for {'the one label' if len(compared) == 1 else f'all {len(compared)} labels'}"
+    text += f", {some(never, rows)} for none" if never else ""
     differing = [label for label, one in compared.items() if one.pairs]
-    text += f"; strategies differ for {len(differing)} of {len(compared)} labels; among the leaders for {'it' if len(compared) == 1 else 'every label'}: {some(leaders_of_labels(consistency), rows)}"
+    text += f"; strategies differ for {len(differing)} of {len(compared)} labels"
+    leaders = leaders_of_labels(consistency)
+    text += f"; {some(leaders, rows)} {'is' if len(leaders) == 1 else 'are'} among the leaders for {'it' if len(compared) == 1 else 'every label'}"
     return f"Following the prompt (AUROC): {text}."
 
 
@@ -678,8 +758,13 @@ def answer(study: Study, comparisons: tuple) -> list[str]:
     # A strategy that is no better than doing nothing leads nowhere.
     groups = {"FID": [row for row in fid.leaders if not fid.base or row in fid.beat_base], "following the prompt": leaders_of_labels(consistency),
               "downstream AUROC": [row for row in downstream.leaders if row in downstream.above_chance]}  # fmt: skip
-    rivals = {"FID": len(fid.figures), "following the prompt": max((len(one.figures) for one in consistency.values()), default=0), "downstream AUROC": len(downstream.figures)}
+    rivals = {
+        "FID": len(fid.figures),
+        "following the prompt": max((len(one.figures) for one in consistency.values()), default=0),
+        "downstream AUROC": len(downstream.figures),
+    }
     judged = [what for what, count in rivals.items() if count > 1]
+    unjudged = [what for what in rivals if what not in judged]
     common = [row for row in study.strategies if judged and all(row in groups[what] for what in judged)]
     if not judged:
         lead = "No strategy can be recommended: no figure was measured for two strategies in a comparable way."
@@ -690,16 +775,22 @@ def answer(study: Study, comparisons: tuple) -> list[str]:
     elif common:
         lead = f"No winner can be named: {names(common)} cannot be told apart as leaders, within the 95 % intervals, in {listed(judged)}."
     else:
-        lead = f"No winner can be named: no strategy is among the leaders, within the 95 % intervals, in {listed(judged)}{' at once' if len(judged) > 1 else ''}."
+        lead = f"No winner can be named: no strategy leads in {listed(judged)}{' at once' if len(judged) > 1 else ''}, allowing for the 95 % intervals."
+    if judged and unjudged:
+        lead += f" That leaves open {listed(unjudged)}, not compared."
     return [lead, sentence_of(fid), sentence_of(vendi), sentence_of_labels(consistency), sentence_of(downstream)]
 
 
 def cautions(study: Study, fid: Comparison) -> list[str]:
     """What limits every comparison, in short sentences."""
     found = ["Each strategy was trained once: no interval here covers how much a second training would differ."]
+    devices = difference("device", {row: run.found["device"] for row, run in study.runs.items() if run.there})
+    found += [f"Seconds and memory do not compare between rows: {devices}."] if devices else []
     sizes = sorted({row["n"] for row in (result.get("fid") for result in study.evaluations.values()) if row and row["n"]})
     if sizes and sizes[0] < FEW_IMAGES:
-        found.append(f"FID is of n = {listed([f'{n:,}' for n in sizes])} images, below {FEW_IMAGES:,}: the covariance is singular and the bias large.")
+        found.append(
+            f"FID is of n = {listed([f'{n:,}' for n in sizes])} images, below {FEW_IMAGES:,}: the covariance is singular and the bias large."
+        )
     if any(dig(result.found, "settings", "num_seeds") == 1 for result in study.downstream.values() if result.there):
         found.append("Downstream classifiers were trained with one seed, so their intervals do not cover how much training varies.")
     return found
@@ -752,7 +843,9 @@ def number_cell(row: dict | None, digits: int, scale: float = 1.0, sign: bool = 
         return Cell(why if len(why) <= 60 else "n/a")
     form = f"{{:{'+' if sign else ''},.{digits}f}}"
     # Adding 0 takes the sign from a rounded -0.0.
-    value, low, high = (None if row[key] is None else form.format(round(scale * row[key], digits) + 0.0) for key in ("value", "low", "high"))
+    value, low, high = (
+        None if row[key] is None else form.format(round(scale * row[key], digits) + 0.0) for key in ("value", "low", "high")
+    )
     return Cell(value, f"{low} to {high}" if low is not None and high is not None else "")
 
 
@@ -765,7 +858,7 @@ def with_paper(cell: Cell, table: str, row: str, metric: str, label: str, digits
     return cell
 
 
-def first_cells(row: str, results: Results, status: str) -> list[Cell]:
+def first_cells(row: str, results: ResultFile, status: str) -> list[Cell]:
     """Number and name, with what is missing here and in the paper."""
     name = Cell(name_of_row(row), flags=[] if results.there else [status])
     if row in STRATEGIES and row not in PAPER_GENERATION:
@@ -782,7 +875,7 @@ def status_of(study: Study, part: str, row: str) -> str:
     return "not run" if part == "runs" or (row in STRATEGIES and not study.runs[row].there) else "not evaluated"
 
 
-def change_cell(run: Results, name: str) -> Cell:
+def change_cell(run: ResultFile, name: str) -> Cell:
     """A held-out loss before and after, and whether its change is beyond its interval."""
     before, after, change = (run.get(f"heldout_{name}{suffix}") for suffix in ("_start", "", "_change"))
     if not (before and after):
@@ -803,13 +896,29 @@ def learning_rates(run: dict, row: str) -> str:
     return ", ".join(f"{names_of[part]} {shown(arguments.get(f'{part}_lr'))}" for part in row_components(row))
 
 
-def table_one(study: Study) -> Table:
+def table_1(study: Study) -> Table:
     """What was trained, at which cost, and what it did to the held-out loss."""
-    header = ["#", "strategy", "parameters", "images", "steps", "global batch", "learning rate", "seconds per epoch", "peak memory, GiB", "held-out diffusion loss"]
+    header = [
+        "#",
+        "strategy",
+        "parameters",
+        "images",
+        "steps",
+        "global batch",
+        "learning rate",
+        "seconds per epoch",
+        "peak memory, GiB",
+        "held-out diffusion loss",
+    ]
     rows = []
     for row in study.strategies:
         run, full = study.runs[row], row not in PEFT
-        name = Cell(STRATEGIES[row][0], STRATEGIES[row][1], [status_of(study, "runs", row)] if not run.there else [], notes=["difffit"] if row == "difffit" else [])
+        name = Cell(
+            STRATEGIES[row][0],
+            STRATEGIES[row][1],
+            [status_of(study, "runs", row)] if not run.there else [],
+            notes=["difffit"] if row == "difffit" else [],
+        )
         parameters = Cell(f"{sum(run.found['trainable_parameters'].values()):,}" if run.there else "")
         parameters.paper = "83.7 to 98.3 million" if full else "1.59 million" if row == "lora" else "not reported"
         parameters.notes = ["parameters"] if full else []
@@ -825,7 +934,7 @@ def table_one(study: Study) -> Table:
             Cell(learning_rates(found, row)), seconds, number_cell(run.get("peak_memory_gib"), 2, why=run.why_not("peak_memory_gib")), loss,
         ])  # fmt: skip
     return Table("Table 1. What was trained, and what it cost", header, rows, key=[
-        "Held-out loss: before → after, and its change with the 95 % interval, on the same, noise and timesteps. It does not rank strategies: judge by Tables 3 and 4.",
+        "Held-out loss: before → after, and its change with the 95 % interval, on the same images, noise and timesteps. It does not rank strategies: judge by Tables 3 and 4.",
     ])  # fmt: skip
 
 
@@ -843,7 +952,7 @@ def split_counts(study: Study) -> dict[tuple[str, str], dict[str, dict]]:
     return found
 
 
-def table_two(study: Study) -> tuple[Table, list[str]]:
+def table_2(study: Study) -> tuple[Table, list[str]]:
     """The split that was used, by finding; and where the rows disagree about it."""
     counts = split_counts(study)
     labels = [*CONDITIONS, *dict.fromkeys(label for _, label in counts if label not in CONDITIONS and label != "all"), "all"]
@@ -875,9 +984,11 @@ def fid_cell(study: Study, row: str, base: dict | None) -> Cell:
     return cell
 
 
-def consistency_cell(results: Results, label: str) -> Cell:
+def consistency_cell(results: ResultFile, label: str) -> Cell:
     """The share that fires, grey where the head fires no more often than for the other prompts."""
-    cell = number_cell(results.get("class_consistency", label), 1, 100, why=results.why_not("class_consistency", label) if results.there else "")
+    cell = number_cell(
+        results.get("class_consistency", label), 1, 100, why=results.why_not("class_consistency", label) if results.there else ""
+    )
     margin = results.get("class_consistency_margin", label)
     if results.get("class_consistency", label) and has_interval(margin) and margin["low"] <= 0:
         cell.grey, cell.flags = True, ["no more than for other prompts"]
@@ -886,31 +997,60 @@ def consistency_cell(results: Results, label: str) -> Cell:
 
 def base_for_fid(study: Study) -> dict | None:
     """The base model's FID where it compares with the strategies'."""
-    needs = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "n of FID"]
+    needs = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
     return compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, needs).base
 
 
-def table_three(study: Study) -> Table:
+def table_3(study: Study) -> Table:
     """FID, Vendi and class consistency, with the floors of real images below."""
     labels, base, source = study.labels("evaluations", "class_consistency"), base_for_fid(study), study.first("evaluations")
     rows = []
     for row in [*study.strategies, "base"]:
         results = study.evaluations[row]
         figure = results.get("fid")
-        cells = [*first_cells(row, results, status_of(study, "evaluations", row)), Cell(f"{figure['n']:,}" if figure and figure["n"] else "")]
+        cells = [
+            *first_cells(row, results, status_of(study, "evaluations", row)),
+            Cell(f"{figure['n']:,}" if figure and figure["n"] else ""),
+        ]
         cells.append(with_paper(fid_cell(study, row, base), "3", row, "fid", "all", 2))
         cells.append(number_cell(results.get("fid_half_n"), 2, why=results.why_not("fid_half_n") if results.there else ""))
-        cells.append(with_paper(number_cell(results.get("vendi"), 2, why=results.why_not("vendi") if results.there else ""), "3", row, "vendi", "all", 2))
+        cells.append(
+            with_paper(
+                number_cell(results.get("vendi"), 2, why=results.why_not("vendi") if results.there else ""), "3", row, "vendi", "all", 2
+            )
+        )
         cells += [with_paper(consistency_cell(results, label), "3", row, "class_consistency", label, 1, 100) for label in labels]
         rows.append(cells)
     if source.there:
         half, vendi = source.get("fid_real_halves_half_n"), source.get("vendi")
         real = Cell(f"{vendi['floor']:.2f}" if vendi and vendi["floor"] is not None else "n/a")
         heads = [number_cell(source.get("class_consistency_real", label), 1, 100) for label in labels]
-        rows.append([Cell(""), Cell("real images", "against other patients' real images"), Cell(f"{half['n']:,}" if half and half["n"] else ""), Cell("", "see half of n"), number_cell(half, 2), real, *heads])
-        through = [number_cell(source.get("fid_vae"), 2), number_cell(source.get("fid_half_n_vae"), 2), number_cell(source.get("vendi_vae"), 2)]
+        rows.append(
+            [
+                Cell(""),
+                Cell("real images", "against other patients' real images"),
+                Cell(f"{half['n']:,}" if half and half["n"] else ""),
+                Cell("", "see half of n"),
+                number_cell(half, 2),
+                real,
+                *heads,
+            ]
+        )
+        through = [
+            number_cell(source.get("fid_vae"), 2),
+            number_cell(source.get("fid_half_n_vae"), 2),
+            number_cell(source.get("vendi_vae"), 2),
+        ]
         if source.get("fid_vae"):
-            rows.append([Cell(""), Cell("real images through the VAE"), Cell(f"{source.get('fid_vae')['n']:,}"), *through, *(number_cell(source.get("class_consistency_vae", label), 1, 100) for label in labels)])
+            rows.append(
+                [
+                    Cell(""),
+                    Cell("real images through the VAE"),
+                    Cell(f"{source.get('fid_vae')['n']:,}"),
+                    *through,
+                    *(number_cell(source.get("class_consistency_vae", label), 1, 100) for label in labels),
+                ]
+            )
     return Table(
         "Table 3. Are the images like real ones, varied, and what the prompt says?",
         ["#", "images", "n", "FID ↓", "FID at half of n", "Vendi ↑", *(f"{ABBREVIATIONS.get(label, label)}, % ↑" for label in labels)], rows,
@@ -931,10 +1071,15 @@ def prompts_table(study: Study, title: str, metric: str, lead: str, chance: floa
     labels, rows = study.labels("evaluations", metric), []
     for row in [*study.strategies, "base", "real"]:
         results, suffix = (study.first("evaluations"), "_real") if row == "real" else (study.evaluations[row], "")
-        cells = [Cell(str(NUMBERS.get(row, ""))), Cell(name_of_row(row), flags=[status_of(study, "evaluations", row)] if not results.there else [])]
+        cells = [
+            Cell(str(NUMBERS.get(row, ""))),
+            Cell(name_of_row(row), flags=[status_of(study, "evaluations", row)] if not results.there else []),
+        ]
         for label in labels:
             figure = results.get(metric + suffix, label)
-            cell = number_cell(figure, digits, scale, sign=chance == 0, why=results.why_not(metric + suffix, label) if results.there else "")
+            cell = number_cell(
+                figure, digits, scale, sign=chance == 0, why=results.why_not(metric + suffix, label) if results.there else ""
+            )
             if has_interval(figure) and figure["low"] <= chance:
                 cell.grey, cell.flags = True, [flag]
             cells.append(cell)
@@ -953,11 +1098,19 @@ def images_table(study: Study) -> Table:
     rows = []
     for row in [*study.strategies, "base"]:
         results = study.evaluations[row]
-        cells = [Cell(str(NUMBERS.get(row, ""))), Cell(name_of_row(row), flags=[] if results.there else [status_of(study, "evaluations", row)])]
+        cells = [
+            Cell(str(NUMBERS.get(row, ""))),
+            Cell(name_of_row(row), flags=[] if results.there else [status_of(study, "evaluations", row)]),
+        ]
         for metric, scale, digits in columns.values():
             figure = results.get(metric)
             cell = number_cell(figure, digits, scale, why=results.why_not(metric) if results.there else "")
-            if metric.startswith(("memorisation", "colour")) and has_interval(figure) and figure["floor"] is not None and figure["low"] > figure["floor"]:
+            if (
+                metric.startswith(("memorisation", "colour"))
+                and has_interval(figure)
+                and figure["floor"] is not None
+                and figure["low"] > figure["floor"]
+            ):
                 cell.flags = ["more than expected"]
             cells.append(cell)
         rows.append(cells)
@@ -974,7 +1127,7 @@ def images_table(study: Study) -> Table:
     )  # fmt: skip
 
 
-def table_four(study: Study) -> Table:
+def table_4(study: Study) -> Table:
     """Accuracy of classifiers trained on each strategy's images, beside the constant predictor's."""
     labels, rows = study.labels("downstream", "accuracy"), []
     source = study.first("downstream")
@@ -987,7 +1140,9 @@ def table_four(study: Study) -> Table:
         for label in labels:
             figure, gain = results.get("accuracy", label), results.get("accuracy_gain", label)
             cell = number_cell(figure, 1, 100, why=results.why_not("accuracy", label) if results.there else "")
-            if figure and (gain["low"] <= 0 if has_interval(gain) else figure["floor"] is not None and (figure["low"] or 0) <= figure["floor"]):
+            if figure and (
+                gain["low"] <= 0 if has_interval(gain) else figure["floor"] is not None and (figure["low"] or 0) <= figure["floor"]
+            ):
                 cell.grey, cell.flags = True, ["not above the floor"]
             if figure and "constant" in (figure["note"] or "").lower():
                 cell.flags = [figure["note"], *cell.flags]
@@ -1010,7 +1165,10 @@ def auroc_table(study: Study) -> Table:
     labels, rows = study.labels("downstream", "auroc"), []
     for row in [*study.strategies, "base", "real"]:
         results = study.downstream[row]
-        cells = [Cell(str(NUMBERS.get(row, ""))), Cell(name_of_row(row), flags=[] if results.there else [status_of(study, "downstream", row)])]
+        cells = [
+            Cell(str(NUMBERS.get(row, ""))),
+            Cell(name_of_row(row), flags=[] if results.there else [status_of(study, "downstream", row)]),
+        ]
         for label in ["all", *labels]:
             figure = results.get("auroc", label)
             cell = number_cell(figure, 3, why=results.why_not("auroc", label) if results.there else "")
@@ -1018,7 +1176,11 @@ def auroc_table(study: Study) -> Table:
                 cell.grey, cell.flags = True, ["at chance"]
             cells.append(cell)
         ratio = results.get("auroc_of_reference")
-        cells.append(Cell("1 by definition") if row == "real" and results.there else number_cell(ratio, 3, why="no reference run" if results.there else ""))
+        cells.append(
+            Cell("1 by definition")
+            if row == "real" and results.there
+            else number_cell(ratio, 3, why="no reference run" if results.there else "")
+        )
         rows.append(cells)
     return Table(
         "Table 4b. The same classifiers without a threshold", ["#", "trained on images of", "mean AUROC ↑", *(f"{ABBREVIATIONS.get(label, label)} AUROC" for label in labels), "mean AUROC, share of the real images'"], rows,
@@ -1049,7 +1211,13 @@ def verdict_table(study: Study, comparisons: tuple) -> Table:
         "Higher Vendi means more varied, which noise is too: it does not decide the answer above.",
         "Prompt: AUROC of the classifier's head for images of its own prompt against those of the other prompts.",
     ]  # fmt: skip
-    return Table("Who differs from the best, beyond the 95 % intervals", ["figure", "best", "not distinguishable from it", "behind it", "better than the base model", "above chance"], rows, "", key)
+    return Table(
+        "Who differs from the best, beyond the 95 % intervals",
+        ["figure", "best", "not distinguishable from it", "behind it", "better than the base model", "above chance"],
+        rows,
+        "",
+        key,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1071,7 +1239,9 @@ def sampled_images(study: Study, row: str) -> dict[str, list[str]]:
     table = load_image_table(str(path))
     settings = pd.read_csv(path, dtype=str, keep_default_na=False)
     names = ("seed", "guidance_scale", "num_inference_steps", "scheduler", "resolution")
-    study.settings[row] = {name: ", ".join(settings[name].unique()) for name in names if name in settings} | {"images": f"{len(settings):,}"}
+    study.settings[row] = {name: ", ".join(settings[name].unique()) for name in names if name in settings} | {
+        "images": f"{len(settings):,}"
+    }
     index = pd.to_numeric(settings["index"], errors="coerce") if "index" in settings else pd.Series(range(len(settings)))
     table = table.assign(condition=single_label(table), order=index).sort_values("order", kind="stable")
     return {label: list(rows["image"][:SAMPLES]) for label, rows in table.groupby("condition", sort=False) if label}
@@ -1145,9 +1315,15 @@ def draw_figure(study: Study, args: argparse.Namespace) -> Figure2 | None:
     picture.save(buffer, format="PNG", optimize=True)
     have = [name_of_row(row) for row, images in rows.items() if images]
     alt = f"Grid of chest radiographs. Rows: {', '.join(have)}. Columns, two images each: {', '.join(labels)}."
-    first = f"The first row has real images {about}, frontal, the first two patients with the finding and, where there are any, no other" if real else f"No real images: {about}"
+    first = (
+        f"The first row has real images {about}, frontal, the first two patients with the finding and, where there are any, no other"
+        if real
+        else f"No real images: {about}"
+    )
     caption = f"The first {SAMPLES} samples by index of each prompt, not chosen by eye. {first}. Methods down, prompts across."
-    return Figure2(buffer.getvalue(), alt, caption + (" Real radiographs may be passed on only as their data set's agreement allows." if real else ""))
+    return Figure2(
+        buffer.getvalue(), alt, caption + (" Real radiographs may be passed on only as their data set's agreement allows." if real else "")
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1159,12 +1335,19 @@ def provenance(study: Study) -> Table:
     """What each row's figures were made from: real images, networks and seeds."""
     rows = []
     for row in [*study.strategies, "base", "real"]:
-        run, judged, down = (getattr(study, part).get(row, Results(None)).found for part in ("runs", "evaluations", "downstream"))
+        run, judged, down = (getattr(study, part).get(row, ResultFile(None)).found for part in ("runs", "evaluations", "downstream"))
         if not (run or judged or down):
             continue
         real, test = dig(judged, "images", "real") or {}, down.get("images", {})
-        seeds = {"training": dig(run, "identity", "seed"), "samples": study.settings.get(row, {}).get("seed"), "evaluation": dig(judged, "arguments", "seed"), "downstream": dig(down, "settings", "seed")}
-        trained = f"{shown(run['images'])} of {shown(run['patients'])} patients, {shown(dig(run, 'identity', 'data_fingerprint'))}" if run else ""
+        seeds = {
+            "training": dig(run, "identity", "seed"),
+            "samples": study.settings.get(row, {}).get("seed"),
+            "evaluation": dig(judged, "arguments", "seed"),
+            "downstream": dig(down, "settings", "seed"),
+        }
+        trained = (
+            f"{shown(run['images'])} of {shown(run['patients'])} patients, {shown(dig(run, 'identity', 'data_fingerprint'))}" if run else ""
+        )
         rows.append([
             Cell(name_of_row(row)), Cell(trained), Cell(f"{shown(real.get('all'))}, {shown(real.get('fingerprint'))}" if judged else ""),
             Cell(shown(dig(judged, "features", "fingerprint")) if judged else ""), Cell(shown(dig(judged, "classifier", "fingerprint")) if judged else ""),
@@ -1172,8 +1355,19 @@ def provenance(study: Study) -> Table:
             Cell(f"{shown(dig(down, 'settings', 'num_train_images'))}, {shown(dig(down, 'settings', 'num_seeds'))} classifiers" if down else ""),
             Cell(", ".join(f"{what} {seed}" for what, seed in seeds.items() if seed is not None)),
         ])  # fmt: skip
-    header = ["row", "trained on images", "judged against real images", "features", "classifier", "downstream: real test images", "downstream: trained on", "seeds"]
-    return Table("What the figures rest on", header, rows, "Numbers of images, then the first eight digits of fingerprints of what is in them.")
+    header = [
+        "row",
+        "trained on images",
+        "judged against real images",
+        "features",
+        "classifier",
+        "downstream: real test images",
+        "downstream: trained on",
+        "seeds",
+    ]
+    return Table(
+        "What the figures rest on", header, rows, "Numbers of images, then the first eight digits of fingerprints of what is in them."
+    )
 
 
 def file_notes(study: Study) -> list[str]:
@@ -1185,7 +1379,10 @@ def file_notes(study: Study) -> list[str]:
                 rows = found.setdefault(str(text), [])
                 rows += [row] if row not in rows else []
     everywhere = {row for part in ("runs", "evaluations", "downstream") for row, results in getattr(study, part).items() if results.there}
-    return [f"{text} ({'all rows' if set(rows) == everywhere else names(rows) if len(rows) <= 3 else f'{len(rows)} rows'})" for text, rows in found.items()]
+    return [
+        f"{text} ({'all rows' if set(rows) == everywhere else names(rows) if len(rows) <= 3 else f'{len(rows)} rows'})"
+        for text, rows in found.items()
+    ]
 
 
 def version_lines(study: Study) -> list[str]:
@@ -1200,7 +1397,11 @@ def version_lines(study: Study) -> list[str]:
 
 
 def base_line(study: Study) -> list[str]:
-    found = {(run.found["base_model"].rstrip("/").rsplit("/", 1)[-1], shown(dig(run.found, "identity", "base_fingerprint")), run.found["device"]) for run in study.runs.values() if run.there}
+    found = {
+        (run.found["base_model"].rstrip("/").rsplit("/", 1)[-1], shown(dig(run.found, "identity", "base_fingerprint")), run.found["device"])
+        for run in study.runs.values()
+        if run.there
+    }
     return [f"Base model {name} (fingerprint {mark}), trained on {device}." for name, mark, device in sorted(found)]
 
 
@@ -1208,19 +1409,27 @@ def build(args: argparse.Namespace, study: Study) -> tuple[list[Part], Figure2 |
     """The report's sections, its figure, and the paragraph at its top."""
     figure = draw_figure(study, args)
     comparisons = compare_all(study)
-    two, split_problems = table_two(study)
+    two, split_problems = table_2(study)
     by_part = identity_problems(study)
     problems = [*budget_problems(study), *sampling_problems(study), *split_problems, *by_part["evaluations"], *by_part["downstream"]]
     lines = answer(study, comparisons)
     if problems:
         lines[0] += " And the rows are not comparable as they stand (below): this is about these runs, not about the strategies."
     missing = [row for row in study.strategies if not study.runs[row].there]
-    unjudged = [row for row in study.strategies if study.runs[row].there and not (study.evaluations[row].there and study.downstream[row].there)]
+    unjudged = [
+        row for row in study.strategies if study.runs[row].there and not (study.evaluations[row].there and study.downstream[row].there)
+    ]
     limits = cautions(study, comparisons[0])
     limits += [f"Not run: {names(missing)}."] if missing else []
     limits += [f"Run, but not fully evaluated: {names(unjudged)}."] if unjudged else []
-    limits += ["The base model was not evaluated, so it is not known whether any strategy gains over it."] if not study.evaluations["base"].there else []
-    top = Part("", [("answer", lines), *([("problems", problems)] if problems else []), ("list", limits), verdict_table(study, comparisons)])
+    limits += (
+        ["The base model was not evaluated, so it is not known whether any strategy gains over it."]
+        if not study.evaluations["base"].there
+        else []
+    )
+    top = Part(
+        "", [("answer", lines), *([("problems", problems)] if problems else []), ("list", limits), verdict_table(study, comparisons)]
+    )
     context = (
         "The paper's figures stand beside ours as context, not as a target: its FID and Vendi are biased by their own n, over 25,133 images of which 17,032 are "
         "unique; its classifier, its split and its real images are others; and it gives no intervals."
@@ -1233,9 +1442,9 @@ def build(args: argparse.Namespace, study: Study) -> tuple[list[Part], Figure2 |
     ]  # fmt: skip
     parts = [
         top,
-        Part("Training", [("text", context), table_one(study), two]),
-        Part("Generated images", [table_three(study), *followed, images_table(study)]),
-        Part("Use for training classifiers", [table_four(study), auroc_table(study)]),
+        Part("Training", [("text", context), table_1(study), two]),
+        Part("Generated images", [table_3(study), *followed, images_table(study)]),
+        Part("Use for training classifiers", [table_4(study), auroc_table(study)]),
         Part("Figure 2. Samples", [figure or ("text", "No samples in the study's folder.")]),
         Part("How this came about", [
             provenance(study), ("list", [*base_line(study), *version_lines(study)]), *([("text", "Warnings of the scripts:"), ("list", file_notes(study))] if file_notes(study) else []),
@@ -1271,6 +1480,7 @@ p { margin: .5rem 0; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .85rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e1e4e8; overflow-wrap: normal; }
+.many { min-width: 46rem; }
 th { border-bottom: 2px solid #8a919a; vertical-align: bottom; }
 tbody tr:hover td { background: #f6f8fa; }
 sup { line-height: 0; }
@@ -1287,14 +1497,17 @@ td.grey .value { color: #57606a; font-weight: 400; }
 .paper { color: #2a5d9f; white-space: nowrap; }
 .key { font-size: .85rem; color: #444b53; padding-left: 1.2rem; margin: .25rem 0; }
 img { display: block; max-width: none; width: 100%; min-width: 900px; height: auto; }
-@media (max-width: 600px) { .answer { font-size: 1rem; } h1 { font-size: 1.3rem; } td:nth-child(-n+2) .value { overflow-wrap: anywhere; } }
+@media (max-width: 600px) { .answer { font-size: 1rem; } h1 { font-size: 1.3rem; } }
 @media print { .scroll { overflow: visible; } }
 """
 
 
 def html_cell(cell: Cell, numbers: dict[str, int]) -> str:
     refs = "".join(f'<sup><a href="#note-{number}">[{number}]</a></sup>' for number in sorted(numbers[key] for key in cell.notes))
-    parts = [f'<span class="value">{html.escape(cell.text)}</span>' if cell.text else "", *(f'<span class="flag">{html.escape(flag)}</span>' for flag in cell.flags)]
+    parts = [
+        f'<span class="value">{html.escape(cell.text)}</span>' if cell.text else "",
+        *(f'<span class="flag">{html.escape(flag)}</span>' for flag in cell.flags),
+    ]
     if cell.detail:
         parts.insert(1, f'<span class="detail">{html.escape(cell.detail)}</span>')
     if cell.paper:
@@ -1316,8 +1529,8 @@ def html_table(table: Table, numbers: dict[str, int]) -> str:
     title = html.escape(table.title)
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.header)
     body = "\n".join("<tr>" + "".join(html_cell(cell, numbers) for cell in row) + "</tr>" for row in table.rows)
-    lead = f"<p>{html.escape(table.lead)}</p>" if table.lead else ""
-    box = f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    lead, many = f"<p>{html.escape(table.lead)}</p>" if table.lead else "", ' class="many"' if len(table.header) > 4 else ""
+    box = f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table{many}><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
     return f"<h3>{title}</h3>\n{lead}{box}\n{html_list(table.key, 'key') if table.key else ''}"
 
 
@@ -1339,7 +1552,10 @@ def html_block(block, numbers: dict[str, int]) -> str:
 def html_report(title: str, parts: list[Part]) -> str:
     """The report as one file that loads nothing."""
     numbers = number_footnotes(parts)
-    sections = [f"<h2>{html.escape(part.title)}</h2>\n" * bool(part.title) + "\n".join(html_block(block, numbers) for block in part.blocks) for part in parts]
+    sections = [
+        f"<h2>{html.escape(part.title)}</h2>\n" * bool(part.title) + "\n".join(html_block(block, numbers) for block in part.blocks)
+        for part in parts
+    ]
     notes = "".join(f'<li id="note-{number}">{html.escape(FOOTNOTES[key])}</li>' for key, number in numbers.items())
     sections.insert(-1, f"<h2>Footnotes on the paper's figures</h2>\n<ol>{notes}</ol>" if notes else "")
     paper = f'<p>The paper: TehraniNasab, Kumar, Arbel, <a href="{PAPER_LINK}">{PAPER_TITLE}</a>, 2025.</p>'
@@ -1368,14 +1584,30 @@ def markdown_cell(cell: Cell, numbers: dict[str, int]) -> str:
 
 def markdown_block(block, numbers: dict[str, int]) -> str:
     if isinstance(block, Table):
-        lines = [[markdown_text(name) for name in block.header], ["---"] * len(block.header), *([markdown_cell(cell, numbers) for cell in row] for row in block.rows)]
+        lines = [
+            [markdown_text(name) for name in block.header],
+            ["---"] * len(block.header),
+            *([markdown_cell(cell, numbers) for cell in row] for row in block.rows),
+        ]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        return "\n\n".join(filter(None, [f"### {markdown_text(block.title)}", markdown_text(block.lead), table, "\n".join(f"- {markdown_text(item)}" for item in block.key)]))
+        return "\n\n".join(
+            filter(
+                None,
+                [
+                    f"### {markdown_text(block.title)}",
+                    markdown_text(block.lead),
+                    table,
+                    "\n".join(f"- {markdown_text(item)}" for item in block.key),
+                ],
+            )
+        )
     if isinstance(block, Figure2):
         return f"![{markdown_text(block.alt)}](figure2.png)\n\n{markdown_text(block.caption)}"
     kind, content = block
     if kind in ("problems", "list"):
-        return ("**Not comparable as they stand**\n\n" if kind == "problems" else "") + "\n".join(f"- {markdown_text(item)}" for item in content)
+        return ("**Not comparable as they stand**\n\n" if kind == "problems" else "") + "\n".join(
+            f"- {markdown_text(item)}" for item in content
+        )
     if kind == "answer":
         return f"**{markdown_text(content[0])}**\n\n" + "\n".join(f"- {markdown_text(item)}" for item in content[1:])
     return markdown_text(content)
@@ -1383,10 +1615,21 @@ def markdown_block(block, numbers: dict[str, int]) -> str:
 
 def markdown_report(title: str, parts: list[Part]) -> str:
     numbers = number_footnotes(parts)
-    sections = ["\n\n".join([f"## {part.title}"] * bool(part.title) + [markdown_block(block, numbers) for block in part.blocks]) for part in parts]
+    sections = [
+        "\n\n".join([f"## {part.title}"] * bool(part.title) + [markdown_block(block, numbers) for block in part.blocks]) for part in parts
+    ]
     if numbers:
-        sections.insert(-1, "## Footnotes on the paper's figures\n\n" + "\n".join(f"{number}. {markdown_text(FOOTNOTES[key])}" for key, number in numbers.items()))
-    return "\n\n".join([f"# {markdown_text(title)}", *sections, f"The paper: TehraniNasab, Kumar, Arbel, [{PAPER_TITLE}]({PAPER_LINK}), 2025."]) + "\n"
+        sections.insert(
+            -1,
+            "## Footnotes on the paper's figures\n\n"
+            + "\n".join(f"{number}. {markdown_text(FOOTNOTES[key])}" for key, number in numbers.items()),
+        )
+    return (
+        "\n\n".join(
+            [f"# {markdown_text(title)}", *sections, f"The paper: TehraniNasab, Kumar, Arbel, [{PAPER_TITLE}]({PAPER_LINK}), 2025."]
+        )
+        + "\n"
+    )
 
 
 CSV_FIELDS = ("table", "row", "metric", "label", "value", "low", "high", "n", "floor", "paper", "note")
@@ -1403,9 +1646,17 @@ def csv_lines(study: Study) -> list[dict]:
             if not results.there:
                 lines.append({"table": table, "row": row, "metric": "status", "label": "all", "note": status_of(study, part, row)})
     known = {(line["table"], line["row"], line["metric"], line["label"]) for line in lines}
-    cells = [("3", row, metric, label) for row in PAPER_GENERATION for metric, label in [("fid", "all"), ("vendi", "all"), *(("class_consistency", name) for name in CONDITIONS)]]
+    cells = [
+        ("3", row, metric, label)
+        for row in PAPER_GENERATION
+        for metric, label in [("fid", "all"), ("vendi", "all"), *(("class_consistency", name) for name in CONDITIONS)]
+    ]
     cells += [("4", row, "accuracy", label) for row in PAPER_DOWNSTREAM for label in CONDITIONS]
-    cells = [("1", "lora", "trainable_parameters", "unet"), *(cell for cell in cells if cell[1] in study.strategies)] if "lora" in study.strategies else [cell for cell in cells if cell[1] in study.strategies]
+    cells = (
+        [("1", "lora", "trainable_parameters", "unet"), *(cell for cell in cells if cell[1] in study.strategies)]
+        if "lora" in study.strategies
+        else [cell for cell in cells if cell[1] in study.strategies]
+    )
     recorded = {(line["metric"], line["label"]) for line in lines if line["table"] == "2"}
     cells += [("2", "paper", metric, label) for label in PAPER_SPLIT for metric in SPLIT_PARTS if (metric, label) not in recorded]
     lines += [dict(zip(("table", "row", "metric", "label"), cell)) | {"note": "only in the paper"} for cell in cells if cell not in known]
@@ -1435,7 +1686,8 @@ def write_report(output_dir: Path, files: dict[str, str | bytes]) -> None:
             os.replace(part, path)
     except OSError as error:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
         fail(f"--output_dir {output_dir}: cannot be written ({error.strerror}); pass another")
 
 
@@ -1443,7 +1695,11 @@ def main(args: argparse.Namespace) -> None:
     study = read_study(args)
     parts, figure, summary = build(args, study)
     output_dir = args.output_dir or args.study / "report"
-    files = {"report.html": html_report(args.title, parts), "report.md": markdown_report(args.title, parts), "report.csv": csv_report(study)}
+    files = {
+        "report.html": html_report(args.title, parts),
+        "report.md": markdown_report(args.title, parts),
+        "report.csv": csv_report(study),
+    }
     write_report(output_dir, ({"figure2.png": figure.png} if figure else {}) | files)
     if not figure:
         # One of an earlier report does not belong to this one.
