@@ -77,7 +77,7 @@ DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # Copied from train_full.LABEL_VALUES
 LABEL_VALUES = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
-ARCHITECTURES = ["efficientnet_b0", "densenet121", "resnet50"]
+ARCHITECTURES = ("efficientnet_b0", "resnet18", "resnet50", "densenet121")
 # Of ImageNet's pictures, on which the initial weights of --weights imagenet were trained; kept for the other weights.
 NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 # Not further from always giving the same answer than this share of the images.
@@ -174,6 +174,7 @@ def add_table_arguments(parser):
     group = parser.add_argument_group("images")
     group.add_argument("--synthetic", help="folder of sample.py, or any image table of synthetic images")
     group.add_argument("--real_csv", help=f"image table of real images in CheXpert's form (default: the first of {', '.join(DEFAULT_TABLES)} that exists)")
+    group.add_argument("--validation_csv", help="ready-made real validation table, beside --test_csv; --real_csv is then for training only")
     group.add_argument("--test_csv", help="ready-made real test table; --real_csv is then for training and validation only")
     group.add_argument("--image_root", help="folder that the real tables' paths start from (default: the table's folder or its parent)")
     group.add_argument("--train_on", choices=["synthetic", "real", "both"], default="synthetic", help="what the classifier is trained and validated on; both takes half of each")
@@ -239,7 +240,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--classifier scores a saved classifier on real images, with the labels it has; leave out --synthetic, --labels and --reference")
     if args.train_on != "real" and not args.synthetic and not args.classifier:
         parser.error(f"--train_on {args.train_on} needs --synthetic FOLDER, a folder of sample.py")
-    for flag in ("real_csv", "test_csv"):
+    if args.validation_csv and not (args.real_csv and args.test_csv):
+        parser.error("--validation_csv needs --real_csv and --test_csv beside it, since no table is then split")
+    for flag in ("real_csv", "validation_csv", "test_csv"):
         value = getattr(args, flag)
         if value and not Path(value).is_file():
             parser.error(f"--{flag} {value}: no such file; pass the path of a CheXpert-style CSV")
@@ -436,7 +439,7 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
     real_csv = args.real_csv or next((p for p in DEFAULT_TABLES if Path(p).is_file()), None)
     test_csv = args.test_csv or real_csv
     synthetic_csv = find_synthetic_table(args.synthetic) if args.synthetic and not args.classifier else None
-    roots = {csv: None if csv == synthetic_csv else args.image_root for csv in (synthetic_csv, real_csv, test_csv) if csv}
+    roots = {csv: None if csv == synthetic_csv else args.image_root for csv in (synthetic_csv, real_csv, args.validation_csv, test_csv) if csv}
     sources = {csv: load_frontal(csv, root, left_out) for csv, root in roots.items()}
     recorded = {"resize_mode": [], "resolution": []}
     if spec:
@@ -460,6 +463,8 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
             # A table without test rows has a split of its own, since it may be one part of the usual one.
             parts = assign_splits(table["patient"], args.split_seed + int(ready_made))
             pools[name] = (table[(parts == "train") | ((parts == "test") & ready_made)], table[parts == "val"])
+            if name == "real" and args.validation_csv:
+                pools[name] = (table, sources[args.validation_csv])
     if args.train_on != "synthetic" and pools and not args.test_csv and split != "test":
         fail(f"--split {split}: these patients are trained on; leave --split out, or pass --test_csv")
     train, val = equalise(args, pools, left_out)
@@ -1476,7 +1481,7 @@ def run_settings(args, tables: Tables, spec: dict, images: tuple[Images, Images,
     """
     train, val, test = images
     free = (
-        "output_dir", "image_cache_dir", "reference", "bootstrap_samples", "synthetic", "real_csv", "test_csv", "image_root",
+        "output_dir", "image_cache_dir", "reference", "bootstrap_samples", "synthetic", "real_csv", "validation_csv", "test_csv", "image_root",
         "classifier", "max_test_images",
     )  # fmt: skip
     settings = {key: value for key, value in vars(args).items() if key not in free} | {

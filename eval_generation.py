@@ -404,6 +404,7 @@ class Plan:
     resolution: int
     resize_mode: str
     warnings: list[str]
+    counts: list[dict]
 
 
 def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: list[str]) -> tuple[int, str]:
@@ -469,7 +470,7 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
             notes.append(
                 f"{shared:,} patients are in the training images and in the real images; memorisation leaves them out of the real ones"
             )
-    return Plan(sources, labels, resolution, resize_mode, notes)
+    return Plan(sources, labels, resolution, resize_mode, notes, count_rows("test", frames["real"], args.uncertain))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -935,6 +936,14 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
     return {"metric": metric, "label": label, "value": value, "low": low, "high": high, "n": n, "floor": floor, "note": note}
 
 
+# Copied from train_full.count_rows
+def count_rows(part: str, table: pd.DataFrame, uncertain: str) -> list[dict]:
+    """The paper's Table 2 for one part of the data: its images, and those with each finding."""
+    positive = table.reindex(columns=[name for name in LABELS if name in table]).isin([1.0, -1.0] if uncertain == "ones" else [1.0]).sum()
+    by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in positive.items()]
+    return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
+
+
 def wilson(count: float, n: int) -> tuple[float, float]:
     """95% interval of a share (Wilson, 1927)."""
     z, p = 1.959964, count / n
@@ -1364,6 +1373,20 @@ def other_rows(source: Source, prompts: dict[str, np.ndarray], label: str, uncer
     return rows[~np.isin(values, [1.0] if uncertain == "zeros" else [1.0, -1.0])]
 
 
+def mean_rows(rows: list[dict], labels: list[str]) -> list[dict]:
+    """For each metric its mean over the labels that have it; their errors count as independent."""
+    means = []
+    for metric in dict.fromkeys(row["metric"] for row in rows if row["label"] in labels):
+        found = [row for row in rows if row["metric"] == metric and row["label"] in labels and row["value"] is not None]
+        if not found:
+            means.append(result_row(metric, None, note="no label has it"))
+            continue
+        value = float(np.mean([row["value"] for row in found]))
+        below, above = (math.hypot(*(row["value"] - row[end] for row in found)) / len(found) for end in ("low", "high"))
+        means.append(result_row(metric, value, "all", value - below, value + above, sum(row["n"] for row in found), note=f"mean of {len(found)} labels"))
+    return means
+
+
 def consistency_rows(source: Source, labels: list[str], network, uncertain: str, floors: dict) -> list[dict]:
     """Which heads fire for which prompt: the whole matrix at two thresholds, and what it says of each label.
 
@@ -1414,6 +1437,7 @@ def consistency_rows(source: Source, labels: list[str], network, uncertain: str,
             )
         else:
             rows.append(result_row("class_consistency_auroc", None, label, n=len(prompts[label]), note="the network has no such head"))
+    rows += mean_rows(rows, labels)
     return [row | {"floor": floors.get((row["metric"], row["label"]))} for row in rows]
 
 
@@ -1535,7 +1559,7 @@ def score_sources(args: argparse.Namespace, plan: Plan, network) -> tuple[list[d
                 rows += renamed(figures(plan.sources[name], floors=floors), suffix)
         rows += renamed(of_real, "_real")
     memorised, pairs = memorisation_rows(synthetic, real, plan.sources.get("train"), args)
-    return rows + memorised, curves, pairs
+    return rows + memorised + plan.counts, curves, pairs
 
 
 # ----------------------------------------------------------------------------------------------------------------------

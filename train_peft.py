@@ -476,6 +476,7 @@ class TrainingData:
     rows: int
     left_out: dict[str, int]
     notes: list[str]
+    counts: list[dict]
 
 
 # Copied from train_full.load_training_data
@@ -512,13 +513,14 @@ def load_training_data(args: argparse.Namespace) -> TrainingData:
     if args.max_train_samples and args.max_train_samples < len(train):
         left_out["over --max_train_samples"] = len(train) - args.max_train_samples
         train = train.sample(n=args.max_train_samples, random_state=args.split_seed)
+    counts = [*count_rows("train", train, args.uncertain), *count_rows("val", heldout, args.uncertain)]
     if args.max_validation_samples < len(heldout):
         heldout = heldout.sample(n=args.max_validation_samples, random_state=args.split_seed)
     if heldout.empty:
         notes.append("no held-out images: the held-out loss is not measured")
     if (train["patient"] == train["name"]).any():
         notes.append("rows without a patient (patient_id or patientNNNNN in the path) are split by image")
-    return TrainingData(train.reset_index(drop=True), heldout.reset_index(drop=True), source, rows, left_out, notes)
+    return TrainingData(train.reset_index(drop=True), heldout.reset_index(drop=True), source, rows, left_out, notes, counts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1380,6 +1382,14 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
     return {"metric": metric, "label": label, "value": value, "low": low, "high": high, "n": n, "floor": floor, "note": note}
 
 
+# Copied from train_full.count_rows
+def count_rows(part: str, table: pd.DataFrame, uncertain: str) -> list[dict]:
+    """The paper's Table 2 for one part of the data: its images, and those with each finding."""
+    positive = table.reindex(columns=[name for name in LABELS if name in table]).isin([1.0, -1.0] if uncertain == "ones" else [1.0]).sum()
+    by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in positive.items()]
+    return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
+
+
 # Copied from train_full.mean_row
 def mean_row(metric: str, values: np.ndarray | None, note: str) -> dict:
     """A mean with its 95% normal interval."""
@@ -1435,7 +1445,8 @@ def move_into(folder: Path, output_dir: Path) -> None:
 def model_card(args, summary: dict, usage: str) -> str:
     """The run's README.md, with the front matter that the hub reads."""
     base = args.pretrained_model_name_or_path
-    rows = [f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in summary["results"] if row["value"] is not None]
+    shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith("images_")]
+    rows = [f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in shown]
     return "\n".join([
         "---", *([f"base_model: {base}"] if not Path(base).exists() else []), "library_name: diffusers",
         "tags: [text-to-image, stable-diffusion, chest-x-ray, medical-imaging]", "inference: false", "---", "",
@@ -1554,6 +1565,7 @@ def finish_run(args, accelerator, state, data, summary, usage, output_dir) -> No
         result_row("seconds", state.seconds, note="training steps only, interruptions included"),
         result_row("peak_memory_gib", peak_memory(accelerator.device) / 2**30, note=f"main process, {accelerator.device.type}"),
         *summary["results"],
+        *data.counts,
     ]
     write_text(output_dir / "README.md", model_card(args, summary, usage))
     write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")

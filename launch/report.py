@@ -666,16 +666,13 @@ def compare(
     return comparison
 
 
-def compare_all(study: Study) -> tuple[Comparison, Comparison, dict[str, Comparison], Comparison]:
-    """FID, Vendi, class consistency by label (its AUROC, which needs no threshold), downstream AUROC."""
+def compare_all(study: Study) -> tuple[Comparison, Comparison, Comparison, Comparison]:
+    """FID, Vendi, class consistency (its AUROC, which needs no threshold), downstream AUROC."""
     same_images = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
     heads = ["classifier (fingerprint)", "resolution", "resize mode"]
     fid = compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, same_images)
     vendi = compare(study, "evaluations", "Vendi score", "vendi", "all", "highest", 2, same_images)
-    consistency = {
-        label: compare(study, "evaluations", f"Prompt: {label}", "class_consistency_auroc", label, "highest", 3, heads, 0.5)
-        for label in study.labels("evaluations", "class_consistency_auroc")
-    }
+    prompt = compare(study, "evaluations", "Following the prompt, AUROC", "class_consistency_auroc", "all", "highest", 3, heads, 0.5)
     settings = [
         "real test images (fingerprint)",
         "labels",
@@ -687,18 +684,11 @@ def compare_all(study: Study) -> tuple[Comparison, Comparison, dict[str, Compari
         "shuffled labels",
     ]
     downstream = compare(study, "downstream", "Downstream AUROC", "auroc", "all", "highest", 3, settings, 0.5)
-    return fid, vendi, consistency, downstream
+    return fid, vendi, prompt, downstream
 
 
 def names(rows: list[str]) -> str:
     return listed([name_of_row(row) for row in rows])
-
-
-def leaders_of_labels(consistency: dict[str, Comparison]) -> list[str]:
-    """The strategies that are among the leaders for every label that was compared, and above chance for one at least."""
-    compared = [one for one in consistency.values() if one.figures]
-    rows = dict.fromkeys(row for one in compared for row in one.figures)
-    return [row for row in rows if all(row in one.leaders for one in compared) and any(row in one.above_chance for one in compared)]
 
 
 def some(rows: list[str], of: list[str]) -> str:
@@ -735,34 +725,16 @@ def sentence_of(one: Comparison) -> str:
     return f"{one.measure}: {text}."
 
 
-def sentence_of_labels(consistency: dict[str, Comparison]) -> str:
-    """For how many labels the prompt shows, and who leads."""
-    compared = {label: one for label, one in consistency.items() if len(one.figures) > 1}
-    if not compared:
-        return f"Following the prompt: {next(iter(consistency.values())).reason or 'measured for one strategy only'}."
-    rows = list(dict.fromkeys(row for one in compared.values() for row in one.figures))
-    always = [row for row in rows if all(row in one.above_chance for one in compared.values())]
-    never = [row for row in rows if not any(row in one.above_chance for one in compared.values())]
-    text = f"{some(always, rows)} {'is' if len(always) == 1 else 'are'} above chance for {'the one label' if len(compared) == 1 else f'all {len(compared)} labels'}"
-    text += f", {some(never, rows)} for none" if never else ""
-    differing = [label for label, one in compared.items() if one.pairs]
-    text += f"; strategies differ for {len(differing)} of {len(compared)} labels"
-    leaders = leaders_of_labels(consistency)
-    text += f"; {some(leaders, rows)} {'is' if len(leaders) == 1 else 'are'} among the leaders for {'it' if len(compared) == 1 else 'every label'}"
-    return f"Following the prompt (AUROC): {text}."
-
-
 def answer(study: Study, comparisons: tuple) -> list[str]:
     """In plain words: whether there is a winner; then a sentence for each figure."""
-    fid, vendi, consistency, downstream = comparisons
+    fid, vendi, prompt, downstream = comparisons
     # A strategy that is no better than doing nothing leads nowhere.
-    groups = {"FID": [row for row in fid.leaders if not fid.base or row in fid.beat_base], "following the prompt": leaders_of_labels(consistency),
-              "downstream AUROC": [row for row in downstream.leaders if row in downstream.above_chance]}  # fmt: skip
-    rivals = {
-        "FID": len(fid.figures),
-        "following the prompt": max((len(one.figures) for one in consistency.values()), default=0),
-        "downstream AUROC": len(downstream.figures),
+    groups = {
+        "FID": [row for row in fid.leaders if not fid.base or row in fid.beat_base],
+        "following the prompt": [row for row in prompt.leaders if row in prompt.above_chance],
+        "downstream AUROC": [row for row in downstream.leaders if row in downstream.above_chance],
     }
+    rivals = {what: len(one.figures) for what, one in zip(groups, (fid, prompt, downstream))}
     judged = [what for what, count in rivals.items() if count > 1]
     unjudged = [what for what in rivals if what not in judged]
     common = [row for row in study.strategies if judged and all(row in groups[what] for what in judged)]
@@ -778,7 +750,7 @@ def answer(study: Study, comparisons: tuple) -> list[str]:
         lead = f"No winner can be named: no strategy leads in {listed(judged)}{' at once' if len(judged) > 1 else ''}, allowing for the 95 % intervals."
     if judged and unjudged:
         lead += f" That leaves open {listed(unjudged)}, not compared."
-    return [lead, sentence_of(fid), sentence_of(vendi), sentence_of_labels(consistency), sentence_of(downstream)]
+    return [lead, *map(sentence_of, comparisons)]
 
 
 def cautions(study: Study, fid: Comparison) -> list[str]:
@@ -1190,10 +1162,8 @@ def auroc_table(study: Study) -> Table:
 
 def verdict_table(study: Study, comparisons: tuple) -> Table:
     """One line per figure: who leads, who cannot be told from it, who is behind, who beats the base model."""
-    fid, vendi, consistency, downstream = comparisons
-    compared = [fid, vendi, *consistency.values(), downstream]
     rows = []
-    for one in compared:
+    for one in comparisons:
         if not one.figures:
             rows.append([Cell(one.measure), Cell(one.reason), *[Cell("")] * 4])
             continue
@@ -1204,12 +1174,12 @@ def verdict_table(study: Study, comparisons: tuple) -> Table:
             Cell(f"{one.measure}, {one.direction}", f"n = {best['n']:,}" if best["n"] else ""), lead, Cell(names(one.leaders[1:])), Cell(names(one.behind)),
             Cell(some(one.beat_base, list(one.figures)) if one.base else "not evaluated"), Cell(some(one.above_chance, list(one.figures)) if one.chance is not None else ""),
         ])  # fmt: skip
-    pairs, differ = sum(math.comb(len(one.figures), 2) for one in compared), sum(len(one.pairs) for one in compared)
+    pairs, differ = sum(math.comb(len(one.figures), 2) for one in comparisons), sum(len(one.pairs) for one in comparisons)
     key = [
         (f"Two strategies differ where their 95 % intervals do not overlap: {differ:,} of {pairs:,} pairs here. That is a careful rule: by chance alone it happens to 0.6 % of "
         "pairs with equally wide intervals, and to 5 % at most. With many pairs expect some by chance; nothing is corrected for their number."),
         "Higher Vendi means more varied, which noise is too: it does not decide the answer above.",
-        "Prompt: AUROC of the classifier's head for images of its own prompt against those of the other prompts.",
+        "Following the prompt: AUROC of the classifier's head for images of its own prompt against those of the other prompts, mean of the labels.",
     ]  # fmt: skip
     return Table(
         "Who differs from the best, beyond the 95 % intervals",

@@ -19,6 +19,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = ("python", "python3", "accelerate", "torchrun")
+# SLURM's commands, which run here at once what they would run on the cluster.
+SLURM = {
+    "srun": 'exec "$@"',
+    "sbatch": """while [[ $1 == --* ]]; do
+  case $1 in --wrap) exec bash -c "$2" ;; --array) export SLURM_ARRAY_TASK_ID=0; shift 2 ;; --parsable) shift ;; *) shift 2 ;; esac
+done
+bash "$@" >&2
+echo 1""",
+}
 # Shell scripts that start none of the scripts.
 WITHOUT_COMMANDS = {"launch/environment.sh"}
 # Writes its own name and arguments, NUL after each, and a line end after all.
@@ -69,6 +78,10 @@ def run_recorded(shell: str, folder: Path, name: str = "") -> list[list[str]]:
     for launcher in LAUNCHERS:
         (stubs / launcher).write_text(RECORDER.format(bash=bash, record=record))
         (stubs / launcher).chmod(0o755)
+    if name:
+        for command, body in SLURM.items():
+            (stubs / command).write_text(f"#!{bash}\n{body}\n")
+            (stubs / command).chmod(0o755)
     tree = folder / "tree"
     shutil.copytree(ROOT / "launch", tree / "launch", ignore=shutil.ignore_patterns("base", "__pycache__"))
     shutil.copy(ROOT / "requirements.txt", tree)

@@ -53,6 +53,7 @@ def generation(name, fid=10.0, margin=0.3, auroc=0.8, vendi=3.0, n=2000, real="r
     for label in CONDITIONS:
         rows += [row("class_consistency", 0.6, label, 0.05), row("class_consistency_margin", margin, label, 0.05), row("class_consistency_auroc", auroc, label, 0.03)]
         rows += [row("class_consistency_real", 0.9, label, 0.05), row("class_consistency_margin_real", 0.5, label, 0.05), row("class_consistency_auroc_real", 0.9, label, 0.03)]
+    rows.append(row("class_consistency_auroc", auroc, "all", 0.03))
     return {
         "script": "eval_generation.py", "name": name, "arguments": {"seed": 0, "uncertain": "ignore", "real_csv": None}, "features": {"fingerprint": "f" * 64},
         "classifier": {"fingerprint": "c" * 64}, "resolution": 64, "resize_mode": "squash", "pool": "unique", "images": {"real": {"fingerprint": real, "all": n}},

@@ -117,18 +117,21 @@ def tint(rng: np.random.Generator, gray: np.ndarray) -> np.ndarray:
     return (dark + level[..., None] * (light - dark)).astype(np.uint8)
 
 
-def make_chest(rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """A chest outside the phantoms' ranges, uint8 (128, 128, 3), and a caption that is right three times in ten."""
+def make_chest(rng: np.random.Generator, truth: float) -> tuple[np.ndarray, str]:
+    """A chest outside the phantoms' ranges, uint8 (128, 128, 3), and a caption that is right with probability `truth`.
+
+    Of the other captions four in seven name other findings, the rest none.
+    """
     findings = draw_findings(rng)
     side = int(rng.integers(RESOLUTION, RESOLUTION + 40))
     gray = render(random_anatomy(rng, spread=2.0), findings, rng, size=(side, side))
     top, left = rng.integers(0, side - RESOLUTION + 1, 2)
     gray = gray[top : top + RESOLUTION, left : left + RESOLUTION]
     chance = rng.uniform()
-    if chance < 0.3:
+    if chance < truth:
         words = sorted(findings, key=LABELS.index)
     else:
-        words = rng.permutation(LABELS)[: rng.integers(1, 4)].tolist() if chance < 0.7 else []
+        words = rng.permutation(LABELS)[: rng.integers(1, 4)].tolist() if chance < truth + (1 - truth) * 4 / 7 else []
     caption = str(rng.choice(CHEST_CAPTIONS)).format(", ".join(words)) if words else str(rng.choice(BARE_CAPTIONS))
     return tint(rng, gray[:, :: rng.choice((-1, 1))]), caption
 
@@ -458,6 +461,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preview_dir", type=Path, help="folder for pictures of samples; none if not given")
     parser.add_argument("--work_dir", type=Path, help="folder that keeps the VAE once trained; none if not given")
     parser.add_argument("--skip_vae", type=Path, metavar="FOLDER", help="take this saved VAE instead of training one")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this pipeline's U-Net and text encoder")
+    parser.add_argument("--truth", type=float, default=0.7, help="share of the chests' captions that are right")
     parser.add_argument("--num_pictures", type=int, default=9000, help="training pictures; the VAE gets a third more")
     parser.add_argument("--steps_vae", type=int, default=4000, help="steps of the VAE's training")
     parser.add_argument("--steps_unet", type=int, default=6000, help="steps of the U-Net's; 0 saves untrained models")
@@ -482,10 +487,13 @@ def main(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
     num_scenes = 2 * args.num_pictures // 5
-    makers = {make_scene: num_scenes, make_chest: args.num_pictures - num_scenes}
+    makers = {make_scene: num_scenes, functools.partial(make_chest, truth=args.truth): args.num_pictures - num_scenes}
     pictures, captions = make_pictures(makers | {make_gray: args.num_pictures // 3}, args.seed)
     tokenizer = make_tokenizer()
     text_encoder, vae, unet = make_models(tokenizer)
+    if args.start:
+        text_encoder = CLIPTextModel.from_pretrained(args.start / "text_encoder", torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(args.start / "unet", torch_dtype=torch.float32)
 
     if args.skip_vae:
         vae = AutoencoderKL.from_pretrained(args.skip_vae, torch_dtype=torch.float32).to(device).eval()

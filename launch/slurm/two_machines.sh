@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# One training on two machines of four GPUs each: sbatch launch/slurm/two_machines.sh [flags of train_full.py]
+# Not tried on a cluster: there was none where it was written.
+#SBATCH --nodes 2
+#SBATCH --ntasks-per-node 1
+#SBATCH --gpus-per-node 4
+#SBATCH --cpus-per-task 32
+#SBATCH --mem 128G
+#SBATCH --time 24:00:00
+#SBATCH --output slurm-%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
+[ -n "${VIRTUAL_ENV:-}" ] || source .venv/bin/activate
+
+# srun starts the line once on each machine, which is when its rank and the first machine's address are known.
+srun bash -c 'accelerate launch --config_file launch/accelerate/multi_machine.yaml --machine_rank "${SLURM_NODEID:-0}" \
+  --main_process_ip "${SLURM_LAUNCH_NODE_IPADDR:-127.0.0.1}" train_full.py --train_unet --resume_from_checkpoint latest "$@"' _ "$@"
