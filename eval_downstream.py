@@ -1558,7 +1558,7 @@ def main(args: argparse.Namespace) -> None:
     reasons = [a or b for a, b in zip(test_reasons, training_reasons)]
     rows = result_rows(labels, scores, test, reasons, bootstrap_seed)
     if args.reference:
-        rows += ratio_rows(labels, scores, reference, args.reference, bootstrap_seed)
+        rows += ratio_rows(labels, scores, reference, Path(args.reference).name, bootstrap_seed)
     title = title_of(args, tables)
     plot_curves(labels, rows, test, predictions, title, output_dir)
     if not args.classifier:

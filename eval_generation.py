@@ -1376,7 +1376,7 @@ def other_rows(source: Source, prompts: dict[str, np.ndarray], label: str, uncer
 def mean_rows(rows: list[dict], labels: list[str]) -> list[dict]:
     """For each metric its mean over the labels that have it; their errors count as independent."""
     means = []
-    for metric in dict.fromkeys(row["metric"] for row in rows if row["label"] in labels):
+    for metric in dict.fromkeys(row["metric"] for row in rows if row["label"] in labels and "_alone" not in row["metric"]):
         found = [row for row in rows if row["metric"] == metric and row["label"] in labels and row["value"] is not None]
         if not found:
             means.append(result_row(metric, None, note="no label has it"))

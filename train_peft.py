@@ -915,9 +915,13 @@ def apply_method(unet: torch.nn.Module, method: str, rank: int = 8, lora_alpha: 
                 gamma = torch.ones(module.out_features, device=module.weight.device)
                 module.register_parameter("gamma", torch.nn.Parameter(gamma))
                 module.register_forward_hook(scale_output)
-    for parameter in unet.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for module in unet.modules():
+        own = list(module.parameters(recurse=False))
+        trains = any(parameter.requires_grad for parameter in own)
+        for parameter in own:
+            # On a CPU a norm takes weight and bias of one type only.
+            if parameter.requires_grad or (trains and isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm))):
+                parameter.data = parameter.data.float()
 
 
 def build_loss(args: argparse.Namespace, pipeline: StableDiffusionPipeline, stream: SampleStream, mixed_precision: str) -> DiffusionLoss:

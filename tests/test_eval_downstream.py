@@ -371,6 +371,15 @@ def test_patients_shared_by_ready_made_tables_are_counted(samples, tmp_path, cap
     assert run(tmp_path / "own", train_on="real")["images"]["patients_in_training_and_test"] == 0
 
 
+def test_a_ready_made_triple_is_used_whole(tmp_path):
+    parts = {name: of_split(phantoms(), name) for name in ("train", "val", "test")}
+    for name, rows in parts.items():
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    tables = {"real_csv": tmp_path / "train.csv", "validation_csv": tmp_path / "val.csv", "test_csv": tmp_path / "test.csv"}
+    summary = run(tmp_path / "out", train_on="real", **tables)
+    assert [summary["images"][name] for name in ("train", "validation", "test")] == [len(rows) for rows in parts.values()]
+
+
 def test_a_label_with_one_class_is_scored_na_and_the_rest_goes_on(tmp_path):
     rows = of_split(phantoms(), "train")
     rows["Edema"] = "1"
@@ -404,7 +413,7 @@ def test_initial_weights_from_a_file(samples, tmp_path):
     assert run(tmp_path / "out", f"--synthetic={samples}", weights=tmp_path / "imagenet.safetensors")["settings"]["weights_sha256"]
 
 
-@pytest.mark.parametrize("arch", ["densenet121", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", "densenet121", "resnet50"])
 def test_other_architectures(arch, samples, tmp_path):
     run(tmp_path / "out", f"--synthetic={samples}", f"--arch={arch}", num_train_epochs=1)
     model, spec = eval_downstream.load_classifier(str(tmp_path / "out" / "classifier"))
@@ -434,6 +443,7 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
         assert folder != "refused" or not (tmp_path / folder).exists()
 
     synthetic = f"--synthetic={samples}"
+    refused("--validation_csv needs --real_csv and --test_csv", "--train_on=real", validation_csv=phantoms())
     refused("invalid choice: 'vgg'", synthetic, "--arch=vgg")
     refused("needs --synthetic FOLDER", train_on="both")
     (tmp_path / "empty").mkdir()

@@ -324,6 +324,12 @@ def test_class_consistency_on_heads_that_are_known():
     assert found["class_consistency_margin", "Edema"] == 0.25
     assert found["class_consistency_auroc", "Edema"] == pytest.approx(11 / 16)
     assert rows[0]["floor"] == 0.7 and rows[0]["n"] == 4
+    # The mean of the labels, its interval that of two independent shares.
+    one, two, mean = (next(r for r in rows if (r["metric"], r["label"]) == ("class_consistency", label)) for label in ("Edema", "No Finding", "all"))
+    assert mean["value"] == 0.625 and mean["n"] == 8
+    assert mean["value"] - mean["low"] == pytest.approx(np.hypot(one["value"] - one["low"], two["value"] - two["low"]) / 2)
+    # A label without a threshold is not in the mean.
+    assert found["class_consistency_youden", "all"] == 0.75 and ("class_consistency_alone", "all") not in found
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@
 
     python launch/demo/pretrain.py --output_dir launch/demo/base
     python launch/demo/pretrain.py --output_dir data/base --steps_unet 200 --skip_vae launch/demo/base/vae
+    python launch/demo/pretrain.py --output_dir data/base --steps_unet 2000 --skip_vae launch/demo/base/vae --start launch/demo/base
 
 Writes a StableDiffusionPipeline folder with fp16 weights. What it learns from is to the phantoms of make_phantoms.py as
-the web is to radiographs: colourful scenes, and chests of other shapes in wrong colours with captions that mostly lie.
+the web is to radiographs: colourful scenes, and chests of other shapes in wrong colours with captions that often lie.
 So the base knows roughly what a chest is, and fine-tuning has something to gain.
 """
 
@@ -461,7 +462,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preview_dir", type=Path, help="folder for pictures of samples; none if not given")
     parser.add_argument("--work_dir", type=Path, help="folder that keeps the VAE once trained; none if not given")
     parser.add_argument("--skip_vae", type=Path, metavar="FOLDER", help="take this saved VAE instead of training one")
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this pipeline's U-Net and text encoder")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this pipeline's U-Net, text encoder and tokenizer")
     parser.add_argument("--truth", type=float, default=0.7, help="share of the chests' captions that are right")
     parser.add_argument("--num_pictures", type=int, default=9000, help="training pictures; the VAE gets a third more")
     parser.add_argument("--steps_vae", type=int, default=4000, help="steps of the VAE's training")
@@ -489,7 +490,7 @@ def main(args: argparse.Namespace) -> None:
     num_scenes = 2 * args.num_pictures // 5
     makers = {make_scene: num_scenes, functools.partial(make_chest, truth=args.truth): args.num_pictures - num_scenes}
     pictures, captions = make_pictures(makers | {make_gray: args.num_pictures // 3}, args.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer") if args.start else make_tokenizer()
     text_encoder, vae, unet = make_models(tokenizer)
     if args.start:
         text_encoder = CLIPTextModel.from_pretrained(args.start / "text_encoder", torch_dtype=torch.float32)
