@@ -1016,16 +1016,21 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     With S1 = L L^T the eigenvalues of S1 S2 are those of L^T S2 L, which is symmetric: they are real and come faster. Of
     the covariances the lower half is read.
     """
-    # SciPy throughout: it brings a BLAS of its own, and its threads and NumPy's would wait for each other.
-    factor, singular = lapack.dpotrf(cov1, lower=1)
+    # SciPy throughout: it brings a BLAS of its own, and its threads and NumPy's would wait for each other. LAPACK's routines by
+    # name, since `linalg.eigvalsh` copies and checks for a fifth of the whole time.
+    factor, singular = lapack.dpotrf(cov1, lower=1, clean=0)
     if singular:
         values, vectors = linalg.eigh(cov1, lower=True)
         root = vectors * np.sqrt(values.clip(min=0))
         product = root.T @ blas.dsymm(1.0, cov2, root, lower=1)
     else:
         product = lapack.dsygst(cov2, factor, itype=2, lower=1)[0]
-    eigenvalues = linalg.eigvalsh(product, lower=True, driver="ev").clip(min=0)
-    distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(eigenvalues).sum()
+    workspace = int(lapack.dsytrd_lwork(len(product), lower=1)[0])
+    _, diagonal, off_diagonal, _, _ = lapack.dsytrd(product, lower=1, lwork=workspace, overwrite_a=1)
+    eigenvalues, unconverged = lapack.dsterf(diagonal, off_diagonal, overwrite_d=1, overwrite_e=1)
+    if unconverged:
+        raise ArithmeticError(f"FID: {unconverged} eigenvalues did not converge")
+    distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(eigenvalues.clip(min=0)).sum()
     return max(0.0, float(distance))
 
 
