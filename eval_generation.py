@@ -165,10 +165,11 @@ def add_image_arguments(parser):
     group = parser.add_argument_group("images")
     group.add_argument("--synthetic", required=True, help="folder of sample.py, or the CSV of any image table")
     group.add_argument("--real_csv", help=f"image table of real radiographs (default: the first of {', '.join(DEFAULT_TABLES)} that exists)")
-    group.add_argument("--image_root", help="folder that the paths of --real_csv start from (default: the table's folder or its parent)")
+    group.add_argument("--image_root", help="folder that the paths of --real_csv and --train_csv start from (default: the table's folder or its parent)")
     group.add_argument("--real_split", choices=["train", "val", "test", "all"], default="test", help="part of the patients of --real_csv; all for a ready-made test table")
     group.add_argument("--train_csv", help="image table of the training images, for memorisation (default: not measured)")
     group.add_argument("--train_split", choices=["train", "val", "test", "all"], default="train", help="part of the patients of --train_csv; all for a ready-made training table")
+    group.add_argument("--max_train_samples", type=positive_int, help="as it was given to the training script, so that the same images are looked at (default: the whole part)")
     group.add_argument("--split_seed", type=whole_number, default=0, help="seed of the split by patient; the same in every script")
     group.add_argument("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="what -1 means in real tables: ones counts it as positive, zeros as negative, ignore as neither")
     group.add_argument("--baseline", help="samples of the untouched base model, scored beside --synthetic (default: none)")
@@ -304,6 +305,19 @@ def assign_splits(patients: pd.Series, seed: int) -> pd.Series:
     return patients.map({patient: split_of(patient) for patient in patients.unique()})
 
 
+# Copied from train_full.add_prompts
+def add_prompts(table: pd.DataFrame, template: str, uncertain: str) -> pd.DataFrame:
+    """Fills empty prompts from the labels, in LABELS' order; without a positive label the prompt stays empty."""
+    names = [name for name in LABELS if name in table]
+    named = table[names].isin([1.0, -1.0] if uncertain == "ones" else [1.0]).to_numpy()
+    captions = {}
+    for row in {bytes(row) for row in named}:
+        findings = [name for name, positive in zip(names, row) if positive]
+        captions[row] = template.replace("{}", ", ".join(findings)) if findings else ""
+    from_labels = pd.Series([captions[bytes(row)] for row in named], index=table.index)
+    return table.assign(prompt=table["prompt"].where(table["prompt"] != "", from_labels))
+
+
 # Copied from train_full.stream_seed
 def stream_seed(*key) -> int:
     """A 63-bit seed that is a function of the key alone, the same on every machine."""
@@ -374,14 +388,16 @@ def choose_rows(table: pd.DataFrame, rows: np.ndarray, count: int, seed: int) ->
     return np.sort(rows[np.argsort([stream_seed(seed, name) for name in names], kind="stable")[:count]])
 
 
-def select_source(name: str, table: pd.DataFrame, labels: list[str], args: argparse.Namespace) -> Source:
-    """The images of each label and of all, at most --max_per_label each; of a table without labels, all images."""
-    chosen = {label: choose_rows(table, positives(table, label, args.uncertain), args.max_per_label, args.seed) for label in labels}
-    pool = np.concatenate(list(chosen.values())) if labels else np.arange(len(table))
-    kept, position = np.unique(pool, return_inverse=True)
-    table = table.iloc[kept].reset_index(drop=True)
-    rows_of = {label: np.searchsorted(kept, rows) for label, rows in chosen.items()}
-    return Source(name, table, rows_of, position if args.pool == "paper" else np.arange(len(kept)))
+def select_source(name: str, table: pd.DataFrame, labels: list[str], matched: dict[str, int], args: argparse.Namespace) -> Source:
+    """The images of each label, at most --max_per_label each; overall as many of a label as both sides have, so that a difference
+    is not one of the mixture. Of a table without labels, all images."""
+    rows_of = {label: choose_rows(table, positives(table, label, args.uncertain), args.max_per_label, args.seed) for label in labels}
+    kept = np.unique(np.concatenate(list(rows_of.values()))) if labels else np.arange(len(table))
+    shares = [choose_rows(table, rows, matched[label], args.seed) for label, rows in rows_of.items()]
+    pool = np.concatenate(shares) if labels else kept
+    rows_of = {label: np.searchsorted(kept, rows) for label, rows in rows_of.items()}
+    pool = np.searchsorted(kept, pool if args.pool == "paper" else np.unique(pool))
+    return Source(name, table.iloc[kept].reset_index(drop=True), rows_of, pool)
 
 
 def load_split(csv: str, image_root: str | None, split: str, seed: int) -> pd.DataFrame:
@@ -393,6 +409,19 @@ def load_split(csv: str, image_root: str | None, split: str, seed: int) -> pd.Da
     if table.empty:
         fail(f"{csv}: no frontal row of a patient in split {split!r}; pass --real_split all (or --train_split all) for a ready-made table")
     return table.reset_index(drop=True)
+
+
+def load_training_images(args: argparse.Namespace, labels: list[str]) -> Source:
+    """The images that a training script with the same flags takes; overall those with one of the labels, as the real ones have."""
+    table = add_prompts(load_split(args.train_csv, args.image_root, args.train_split, args.split_seed), "{}", args.uncertain)
+    table = table[table["prompt"] != ""]
+    if table.empty:
+        fail(f"{args.train_csv}: no row that would be trained on, since none has a positive label; see --uncertain and the label columns")
+    if args.max_train_samples and args.max_train_samples < len(table):
+        table = table.sample(n=args.max_train_samples, random_state=args.split_seed)
+    table = table.reset_index(drop=True)
+    named = [positives(table, label, args.uncertain) for label in labels]
+    return Source("train", table, {}, np.unique(np.concatenate(named)) if labels else np.arange(len(table)))
 
 
 @dataclass
@@ -453,18 +482,23 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
         for label in [*CONDITIONS, *(name for name in LABELS if name not in CONDITIONS)]
         if len(positives(frames["synthetic"], label, "zeros"))
     ]
-    sources = {name: select_source(name, frame, labels, args) for name, frame in frames.items()}
-    for name, source in sources.items():
-        if not len(source.pool):
+    counts = {name: {label: len(positives(frame, label, args.uncertain)) for label in labels} for name, frame in frames.items()}
+    for name in frames:
+        if labels and not any(counts[name].values()):
             fail(f"{name} images: none of them has any of {', '.join(labels)}; see the label columns, --labels and --uncertain")
+    matched = {label: min(args.max_per_label, counts["real"][label], counts["synthetic"][label]) for label in labels}
+    if labels and not any(matched.values()):
+        fail(f"no label of {', '.join(labels)} is in the real and in the synthetic images; see the label columns, --labels and --uncertain")
+    sources = {name: select_source(name, frame, labels, matched, args) for name, frame in frames.items()}
+    for name, source in sources.items():
         fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
         if fewer:
             notes.append(
                 f"fewer {name} images than the {args.max_per_label:,} asked for (--max_per_label), so scored at the smaller n on both sides: {', '.join(fewer)}"
             )
     if args.train_csv:
-        train = load_split(args.train_csv, None if args.train_csv != args.real_csv else args.image_root, args.train_split, args.split_seed)
-        sources["train"] = Source("train", train, {}, np.arange(len(train)))
+        sources["train"] = load_training_images(args, labels)
+        train = sources["train"].table
         shared = len(set(train["patient"]) & set(sources["real"].table["patient"]))
         if shared:
             notes.append(
@@ -1209,8 +1243,9 @@ def fid_rows(real: Sample, other: Sample, label: str, half: int, common: int, fl
     means = np.array([value, *series[:, : len(sizes)].mean(axis=0)])
     limit = line_at_infinity([n, *sizes], means)
     intercepts = np.array([line_at_infinity(sizes, one) for one in series[:, : len(sizes)]])
+    # No floor: with few images a feature, sets of the same distribution end above 0 too, since the bias is not yet a line.
     note = joined(f"line in 1/n through {len(sizes) + 1} sizes from {min(sizes):,}", few(min(sizes)))
-    rows.append(result_row("fid_infinity", limit, label, n=n, floor=0.0, **around(limit, spread(intercepts, scale)), note=note))
+    rows.append(result_row("fid_infinity", limit, label, n=n, **around(limit, spread(intercepts, scale)), note=note))
     return rows, {"sizes": [n, *sizes], "fid": means, "half": half, "floor": floor["half"]}
 
 
@@ -1233,21 +1268,18 @@ def kid_row(real: Sample, other: Sample, label: str, floor: float | None, args) 
 
 
 def prdc_rows(real: Sample, other: Sample, label: str, half: int, floors: dict | None, args) -> list[dict]:
-    n, rows = min(len(real.features), len(other.features)), []
-    if n <= NEIGHBOURS:
-        return [
-            result_row(name, None, label, n=n, note=f"needs more than {NEIGHBOURS} images")
-            for name in ("precision", "recall", "density", "coverage")
-        ]
-    values = prdc(first(real, n, args.seed, "equal").features, first(other, n, args.seed, "equal").features)
-    for name, hits in values.items():
-        more = {
-            "floor": (floors or {}).get(name),
-            "note": joined(f"k={NEIGHBOURS}; interval for given neighbourhoods", f"floor at n={half:,}" if floors else None),
-        }
+    """At half of n, since neighbourhoods shrink with n and the floor of two real halves has no more."""
+    names = ("precision", "recall", "density", "coverage")
+    if half <= NEIGHBOURS:
+        return [result_row(name, None, label, n=half, note=f"needs more than {NEIGHBOURS} images in each half") for name in names]
+    reference = real.features[split_halves(real.patients, args.seed, "halves", 0)[0][:half]]
+    values, rows = prdc(reference, first(other, half, args.seed, "half").features), []
+    note = f"k={NEIGHBOURS}, half of n; interval for given neighbourhoods"
+    for name in names:
+        hits, more = values[name], {"floor": (floors or {}).get(name), "note": note}
         if name == "density":
             low, high = mean_interval(hits)
-            rows.append(result_row(name, float(hits.mean()), label, low, high, n, **more))
+            rows.append(result_row(name, float(hits.mean()), label, low, high, half, **more))
         else:
             rows.append(share_row(name, hits, label, **more))
     return rows
@@ -1486,12 +1518,12 @@ def memorisation_rows(synthetic: Source, real: Source, train: Source | None, arg
     if train is not None:
         # Each image once, and no patient on both sides.
         unseen = np.flatnonzero(~real.table["patient"].isin(set(train.table["patient"])))
-        n = min(len(unseen), len(train.table))
-        reason = None if n else "every real image is of a patient in --train_csv"
+        n = min(len(unseen), len(train.pool))
+        reason = None if n else "no training image has one of the labels" if len(unseen) else "every real image is of a patient in --train_csv"
     if reason:
         return [result_row(f"{metric}{kind}", None, note=reason) for kind in kinds for metric in metrics], {}
     unseen = unseen[draw(real.table["patient"].to_numpy()[unseen], args.seed, "unseen")[:n]]
-    seen = draw(train.table["patient"].to_numpy(), args.seed, "seen")[:n]
+    seen = train.pool[draw(train.table["patient"].to_numpy()[train.pool], args.seed, "seen")[:n]]
     rows, pairs = [], {}
     for kind, (name, centred) in kinds.items():
         generated, trained, other = (directions(getattr(source, name), centred) for source in (synthetic, train, real))

@@ -42,6 +42,8 @@ LABELS = [
 ]  # fmt: skip
 # Copied from sample.CONDITIONS
 CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion"]
+# Copied from train_full.DEFAULT_TABLES
+DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # Copied from train_full.LABEL_VALUES
@@ -75,6 +77,8 @@ FILES = {
     "evaluations": ("generation_metrics.json", ("eval_generation.py",)),
     "downstream": ("downstream_metrics.json", ("eval_downstream.py",)),
 }
+# What two evaluations must have in common before their sets of images compare.
+SAME_IMAGES = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
 # Two samples of each condition, 128 pixels a side, as the paper's Figure 2 has it.
 SAMPLES, TILE, GAP = 2, 128, 2
 
@@ -559,6 +563,20 @@ def identity_problems(study: Study) -> dict[str, list[str]]:
     return problems
 
 
+def seed_problems(study: Study) -> list[str]:
+    """Training and test patients overlap where the scripts split them by different seeds."""
+    seeds = {}
+    for part, title in (("runs", "training"), ("evaluations", "the evaluation"), ("downstream", "the downstream classifier")):
+        for row, found in getattr(study, part).items():
+            seed = dig(found.found, "settings" if part == "downstream" else "arguments", "split_seed")
+            if seed is not None:
+                seeds.setdefault(seed, {})[title] = row
+    if len(seeds) < 2:
+        return []
+    told = "; ".join(f"{seed} in {listed([f'{title} (such as {name_of_row(row)})' for title, row in where.items()])}" for seed, where in seeds.items())
+    return [f"Patients were split by different seeds, so training patients may be among the test images: {told}."]
+
+
 def sampling_problems(study: Study) -> list[str]:
     """What differs between the samples other than their model; and evaluations of other folders' images."""
     names = {
@@ -668,10 +686,9 @@ def compare(
 
 def compare_all(study: Study) -> tuple[Comparison, Comparison, Comparison, Comparison]:
     """FID, Vendi, class consistency (its AUROC, which needs no threshold), downstream AUROC."""
-    same_images = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
     heads = ["classifier (fingerprint)", "resolution", "resize mode"]
-    fid = compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, same_images)
-    vendi = compare(study, "evaluations", "Vendi score", "vendi", "all", "highest", 2, same_images)
+    fid = compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, SAME_IMAGES)
+    vendi = compare(study, "evaluations", "Vendi score", "vendi", "all", "highest", 2, SAME_IMAGES)
     prompt = compare(study, "evaluations", "Following the prompt, AUROC", "class_consistency_auroc", "all", "highest", 3, heads, 0.5)
     settings = [
         "real test images (fingerprint)",
@@ -709,7 +726,8 @@ def sentence_of(one: Comparison) -> str:
     elif not rest:
         text = f"{best}, beyond the intervals of all others"
     else:
-        behind = f"; behind: {names(one.behind)}" if one.behind else ", nor anything else, though some others differ between them"
+        among = [f"{name_of_row(better)} and {name_of_row(worse)}" for better, worse in one.pairs]
+        behind = f"; behind: {names(one.behind)}" if one.behind else f", nor anything else, though these differ: {'; '.join(among)}"
         text = f"{best}, not distinguishable from {names(rest)}{behind}"
     if one.base:
         verb = (
@@ -969,8 +987,7 @@ def consistency_cell(results: ResultFile, label: str) -> Cell:
 
 def base_for_fid(study: Study) -> dict | None:
     """The base model's FID where it compares with the strategies'."""
-    needs = ["real images (fingerprint)", "features (fingerprint)", "resolution", "resize mode", "pooling", "number of images n"]
-    return compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, needs).base
+    return compare(study, "evaluations", "FID", "fid", "all", "lowest", 2, SAME_IMAGES).base
 
 
 def table_3(study: Study) -> Table:
@@ -994,14 +1011,14 @@ def table_3(study: Study) -> Table:
         cells += [with_paper(consistency_cell(results, label), "3", row, "class_consistency", label, 1, 100) for label in labels]
         rows.append(cells)
     if source.there:
-        half, vendi = source.get("fid_real_halves_half_n"), source.get("vendi")
+        half, vendi, whole = source.get("fid_real_halves_half_n"), source.get("vendi"), source.get("fid")
         real = Cell(f"{vendi['floor']:.2f}" if vendi and vendi["floor"] is not None else "n/a")
         heads = [number_cell(source.get("class_consistency_real", label), 1, 100) for label in labels]
         rows.append(
             [
                 Cell(""),
                 Cell("real images", "against other patients' real images"),
-                Cell(f"{half['n']:,}" if half and half["n"] else ""),
+                Cell(f"{whole['n']:,}" if whole and whole["n"] else ""),
                 Cell("", "see half of n"),
                 number_cell(half, 2),
                 real,
@@ -1067,7 +1084,7 @@ def images_table(study: Study) -> Table:
         "visible colour, % ↓": ("colour_visible", 100, 1), "nearer to training images, %": ("memorisation_nearer_train", 100, 1),
         "suspected copies, % (pixels)": ("memorisation_suspects_pixels", 100, 1),
     }  # fmt: skip
-    rows = []
+    rows, base = [], compare(study, "evaluations", "KID", "kid", "all", "lowest", 2, SAME_IMAGES).base
     for row in [*study.strategies, "base"]:
         results = study.evaluations[row]
         cells = [
@@ -1077,6 +1094,8 @@ def images_table(study: Study) -> Table:
         for metric, scale, digits in columns.values():
             figure = results.get(metric)
             cell = number_cell(figure, digits, scale, why=results.why_not(metric) if results.there else "")
+            if metric == "kid" and row != "base" and base and has_interval(figure) and figure["high"] >= base["low"]:
+                cell.grey, cell.flags = True, ["no lower than the base model"]
             if (
                 metric.startswith(("memorisation", "colour"))
                 and has_interval(figure)
@@ -1095,7 +1114,8 @@ def images_table(study: Study) -> Table:
     return Table(
         "Table 3d. Variety, colour and copies", ["#", "images", *columns], rows,
         "Visible colour: images with a tint that can be seen. Nearer to training images: share nearer to a training image than to as many of other patients (50 % is expected).",
-        ["more than expected: beyond the interval, more colour than real images have, or nearer to the training images than images of other patients are."],
+        ["no lower than the base model (grey): the KID is not below the untouched base model's, beyond the intervals. Precision and recall are at half of n, like what is expected.",
+         "more than expected: beyond the interval, more colour than real images have, or nearer to the training images than images of other patients are."],
     )  # fmt: skip
 
 
@@ -1223,7 +1243,7 @@ def real_images(study: Study, args: argparse.Namespace, conditions: list[str]) -
     Ends with exit status 2 on a --real_csv that is unusable; a table that an evaluation names and that is gone is said.
     """
     arguments = study.first("evaluations").found.get("arguments", {})
-    table_path = args.real_csv or arguments.get("real_csv")
+    table_path = args.real_csv or arguments.get("real_csv") or next((path for path in DEFAULT_TABLES if Path(path).is_file()), None)
     if not table_path:
         return {}, "no evaluation names a table of real images; pass --real_csv"
     if not Path(table_path).is_file():
@@ -1252,7 +1272,7 @@ def tile(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        fail(f"{path}: not a readable image ({' '.join(str(error).split())[:100]}); draw the samples again")
+        fail(f"{path}: not a readable image ({' '.join(str(error).split())[:100]}); put it back, or draw the samples again if it is one of them")
 
 
 def draw_figure(study: Study, args: argparse.Namespace) -> Figure2 | None:
@@ -1381,7 +1401,7 @@ def build(args: argparse.Namespace, study: Study) -> tuple[list[Part], Figure2 |
     comparisons = compare_all(study)
     two, split_problems = table_2(study)
     by_part = identity_problems(study)
-    problems = [*budget_problems(study), *sampling_problems(study), *split_problems, *by_part["evaluations"], *by_part["downstream"]]
+    problems = [*budget_problems(study), *sampling_problems(study), *seed_problems(study), *split_problems, *by_part["evaluations"], *by_part["downstream"]]
     lines = answer(study, comparisons)
     if problems:
         lines[0] += " And the rows are not comparable as they stand (below): this is about these runs, not about the strategies."

@@ -3,16 +3,19 @@
 #   bash launch/sweep.sh
 #   METHODS="lora bitfit" STUDY=study/small RESOLUTION=256 bash launch/sweep.sh --max_train_steps 2000
 #   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=/data/xrays bash launch/sweep.sh
-# Finished steps are skipped and an interrupted one goes on. Flags are passed on to the training scripts.
+# Finished steps are skipped and an interrupted one goes on. Flags are passed on to the training scripts. Relative paths start
+# from the repository's folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 STUDY=${STUDY:-study}
 MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
-METHODS=(${METHODS-unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder lora dora bitfit difffit})
-# How a script is started, and how many processes that makes together.
-LAUNCH=${LAUNCH:-accelerate launch}
+ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder lora dora bitfit difffit"
+METHODS=(${METHODS-$ALL_METHODS})
+# How many processes work together, and how a script is started with them; left to itself accelerate takes every GPU, which
+# would change the number of images a step.
 PROCESSES=${PROCESSES:-1}
+LAUNCH=${LAUNCH:-accelerate launch --num_processes $PROCESSES}
 
 # One table, split by patient here; or ready-made tables, used whole.
 TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv}
@@ -20,9 +23,14 @@ VALIDATION_CSV=${VALIDATION_CSV:-}
 TEST_CSV=${TEST_CSV:-}
 IMAGE_ROOT=${IMAGE_ROOT:-}
 IFS=, read -ra LABELS <<<"${LABELS:-Cardiomegaly,Lung Opacity,Edema,No Finding,Pneumothorax,Pleural Effusion}"
+# What all scripts must agree on.
+SPLIT_SEED=${SPLIT_SEED:-0}
+UNCERTAIN=${UNCERTAIN:-ignore}
+PROMPT_TEMPLATE=${PROMPT_TEMPLATE:-Chest X-ray of a subject with {\}}
 
 # The paper's recipe. What its text leaves open is from its authors' code.
 RESOLUTION=${RESOLUTION:-512}
+RESIZE_MODE=${RESIZE_MODE:-squash}
 TRAIN_IMAGES=${TRAIN_IMAGES:-20000}
 EPOCHS=${EPOCHS:-100}
 declare -A RATE=(
@@ -45,18 +53,43 @@ SAMPLE_FLAGS=(${SAMPLE_FLAGS:---images_per_label 5000 --num_inference_steps 50 -
 EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
 
+refuse() {
+  echo "launch/sweep.sh: error: $1" >&2
+  exit 2
+}
+
+# What can be known before the first hour is said before it.
+for table in "$TRAIN_CSV" ${TEST_CSV:+"$TEST_CSV" "$VALIDATION_CSV"}; do
+  [ -f "$table" ] || refuse "no table '$table'; set TRAIN_CSV (with TEST_CSV also VALIDATION_CSV), or try bash launch/demo.sh"
+done
+for row in "${METHODS[@]}"; do
+  [[ " $ALL_METHODS " == *" $row "* ]] || refuse "METHODS: '$row' is none of $ALL_METHODS"
+done
+[[ $BUDGET == equal || $BUDGET == authors ]] || refuse "BUDGET=$BUDGET is neither equal nor authors"
+((GLOBAL_BATCH % (BATCH * PROCESSES) == 0)) ||
+  refuse "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
+for flag in "$@"; do
+  case $flag in
+    --split_seed* | --uncertain* | --prompt_template* | --resolution* | --max_train_samples* | --data_csv* | --image_root* | --output_dir*)
+      refuse "${flag%%=*} is not for the trainings alone; set the variable at the top of launch/sweep.sh" ;;
+    --resize_mode*) refuse "--resize_mode is not for the trainings alone; set RESIZE_MODE" ;;
+  esac
+done
+
 real=(--real_csv "$TRAIN_CSV")
 if [ -n "$TEST_CSV" ]; then
-  data=(--data_csv "$TRAIN_CSV" --validation_csv "${VALIDATION_CSV:?is needed beside TEST_CSV}")
+  data=(--data_csv "$TRAIN_CSV" --validation_csv "$VALIDATION_CSV")
   compared=(--real_csv "$TEST_CSV" --real_split all --train_csv "$TRAIN_CSV" --train_split all)
   real+=(--validation_csv "$VALIDATION_CSV" --test_csv "$TEST_CSV")
 else
   data=(--data_csv "$TRAIN_CSV")
   compared=(--real_csv "$TRAIN_CSV" --train_csv "$TRAIN_CSV")
 fi
-if [ -n "$IMAGE_ROOT" ]; then
-  for flags in data compared real; do declare -n list=$flags; list+=(--image_root "$IMAGE_ROOT"); done
-fi
+for flags in data compared real; do
+  declare -n list=$flags
+  list+=(--split_seed "$SPLIT_SEED" --uncertain "$UNCERTAIN" --resize_mode "$RESIZE_MODE")
+  [ -z "$IMAGE_ROOT" ] || list+=(--image_root "$IMAGE_ROOT")
+done
 
 train() { # row, further flags
   local row=$1 batch=$BATCH global_batch=$GLOBAL_BATCH command
@@ -73,18 +106,21 @@ train() { # row, further flags
       ;;
   esac
   $LAUNCH "${command[@]}" "${data[@]}" --pretrained_model_name_or_path "$MODEL" --output_dir "$STUDY/runs/$row" \
-    --resolution "$RESOLUTION" --max_train_samples "$TRAIN_IMAGES" --num_train_epochs "$EPOCHS" --train_batch_size "$batch" \
+    --prompt_template "$PROMPT_TEMPLATE" --resolution "$RESOLUTION" --max_train_samples "$TRAIN_IMAGES" \
+    --num_train_epochs "$EPOCHS" --train_batch_size "$batch" \
     --gradient_accumulation_steps $((global_batch / (batch * PROCESSES))) --mixed_precision "$MIXED_PRECISION" \
     "${OPTIMIZER[@]}" --resume_from_checkpoint latest "${@:2}"
 }
 
 sample() { # model, name
-  $LAUNCH sample.py --model "$1" --labels "${LABELS[@]}" --resolution "$RESOLUTION" "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2"
+  $LAUNCH sample.py --model "$1" --labels "${LABELS[@]}" --prompt_template "$PROMPT_TEMPLATE" --resolution "$RESOLUTION" \
+    "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2"
 }
 
 judge() { # name: of the base or of a row
   unless "evaluations/$1/generation_metrics.json" $LAUNCH eval_generation.py --synthetic "$STUDY/samples/$1" "${compared[@]}" \
-    --labels "${LABELS[@]}" --classifier "$STUDY/downstream/real/classifier" --baseline "$STUDY/samples/base" --vae "$MODEL" \
+    --max_train_samples "$TRAIN_IMAGES" --labels "${LABELS[@]}" --classifier "$STUDY/downstream/real/classifier" \
+    --baseline "$STUDY/samples/base" --vae "$MODEL" \
     "${EVALUATION_FLAGS[@]}" --output_dir "$STUDY/evaluations/$1"
   unless "downstream/$1/downstream_metrics.json" classify "$1" --synthetic "$STUDY/samples/$1" --reference "$STUDY/downstream/real"
 }
@@ -98,11 +134,6 @@ unless() { # the file that a step writes last, the step
   echo "== $1"
   "${@:2}"
 }
-
-if ((GLOBAL_BATCH % (BATCH * PROCESSES))); then
-  echo "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them" >&2
-  exit 2
-fi
 
 # The base model's samples, which every row is compared with; and a classifier trained on as many real images, which is both
 # what synthetic ones are measured by (Table 4) and what says whether an image shows its prompt (Table 3).

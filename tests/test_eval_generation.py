@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
 import eval_generation as evaluation
+import train_full
 
 LABELS = ["Edema", "No Finding"]
 FILES = ("generation_metrics.json", "generation_metrics.md", "consistency.png", "fid.png", "nearest_neighbours.png")
@@ -399,12 +400,12 @@ def test_everything_is_written_and_the_same_every_time(tmp_path, samples, classi
 
     # Again: nothing is computed, and the same bytes come out.
     first = (tmp_path / "one" / "generation_metrics.json").read_bytes()
-    assert "0 not in the cache" not in capsys.readouterr().out
+    assert ", 0 not in the cache" not in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.ClassifierNetwork, "compute", lambda *args: pytest.fail("computed again"))
         patch.setattr(evaluation.ThroughVAE, "__call__", lambda *args: pytest.fail("computed again"))
         run(tmp_path / "one", samples, classifier, cache, *more)
-    assert "0 not in the cache" in capsys.readouterr().out
+    assert ", 0 not in the cache" in capsys.readouterr().out
     assert (tmp_path / "one" / "generation_metrics.json").read_bytes() == first
     # From nothing: the same bytes but for the cache's name.
     run(tmp_path / "one", samples, classifier, tmp_path / "fresh", *more)
@@ -423,12 +424,44 @@ def test_two_processes_say_the_same(tmp_path, samples, classifier, cache):
         assert a["value"] is b["value"] is None or a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-6), a["metric"]
 
 
-def test_the_paper_pools_an_image_once_for_each_label(tmp_path, samples, classifier, cache):
-    """An image of two findings; and a real table whose uncertain findings count only when asked to."""
+@pytest.mark.parametrize("uncertain", ["ignore", "ones"])
+def test_memorisation_looks_at_the_images_that_were_trained_on(uncertain):
+    flags = [f"--uncertain={uncertain}", "--split_seed=3", "--max_train_samples=25"]
+    args = train_full.parse_args(["--train_unet", f"--data_csv={real_csv()}", *flags])
+    source = evaluation.load_training_images(evaluation.parse_args(["--synthetic=none", f"--real_csv={__file__}", f"--train_csv={real_csv()}", *flags]), ["Edema"])
+    assert list(source.table["image"]) == list(train_full.load_training_data(args).train["image"]) and len(source.table) == 25
+    assert 0 < len(source.pool) < 25 and (source.table["Edema"].to_numpy()[source.pool] != 0).all()
+
+
+def labelled(edema: int, both: int, cardiomegaly: int) -> pd.DataFrame:
+    rows = [(1.0, 0.0)] * edema + [(1.0, 1.0)] * both + [(0.0, 1.0)] * cardiomegaly
+    names = [f"{i}.png" for i in range(len(rows))]
+    return pd.DataFrame(rows, columns=["Edema", "Cardiomegaly"]).assign(name=names, patient=names)
+
+
+@pytest.mark.parametrize("pool", ["unique", "paper"])
+def test_overall_both_sides_have_the_same_mixture_of_labels(pool):
+    """As many images of a label as the side with fewer has; the paper counts an image of two findings once for each."""
+    labels = ["Edema", "Cardiomegaly"]
+    args = evaluation.parse_args(["--synthetic=none", f"--real_csv={__file__}", f"--pool={pool}"])
+    matched = {"Edema": 20, "Cardiomegaly": 60}
+    real = evaluation.select_source("real", labelled(30, 10, 50), labels, matched, args)
+    synthetic = evaluation.select_source("synthetic", labelled(20, 0, 200), labels, matched, args)
+    assert [int(synthetic.table[label].to_numpy()[synthetic.pool].sum()) for label in labels] == [20, 60]
+    assert {label: len(rows) for label, rows in real.rows_of.items()} == {"Edema": 40, "Cardiomegaly": 60}
+    assert len(synthetic.rows_of["Cardiomegaly"]) == 200
+    if pool == "paper":
+        assert len(real.pool) == 80 > len(np.unique(real.pool))
+    else:
+        assert len(real.pool) == len(np.unique(real.pool)) < 80
+
+
+def test_the_plan_matches_the_labels_and_counts_uncertain_findings_if_asked(tmp_path, samples, classifier, cache):
     flags = ["--real_split=all", "--labels", "Edema", "Cardiomegaly"]
-    unique = run(tmp_path / "unique", samples, classifier, cache, *flags)["images"]["real"]
-    paper = run(tmp_path / "paper", samples, classifier, cache, *flags, "--pool=paper")["images"]["real"]
-    assert paper["all"] == paper["Edema"] + paper["Cardiomegaly"] > unique["all"] and unique["Edema"] == paper["Edema"]
+    unique = run(tmp_path / "unique", samples, classifier, cache, *flags)["images"]
+    # No generated image shows the second label.
+    assert unique["real"]["all"] == unique["synthetic"]["all"] == unique["synthetic"]["Edema"] < unique["real"]["Edema"]
+    unique = unique["real"]
     ones = run(tmp_path / "ones", samples, classifier, cache, *flags, "--uncertain=ones")["images"]["real"]
     assert ones["Edema"] > unique["Edema"]
     few = run(tmp_path / "few", samples, classifier, cache, *flags, "--max_per_label=5")
@@ -600,5 +633,7 @@ def test_a_table_of_prompts_alone_is_scored_as_one_set(tmp_path, samples, classi
     pd.read_csv(folder / "metadata.csv")[["file_name", "prompt"]].to_csv(folder / "metadata.csv", index=False)
     summary = run(tmp_path / "e", folder / "metadata.csv", classifier, cache, "--resolution=64")
     assert summary["name"] == "samples"
-    assert {row["label"] for row in summary["results"]} == {"all"} and value(summary, "fid") > 0
+    # All but the counts of the real table, which has labels.
+    scored = [row for row in summary["results"] if row["metric"] != "images_test"]
+    assert {row["label"] for row in scored} == {"all"} and value(summary, "fid") > 0
     assert not (tmp_path / "e" / "consistency.png").exists() and "does not say its resize_mode" in " ".join(summary["warnings"])

@@ -23,11 +23,13 @@ LAUNCHERS = ("python", "python3", "accelerate", "torchrun")
 SLURM = {
     "srun": 'exec "$@"',
     "sbatch": """while [[ $1 == --* ]]; do
-  case $1 in --wrap) exec bash -c "$2" ;; --array) export SLURM_ARRAY_TASK_ID=0; shift 2 ;; --parsable) shift ;; *) shift 2 ;; esac
+  case $1 in --wrap) exec sh -c "$2" ;; --array) export SLURM_ARRAY_TASK_ID=0; shift 2 ;; --parsable) shift ;; *) shift 2 ;; esac
 done
 bash "$@" >&2
 echo 1""",
 }
+# What the shell scripts want to be there before they start anything.
+TABLES = ("CheXpert-v1.0/train.csv", "demo/phantoms/CheXpert-phantom/train.csv")
 # Shell scripts that start none of the scripts.
 WITHOUT_COMMANDS = {"launch/environment.sh"}
 # Writes its own name and arguments, NUL after each, and a line end after all.
@@ -85,6 +87,9 @@ def run_recorded(shell: str, folder: Path, name: str = "") -> list[list[str]]:
     tree = folder / "tree"
     shutil.copytree(ROOT / "launch", tree / "launch", ignore=shutil.ignore_patterns("base", "__pycache__"))
     shutil.copy(ROOT / "requirements.txt", tree)
+    for table in TABLES:
+        (tree / table).parent.mkdir(parents=True)
+        (tree / table).touch()
     script = tree / (name or "commands.sh")
     script.write_text(shell)
     path = f"{stubs}:{os.environ['PATH']}" if name else str(stubs)

@@ -349,6 +349,14 @@ def test_different_budgets_are_said_loudly(three):
     assert "Training budgets differ: learning rate of PEFT 0.0001 (LoRA) and 0.01 (BitFit)." in make(three)[1]
 
 
+def test_splits_by_different_seeds_are_said_loudly(three):
+    assert "split by different seeds" not in make(three)[1]
+    run, judged = training("lora"), generation("lora", 10.0)
+    run["arguments"]["split_seed"], judged["arguments"]["split_seed"] = 1, 0
+    write_study(three, {"lora": run}, {"lora": judged})
+    assert "Patients were split by different seeds, so training patients may be among the test images: 1 in training (such as LoRA); 0 in the evaluation (such as LoRA)." in make(three)[1]
+
+
 def test_the_split_is_counted_and_disagreement_is_said(three):
     counted = training("unet")
     counted["results"] += [row("images_train", 90, "Edema"), row("images_train", 200), row("images_val", 30, "Edema")]

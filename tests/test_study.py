@@ -29,7 +29,6 @@ def split_tables(folder: Path) -> dict[str, Path]:
     source = phantoms(90)
     frame = pd.read_csv(source, dtype=str, keep_default_na=False)
     patients = train_full.load_image_table(str(source))["patient"]
-    frame["Path"] = train_full.load_image_table(str(source))["image"]
     part = patients.map({name: ("train", "train", "val", "test", "test")[i % 5] for i, name in enumerate(patients.unique())})
     paths = {name: folder / f"{name}.csv" for name in ("train", "val", "test")}
     for name, path in paths.items():
@@ -67,7 +66,8 @@ def study(tmp_path_factory) -> tuple[Path, dict, float]:
     """An undisturbed study of a ready-made triple; its folder, its tables and its seconds."""
     folder = tmp_path_factory.mktemp("study")
     paths = split_tables(folder)
-    tables = {"TRAIN_CSV": paths["train"], "VALIDATION_CSV": paths["val"], "TEST_CSV": paths["test"]}
+    # The tables do not lie beside the images.
+    tables = {"TRAIN_CSV": paths["train"], "VALIDATION_CSV": paths["val"], "TEST_CSV": paths["test"], "IMAGE_ROOT": phantoms(90).parent.parent}
     began = time.monotonic()
     done = subprocess.run(sweep(), capture_output=True, text=True, timeout=900, env=environment(folder / "whole", **tables))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -78,7 +78,7 @@ def test_a_ready_made_split_is_counted_exactly(study):
     """The paper's Table 2: the frontal images with a finding in each table, as they are in the files."""
     whole, tables, _ = study
     counts, uncertain = {}, 0
-    for part, path in zip(("train", "val", "test"), tables.values()):
+    for part, path in zip(("train", "val", "test"), list(tables.values())[:3]):
         frame = pd.read_csv(path)
         frame = frame[frame["Frontal/Lateral"] == "Frontal"]
         uncertain += int((frame[LABELS] == -1).sum().sum())
@@ -101,10 +101,10 @@ def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tmp_path):
     whole, tables, seconds = study
     generator, kills = random.Random(0), 0
     env = environment(tmp_path / "killed", **tables)
-    for _ in range(KILLS):
+    for share in generator.sample([0.1, 0.3, 0.5, 0.25, 0.35], KILLS):
         job = subprocess.Popen(sweep(), env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            job.wait(generator.uniform(0.05, 0.25) * seconds)
+            job.wait(generator.uniform(0.5, 1) * share * seconds)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
             kills += 1
@@ -117,6 +117,24 @@ def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tmp_path):
     assert again == figures and len(figures) > 100
     assert without_table_1(killed) == without_table_1(whole)
     assert (killed / "report" / "figure2.png").read_bytes() == (whole / "report" / "figure2.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "said"),
+    [
+        ({"TRAIN_CSV": "nowhere.csv"}, [], "no table 'nowhere.csv'; set TRAIN_CSV"),
+        ({"METHODS": "lora unet_vea"}, [], "METHODS: 'unet_vea' is none of"),
+        ({"BUDGET": "author"}, [], "BUDGET=author is neither equal nor authors"),
+        ({"BATCH": 4, "GLOBAL_BATCH": 6}, [], "GLOBAL_BATCH=6 is no multiple of BATCH=4"),
+        ({}, ["--split_seed", "1"], "--split_seed is not for the trainings alone"),
+        ({}, ["--resize_mode=pad"], "--resize_mode is not for the trainings alone; set RESIZE_MODE"),
+    ],
+)
+def test_what_can_be_known_before_the_first_hour_is_said_before_it(tmp_path, variables, flags, said):
+    env = environment(tmp_path / "study", **({"TRAIN_CSV": phantoms(90)} | variables))
+    done = subprocess.run(sweep(*flags), capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "study").exists()
 
 
 def demo(study: Path, **more) -> subprocess.CompletedProcess:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study of launch/sweep.sh on a SLURM cluster: what all rows share first, then one task of a job array for each row, then
-# the report. Started again after a time limit it goes on where it was. Flags are passed on to the training scripts.
+# The study of launch/sweep.sh on a SLURM cluster: what all rows share and the first row, then one task of a job array for each
+# other row, then the report. Started again after a time limit it goes on where it was. Flags are passed on to the training scripts.
 #   bash launch/slurm/submit.sh
 #   STUDY=/scratch/study METHODS="unet lora" bash launch/slurm/submit.sh --max_train_steps 20000
 # Not tried on a cluster: there was none where it was written.
@@ -11,6 +11,9 @@ export STUDY=${STUDY:-study} REPORT=no
 export ROWS=${METHODS:-unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder lora dora bitfit difffit}
 rows=($ROWS)
 
-shared=$(METHODS='' sbatch --parsable --job-name shared launch/slurm/sweep.sh "$@")
-array=$(sbatch --parsable --job-name rows --array "0-$((${#rows[@]} - 1))" --dependency "afterok:$shared" launch/slurm/sweep.sh "$@")
-sbatch --job-name report --dependency "afterany:$array" --wrap "source .venv/bin/activate; python launch/report.py --study '$STUDY'"
+# The first job also does the first row, so that the caches which all rows share are there before the others start together.
+ends=$(METHODS=${rows[0]} sbatch --parsable --job-name first launch/slurm/sweep.sh "$@")
+if ((${#rows[@]} > 1)); then
+  ends=$(sbatch --parsable --job-name rows --array "1-$((${#rows[@]} - 1))" --dependency "afterok:$ends" launch/slurm/sweep.sh "$@")
+fi
+METHODS='' REPORT=yes sbatch --job-name report --dependency "afterany:$ends" --gpus-per-node 0 --time 02:00:00 launch/slurm/sweep.sh

@@ -13,5 +13,5 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 
 rows=(${ROWS:-lora})
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then export METHODS=${rows[$SLURM_ARRAY_TASK_ID]}; fi
-export PROCESSES=4 LAUNCH="accelerate launch --config_file launch/accelerate/multi_gpu.yaml --num_processes 4"
+export PROCESSES=4 LAUNCH="accelerate launch --config_file launch/accelerate/multi_gpu.yaml --num_processes 4 --main_process_port 0"
 bash launch/sweep.sh "$@"
