@@ -19,6 +19,7 @@ goes on where it was.
 
 import argparse
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -109,23 +110,47 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
         time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    # One line, whatever the name of a file or the text of a cell has in it.
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
+# Copied from train_full.plain_sentence
+def plain_sentence(error: Exception, smaller: str) -> str | None:
+    """What to do about an error that is no fault of the code; None for any other. `smaller` says what takes less memory."""
+    text = str(error).strip()
+    if isinstance(error, BadImage):
+        # From a loader's worker the message comes with the worker's traceback in front of it.
+        return text.splitlines()[-1].split("BadImage: ")[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text[:150]}); {smaller}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+    if full or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+        return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
+    return None
+
+
 # Copied from train_full.plain_errors
-def plain_errors(function):
-    """Ends a script whose `main` meets a bad image with a sentence that names it."""
+def plain_errors(smaller: str):
+    """Ends a script whose `main` meets a bad image, a full disk or memory, or a lost process with a sentence."""
 
-    @functools.wraps(function)
-    def wrapped(args: argparse.Namespace):
-        try:
-            return function(args)
-        except BadImage as error:
-            # From a loader's worker the message comes with the worker's traceback in front of it.
-            fail(str(error).strip().splitlines()[-1].split("BadImage: ")[-1])
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(args: argparse.Namespace):
+            try:
+                return function(args)
+            except Exception as error:
+                sentence = plain_sentence(error, smaller)
+                if sentence is None:
+                    raise
+                fail(sentence)
 
-    return wrapped
+        return wrapped
+
+    return decorate
 
 
 # Copied from train_full.OneLineParser
@@ -538,7 +563,9 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
         opened = Image.open(image if isinstance(image, str) else image.open())
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
     if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
@@ -564,14 +591,14 @@ def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -
 
 
 # Copied from train_full.image_problem
-def image_problem(image: "str | DatasetImage") -> str | None:
-    """What is wrong with an image, from its header and its end; only one without a proper end is decoded to be sure."""
+def image_problem(image: "str | DatasetImage", decode: bool = False) -> str | None:
+    """What is wrong with an image, from its header and its end; decoded to be sure if asked for or without a proper end."""
     try:
         with open_image(image) as opened:
             opened.fp.seek(-min(opened.fp.seek(0, io.SEEK_END), 64), io.SEEK_END)
             tail = opened.fp.read()
             complete = {"JPEG": b"\xff\xd9" in tail, "PNG": b"IEND" in tail}.get(opened.format, False)
-        if not complete:
+        if decode or not complete:
             load_image(image, 8, "squash")
     except BadImage as error:
         return str(error)
@@ -579,17 +606,27 @@ def image_problem(image: "str | DatasetImage") -> str | None:
 
 
 # Copied from train_full.check_images
-def check_images(accelerator: Accelerator, images: list) -> None:
-    """Ends with exit status 2 and the list of all bad images, if there are any."""
-    problems = [None]
+def check_images(accelerator: Accelerator, images: list, skip: bool = False) -> list[int]:
+    """The positions of bad images, the same on every process, each told; without `skip` they end the script with exit status 2.
+
+    With `skip` every image is decoded, since those that are left are then taken for sound.
+    """
+    problems = None
     if accelerator.is_main_process:
         with ThreadPoolExecutor(16) as pool:
-            found = tqdm(pool.map(image_problem, images), "checking images", len(images), unit="image", leave=False)
-            problems = [[problem for problem in found if problem]]
-    problems = broadcast_object_list(problems)[0]
-    if problems:
-        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
-        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them or take their rows out: {listed}")
+            found = pool.map(functools.partial(image_problem, decode=skip), images)
+            problems = dict(enumerate(tqdm(found, "checking images", len(images), unit="image", leave=False)))
+            problems = {i: problem for i, problem in problems.items() if problem}
+    problems = broadcast_object_list([problems])[0]
+    if problems and not skip:
+        listed = "; ".join(list(problems.values())[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
+        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them, take their rows out or pass --on_bad_image skip: {listed}")
+    if len(problems) == len(images) and images:
+        fail(f"none of {len(images):,} images can be used, such as {problems[0]}; see --image_root")
+    if accelerator.is_main_process:
+        for problem in dict.fromkeys(problems.values()):
+            print(f"  skipped  {problem}", flush=True)
+    return list(problems)
 
 
 # Copied from train_full.stream_seed
@@ -699,6 +736,21 @@ def load_initial_weights(accelerator: Accelerator, model: torch.nn.Module, arch:
     if differing:
         fail(f"--weights {weights}: not the weights of {arch}, {len(differing)} tensors do not match, such as {differing[0]}; pass its --arch")
     model.load_state_dict(body, strict=False)
+
+
+# Copied from train_full.read_json
+def read_json(path: Path, way_out: str, **types) -> dict:
+    """A JSON object with fields of these types; ends with exit status 2 on anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path}: not valid JSON ({error}); {way_out}")
+    if not isinstance(found, dict):
+        fail(f"{path}: holds no JSON object, as these scripts write it; {way_out}")
+    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        fail(f"{path}: {wrong[0]!r} is missing or not as these scripts write it; {way_out}")
+    return found
 
 
 def spec_digest(spec: dict) -> str:
@@ -1516,7 +1568,7 @@ def title_of(args: argparse.Namespace, tables: Tables) -> str:
     return f"trained on {len(tables.train):,} {kind} images{' with shuffled labels' if args.shuffle_labels else ''}"
 
 
-@plain_errors
+@plain_errors("lower --train_batch_size or --resolution")
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir or default_output_dir(args))
     classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
