@@ -724,7 +724,9 @@ def load_initial_weights(accelerator: Accelerator, model: torch.nn.Module, arch:
                 saved = get_model(arch, weights="DEFAULT").state_dict()
         else:
             saved = load_file(weights)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        if not all(tensor.isfinite().all() for tensor in saved.values()):
+            raise ValueError("weights that are not finite")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         way_out = "; pass --weights FILE or --weights none" if weights == "imagenet" else ""
         fail(f"--weights {weights}: cannot be loaded ({' '.join(str(error).split())[:200]}){way_out}")
     head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -765,26 +767,26 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     Ends with exit status 2 where the two do not belong together.
     """
     path = Path(folder) / "classifier.json"
-    try:
-        spec = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = (
-        "arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split",
-        "real_test_auroc", "model_sha256", "spec_sha256",
-    )  # fmt: skip
-    missing = [key for key in needed if key not in spec]
-    if missing:
-        fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
+    if not path.is_file():
+        fail(f"{path}: cannot be read, no such file; pass a classifier folder of eval_downstream.py")
+    form = {
+        "arch": str, "labels": list, "resolution": int, "source_resolution": int, "resize_mode": str, "normalisation": dict, "thresholds": dict,
+        "split": dict, "real_test_auroc": dict, "model_sha256": str, "spec_sha256": str,
+    }  # fmt: skip
+    spec = read_json(path, "save the classifier anew with eval_downstream.py", **form)
     weights = path.with_name("model.safetensors")
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
-        if spec_digest(spec) != spec["spec_sha256"] or "patients" not in spec["split"]:
+        if spec_digest(spec) != spec["spec_sha256"] or not isinstance(spec["split"].get("patients"), list):
             raise ValueError("classifier.json has been changed since it was written")
+        if not set(spec["labels"]) <= set(LABELS) or spec["labels"] != list(spec["thresholds"]) or not 1 <= spec["resolution"] <= 4096 or not {"mean", "std"} <= set(spec["normalisation"]):
+            raise ValueError("its labels, thresholds, resolution or normalisation are not as eval_downstream.py writes them")
         model = build_classifier(spec["arch"], len(spec["labels"]))
         model.load_state_dict(load_file(weights))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         fail(f"{weights}: does not match {path.name} ({' '.join(str(error).split())[:200]}); copy the folder anew, or save the classifier anew")
     return model.eval(), spec
 
@@ -854,24 +856,40 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
-def save_progress(path: Path, model: torch.nn.Module, best: dict, optimizer: torch.optim.Optimizer, counters: dict) -> None:
-    """Everything that a seed needs to go on after an epoch, in one file that is whole or absent."""
-    tensors = flatten({"model": model.state_dict(), "best": best, "optimizer": optimizer.state_dict()["state"]})
+def tensors_digest(tensors: dict[str, torch.Tensor], notes: dict) -> str:
+    """SHA-256 over names, shapes and bytes, and what is noted beside them."""
+    sha = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **notes) -> None:
+    """A safetensors file that is whole or absent, with notes and the digest of all of it in its header."""
     # Copies, since safetensors refuses tensors that share memory.
-    flat = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     part = path.with_name(f".{path.name}.part")
-    save_file(flat, part, metadata={"counters": json.dumps(counters)})
+    save_file(tensors, part, metadata={"notes": json.dumps({"notes": notes, "sha256": tensors_digest(tensors, notes)})})
     os.replace(part, path)
+
+
+def load_tensors(path: Path, way_out: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and notes of `save_tensors`; ends with exit status 2 where they are not what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["notes"])
+        tensors = load_file(path)
+        if header["sha256"] != tensors_digest(tensors, header["notes"]):
+            raise ValueError("not what was written")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path}: damaged ({error}); {way_out}")
+    return tensors, header["notes"]
 
 
 def load_progress(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """Puts a seed's state back; returns its best weights so far and its counters."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            counters = json.loads(file.metadata()["counters"])
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        fail(f"{path}: damaged ({error}); delete it to train this seed anew")
+    tensors, counters = load_tensors(path, "delete it to train this seed anew")
     parts = ({k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")} for name in ("model", "best", "optimizer"))
     weights, best, state = parts
     model.load_state_dict(weights)
@@ -954,7 +972,9 @@ def train_seed(args: argparse.Namespace, accelerator: Accelerator, seed: int, nu
                 best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
             if accelerator.is_main_process:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                save_progress(path, model, best, optimizer, {"losses": losses, "scaler": scaler})
+                # Everything that the seed needs to go on after this epoch.
+                state = flatten({"model": model.state_dict(), "best": best, "optimizer": optimizer.state_dict()["state"]})
+                save_tensors(state, path, losses=losses, scaler=scaler)
     scorer.load_state_dict(best)
     return scorer, losses
 
@@ -969,10 +989,8 @@ def run_seed(args, accelerator, seed: int, num_labels: int, train: Images, val: 
     # The one look at the test images, after everything about the classifier is settled.
     logits = {name: torch.from_numpy(predict(accelerator, model, part.pixels, NORMALISATION)) for name, part in (("val", val), ("test", test))}
     if accelerator.is_main_process:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, folder / ".model.part")
-        os.replace(folder / ".model.part", folder / "model.safetensors")
-        save_file(logits, folder / ".predictions.part", metadata={"losses": json.dumps(losses)})
-        os.replace(folder / ".predictions.part", done)
+        save_tensors(model.state_dict(), folder / "model.safetensors")
+        save_tensors(logits, done, losses=losses)
         (folder / "progress.safetensors").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -980,14 +998,9 @@ def run_seed(args, accelerator, seed: int, num_labels: int, train: Images, val: 
 
 def read_predictions(folder: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Probabilities on the validation and the test images, float64, and the validation losses by epoch."""
-    path = folder / "predictions.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            losses = json.loads(file.metadata()["losses"])
-            val, test = (file.get_tensor(name).double().sigmoid().numpy() for name in ("val", "test"))
-    except (OSError, SafetensorError) as error:
-        fail(f"{path}: cannot be read ({error}); delete {folder} and run again")
-    return val, test, losses
+    logits, notes = load_tensors(folder / "predictions.safetensors", f"delete {folder} and run again")
+    val, test = (logits[name].double().sigmoid().numpy() for name in ("val", "test"))
+    return val, test, notes["losses"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1339,7 +1352,7 @@ def save_classifier(args, tables: Tables, rows: list[dict], thresholds: list[flo
     part = output_dir / ".classifier.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    shutil.copy(weights, part / "model.safetensors")
+    save_tensors(load_tensors(weights, f"delete {weights.parent} and run again")[0], part / "model.safetensors")
     # Synthetic images have no patients.
     real = pd.concat([table[table["real"]] for table in (tables.train, tables.val)])["patient"]
     patients = sorted({patient_hash(patient) for patient in real})
@@ -1412,7 +1425,7 @@ def open_output(output_dir: Path, settings: dict) -> None:
     path = output_dir / "settings.json"
     try:
         if path.is_file():
-            saved = json.loads(path.read_text())
+            saved = read_json(path, f"delete {output_dir} and run again")
             differing = [key for key in settings.keys() | saved.keys() if settings.get(key) != saved.get(key)]
             if differing:
                 fail(f"{output_dir} holds results made with another {', '.join(sorted(differing))}; pass another --output_dir or delete it")
@@ -1420,8 +1433,6 @@ def open_output(output_dir: Path, settings: dict) -> None:
             fail(f"--output_dir {output_dir}: not empty and not a folder of this script; pass another")
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=2) + "\n")
-    except json.JSONDecodeError:
-        fail(f"{path}: not valid JSON; delete {output_dir} and run again")
     except OSError as error:
         fail(f"--output_dir {output_dir}: cannot be written ({error.strerror})")
 
@@ -1431,8 +1442,8 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     path = Path(folder) / "downstream_metrics.json"
     try:
         found = json.loads(path.read_text())
-        theirs, entries, reasons = found["settings"], found["seeds"], found["training_reasons"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        theirs, entries, reasons = dict(found["settings"]), list(found["seeds"]), list(found["training_reasons"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"--reference {folder}: no finished run ({error}); pass the output folder of one with --train_on real")
     # All but what is trained on, which is the difference that is asked about, and the seeds.
     free = ("train_on", "training", "seed", "mixed_geometry")
@@ -1440,10 +1451,15 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     if theirs.get("train_on") != "real" or differing:
         what = "is not trained on real images" if theirs.get("train_on") != "real" else f"was made with another {', '.join(differing)}"
         fail(f"--reference {folder}: {what}; the ratio needs the same test images, labels, number of images and schedule")
-    seeds = [Path(folder) / "seeds" / f"seed-{entry['seed']}" for entry in entries]
-    predictions = [read_predictions(path) for path in seeds]
-    thresholds = [[entry["thresholds"][label] for label in labels] for entry in entries]
-    return score(test, predictions, thresholds, reasons, draws, seed)
+    try:
+        # A number, so that no name leads out of the folder.
+        seeds = [Path(folder) / "seeds" / f"seed-{int(entry['seed'])}" for entry in entries]
+        thresholds = [[entry["thresholds"][label] for label in labels] for entry in entries]
+        if any(value is not None and not isinstance(value, float) for values in thresholds for value in values) or len(reasons) != len(labels):
+            raise TypeError("thresholds or training_reasons of another form")
+    except (KeyError, TypeError, ValueError) as error:
+        fail(f"--reference {folder}: downstream_metrics.json is not as this script writes it ({error}); run it again")
+    return score(test, [read_predictions(path) for path in seeds], thresholds, reasons, draws, seed)
 
 
 def describe_run(args: argparse.Namespace, tables: Tables, train: Images, test: Images, sizes: dict, output_dir: Path) -> None:

@@ -672,26 +672,26 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     Ends with exit status 2 where the two do not belong together.
     """
     path = Path(folder) / "classifier.json"
-    try:
-        spec = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = (
-        "arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split",
-        "real_test_auroc", "model_sha256", "spec_sha256",
-    )  # fmt: skip
-    missing = [key for key in needed if key not in spec]
-    if missing:
-        fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
+    if not path.is_file():
+        fail(f"{path}: cannot be read, no such file; pass a classifier folder of eval_downstream.py")
+    form = {
+        "arch": str, "labels": list, "resolution": int, "source_resolution": int, "resize_mode": str, "normalisation": dict, "thresholds": dict,
+        "split": dict, "real_test_auroc": dict, "model_sha256": str, "spec_sha256": str,
+    }  # fmt: skip
+    spec = read_json(path, "save the classifier anew with eval_downstream.py", **form)
     weights = path.with_name("model.safetensors")
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
-        if spec_digest(spec) != spec["spec_sha256"] or "patients" not in spec["split"]:
+        if spec_digest(spec) != spec["spec_sha256"] or not isinstance(spec["split"].get("patients"), list):
             raise ValueError("classifier.json has been changed since it was written")
+        if not set(spec["labels"]) <= set(LABELS) or spec["labels"] != list(spec["thresholds"]) or not 1 <= spec["resolution"] <= 4096 or not {"mean", "std"} <= set(spec["normalisation"]):
+            raise ValueError("its labels, thresholds, resolution or normalisation are not as eval_downstream.py writes them")
         model = build_classifier(spec["arch"], len(spec["labels"]))
         model.load_state_dict(load_file(weights))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         fail(f"{weights}: does not match {path.name} ({' '.join(str(error).split())[:200]}); copy the folder anew, or save the classifier anew")
     return model.eval(), spec
 
