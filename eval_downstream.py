@@ -212,6 +212,7 @@ def add_table_arguments(parser):
     group.add_argument("--source_resolution", type=positive_int, help="side of the square that every image is brought to first, in pixels (default: the synthetic images', else 512)")
     group.add_argument("--resize_mode", choices=["squash", "pad", "crop"], help="how a real image becomes that square (default: as the synthetic images' model was trained, else squash)")
     group.add_argument("--mixed_geometry", action="store_true", help="compare tables of different --resize_mode all the same")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop", help="an image that cannot be read: stop ends the script; skip decodes all images first, leaves it out, tells it once and counts it")
     group.add_argument("--image_cache_dir", help="folder of the decoded images, shared by runs (default: image_cache beside --output_dir)")
 
 
@@ -664,7 +665,12 @@ def cache_pixels(
                     if time.time() - stale.stat().st_mtime > 3600:
                         stale.unlink()
                 pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), resolution, resolution))
+                # All its room at once: a disk that is full later would end the process without a word.
+                if hasattr(os, "posix_fallocate"):
+                    with part.open("r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             except OSError as error:
+                part.unlink(missing_ok=True)
                 fail(f"--image_cache_dir {directory}: cannot be written ({error.strerror}); pass another, or another --output_dir")
 
             def decode(i: int) -> str:
@@ -1462,6 +1468,16 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     return score(test, [read_predictions(path) for path in seeds], thresholds, reasons, draws, seed)
 
 
+def drop_unreadable(accelerator: Accelerator, tables: Tables) -> None:
+    """Leaves out and counts the images that cannot be read, of each part."""
+    for name in ("train", "val", "test"):
+        table = getattr(tables, name)
+        bad = check_images(accelerator, list(table["image"]), skip=True) if len(table) else []
+        if bad:
+            tables.left_out["unreadable"] = tables.left_out.get("unreadable", 0) + len(bad)
+            setattr(tables, name, table.drop(table.index[bad]))
+
+
 def describe_run(args: argparse.Namespace, tables: Tables, train: Images, test: Images, sizes: dict, output_dir: Path) -> None:
     """What is trained and tested on, before it happens."""
     lines = []
@@ -1591,6 +1607,8 @@ def main(args: argparse.Namespace) -> None:
     tables = load_tables(args, spec)
     labels = tables.labels
     accelerator = start_accelerator(args)
+    if args.on_bad_image == "skip":
+        drop_unreadable(accelerator, tables)
     if not args.classifier:
         # Said before hours of decoding, if they cannot be had.
         load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args.arch, args.weights)

@@ -203,6 +203,7 @@ def add_image_arguments(parser):
     group.add_argument("--pool", choices=["unique", "paper"], default="unique", help="an image with two labels counts once overall, or as in the paper once for each")
     group.add_argument("--resolution", type=positive_int, help="side in pixels that every image is brought to first (default: the synthetic images' own, else 512)")
     group.add_argument("--resize_mode", choices=["squash", "pad", "crop"], help="how a real image becomes square (default: as --synthetic notes it, else squash)")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop", help="an image that cannot be read: stop ends the script; skip decodes all images first, leaves it out, tells it once and counts it")
     group.add_argument("--mixed_geometry", action="store_true", help="compare tables that were made with another resolution or resize mode all the same")
 
 
@@ -430,6 +431,7 @@ class Plan:
     resize_mode: str
     warnings: list[str]
     counts: list[dict]
+    left_out: dict[str, int]
 
 
 def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: list[str]) -> tuple[int, str]:
@@ -458,7 +460,17 @@ def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: lis
     return int(settled["resolution"]), settled["resize_mode"]
 
 
-def plan_evaluation(args: argparse.Namespace) -> Plan:
+def drop_unreadable_rows(accelerator: Accelerator, frames: dict[str, pd.DataFrame]) -> dict[str, int]:
+    """Leaves out the images that cannot be read, and counts them by table."""
+    left_out = {}
+    for name, frame in frames.items():
+        bad = check_images(accelerator, list(frame["image"]), skip=True)
+        if bad:
+            left_out[name], frames[name] = len(bad), frame.drop(frame.index[bad]).reset_index(drop=True)
+    return left_out
+
+
+def plan_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> Plan:
     """Reads the tables and chooses the images; ends with exit status 2 where there is nothing to compare."""
     notes = []
     tables = {"synthetic": find_synthetic_table(args.synthetic)}
@@ -473,12 +485,15 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
     frames["real"] = load_split(
         args.real_csv or next(p for p in DEFAULT_TABLES if Path(p).is_file()), args.image_root, args.real_split, args.split_seed
     )
+    if args.train_csv:
+        frames["train"] = load_split(args.train_csv, None if args.train_csv != args.real_csv else args.image_root, args.train_split, args.split_seed)
+    left_out = drop_unreadable_rows(accelerator, frames) if args.on_bad_image == "skip" else {}
     labels = args.labels or [
         label
         for label in [*CONDITIONS, *(name for name in LABELS if name not in CONDITIONS)]
         if len(positives(frames["synthetic"], label, "zeros"))
     ]
-    sources = {name: select_source(name, frame, labels, args) for name, frame in frames.items()}
+    sources = {name: select_source(name, frame, labels, args) for name, frame in frames.items() if name != "train"}
     for name, source in sources.items():
         if not len(source.pool):
             fail(f"{name} images: none of them has any of {', '.join(labels)}; see the label columns, --labels and --uncertain")
@@ -488,14 +503,14 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
                 f"fewer {name} images than the {args.max_per_label:,} asked for (--max_per_label), so scored at the smaller n on both sides: {', '.join(fewer)}"
             )
     if args.train_csv:
-        train = load_split(args.train_csv, None if args.train_csv != args.real_csv else args.image_root, args.train_split, args.split_seed)
+        train = frames["train"]
         sources["train"] = Source("train", train, {}, np.arange(len(train)))
         shared = len(set(train["patient"]) & set(sources["real"].table["patient"]))
         if shared:
             notes.append(
                 f"{shared:,} patients are in the training images and in the real images; memorisation leaves them out of the real ones"
             )
-    return Plan(sources, labels, resolution, resize_mode, notes, count_rows("test", frames["real"], args.uncertain))
+    return Plan(sources, labels, resolution, resize_mode, notes, count_rows("test", frames["real"], args.uncertain), left_out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -779,8 +794,16 @@ def load_xrv(source: str):
         operating = weights.pop("op_threshs", None)
         model = xrv.models.DenseNet(weights=None, num_classes=len(weights["classifier.bias"]))
         model.load_state_dict(weights)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        fail(f"--features {source}: not a safetensors file of torchxrayvision's DenseNet-121 ({' '.join(str(error).split())[:200]})")
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("weights that are not finite")
+        if operating is not None and operating.shape != (len(model.targets),):
+            raise ValueError("op_threshs of another length than the heads")
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        convert = "import torch, safetensors.torch as s; s.save_file(torch.load('IN.pt', weights_only=True), 'OUT.safetensors')"
+        fail(
+            f"--features {source}: not a safetensors file of torchxrayvision's DenseNet-121 ({' '.join(str(error).split())[:200]}); "
+            f'pickles are not read, one that you trust is converted by: python -c "{convert}"'
+        )
     if len(weights["classifier.bias"]) != len(model.targets):
         fail(f"--features {source}: {len(weights['classifier.bias'])} heads, where torchxrayvision's DenseNet-121 has {len(model.targets)}")
     model.op_threshs = operating
@@ -815,6 +838,17 @@ def silence_known_noise() -> None:
         logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
 
 
+# Copied from train_full.pickle_advice
+def pickle_advice(name: str) -> str:
+    """How to convert a model whose weights are pickles, which are not read; empty for any other."""
+    path = Path(name)
+    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+    if not any(p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl") for p in found):
+        return ""
+    load = "from_single_file" if path.is_file() else "from_pretrained"
+    return f"""; pickles are not read, convert those that you trust: python -c "from diffusers import StableDiffusionPipeline as P; P.{load}('{name}').save_pretrained('converted')\""""
+
+
 class ThroughVAE:
     """Encodes and decodes an image, as every sample of a latent diffusion model has been decoded."""
 
@@ -823,14 +857,16 @@ class ThroughVAE:
         summary = Path(name) / "training_summary.json"
         if Path(name).is_dir() and not (Path(name) / "vae").is_dir() and summary.is_file():
             # An adapter leaves its base model's VAE as it is.
-            source = json.loads(summary.read_text()).get("base_model", name)
+            source = read_json(summary, "pass a pipeline, or a finished run", base_model=str)["base_model"]
         try:
             self.vae, report = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, output_loading_info=True)
             if report["missing_keys"]:
                 raise ValueError(f"no weights for {min(report['missing_keys'])}")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if not all(tensor.isfinite().all() for tensor in self.vae.parameters()):
+                raise ValueError("weights that are not finite")
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             fail(
-                f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline"
+                f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline{pickle_advice(source)}"
             )
         self.vae, self.device, self.one_at_a_time = self.vae.eval().to(device, torch.float32), device, threading.Lock()
         self.key = fingerprint(self.vae)
@@ -880,8 +916,11 @@ class FeatureStore:
             wanted.setdefault(path, []).append((row, i))
         for path, pairs in wanted.items():
             rows, indices = np.array(pairs).T
-            with safe_open(path, "numpy") as file:
-                stored = file.get_tensor(name)
+            try:
+                with safe_open(path, "numpy") as file:
+                    stored = file.get_tensor(name)
+            except SafetensorError as error:
+                fail(f"{path}: not a readable file of features ({error}); delete it")
             result = np.empty((len(hashes), *stored.shape[1:]), stored.dtype) if result is None else result
             result[rows] = stored[indices]
         return result
@@ -1874,7 +1913,7 @@ def identify(args: argparse.Namespace, plan: Plan, networks: tuple, vae: Through
         "features": {"source": args.features, "fingerprint": features.key, "resizer": "torchxrayvision XRayResizer(224), skimage" if isinstance(features, XRVNetwork) else "Pillow Lanczos"},
         "classifier": {"source": args.classifier or args.features, "fingerprint": classifier.key, "labels": list(classifier.labels), "thresholds": classifier.thresholds, "real_test_auroc": getattr(classifier, "spec", {}).get("real_test_auroc")},
         "vae_fingerprint": vae.key if vae else None,
-        "resolution": plan.resolution, "resize_mode": plan.resize_mode, "pool": args.pool,
+        "resolution": plan.resolution, "resize_mode": plan.resize_mode, "pool": args.pool, "unreadable": plan.left_out,
         "images": {name: {"fingerprint": hashlib.sha256("".join(source.hashes).encode()).hexdigest(), "all": len(source.pool), **{label: len(rows) for label, rows in source.rows_of.items()}} for name, source in plan.sources.items()},
         "versions": {name: version(name) for name in ("torch", "torchvision", "torchxrayvision", "scikit-image", "vendi-score", "numpy", "scipy")},
         "warnings": plan.warnings,
@@ -1947,7 +1986,7 @@ def main(args: argparse.Namespace) -> None:
         # The others wait while the first process reads the files and scores.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
-    plan = plan_evaluation(args)
+    plan = plan_evaluation(args, accelerator)
     networks = load_networks(args, accelerator)
     plan.warnings += network_warnings(args, plan, networks)
     vae = ThroughVAE(args.vae, accelerator.device) if args.vae else None

@@ -1529,7 +1529,7 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
             if logging_step or checkpoint:
                 window_loss, norm = accelerator.reduce(running / counted, "mean").tolist()
                 if not math.isfinite(window_loss + norm):
-                    progress.close()
+                    progress.clear()
                     stop_diverged(window_loss, norm, state, output_dir)
                 tell_bad_images(accelerator, stream)
             if logging_step:
@@ -1542,6 +1542,8 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
             if checkpoint or validation or last:
                 state.seconds += time.perf_counter() - began
                 if checkpoint:
+                    # Or a sentence on a full disk would stand behind the bar.
+                    progress.clear()
                     save_checkpoint(accelerator, state, output_dir, args.checkpoints_total_limit)
                     accelerator.wait_for_everyone()
                 if stop:

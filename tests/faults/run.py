@@ -269,8 +269,8 @@ def run_whole(job: Job, folder: Path, log: Path) -> float:
     return time.monotonic() - began
 
 
-def prepare(folder: Path) -> dict:
-    """Phantoms, samples and a classifier, which the jobs start from."""
+def prepare(folder: Path, jobs: list[str]) -> dict:
+    """Phantoms and, for the evaluations, samples and a classifier, which the jobs start from."""
     commands = [
         [ROOT / "launch/demo/make_phantoms.py", "--output_dir", folder / "phantoms", "--num_patients", 60],
         [ROOT / "sample.py", "--model", BASE, "--labels", *LABELS, "--images_per_label", 12, "--num_inference_steps", 3, "--resolution", 64, "--output_dir", folder / "samples"],
@@ -279,7 +279,7 @@ def prepare(folder: Path) -> dict:
             "--weights", "none", "--resolution", 32, "--num_train_epochs", 2, "--num_seeds", 1, "--train_batch_size", 4, "--bootstrap_samples", 50, "--output_dir", folder / "real",
         ],
     ]  # fmt: skip
-    for command in commands:
+    for command in commands if {"eval_generation", "eval_downstream"} & set(jobs) else commands[:1]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, env=environment)
     return {"csv": folder / "phantoms/CheXpert-phantom/train.csv", "samples": folder / "samples", "classifier": folder / "real/classifier"}
@@ -292,7 +292,7 @@ def main(args: argparse.Namespace) -> int:
     log = root / "log"
     log.touch()
     jobs = [Job(name, processes, {}) for processes in args.processes for name in args.jobs]
-    data, durations, finished, number = prepare(root / "data"), {}, 0, 0
+    data, durations, finished, number = prepare(root / "data", args.jobs), {}, 0, 0
     print(f"seed {args.seed}, {args.rounds} rounds of {', '.join(map(str, jobs))}, in {root}", flush=True)
     while sum(faults.values()) < args.rounds:
         job = jobs[number % len(jobs)]
