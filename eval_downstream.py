@@ -125,8 +125,8 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
         return text.splitlines()[-1].split("BadImage: ")[-1]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"out of memory ({text[:150]}); {smaller}"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-    if full or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
     if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
@@ -670,7 +670,8 @@ def cache_pixels(
                     with part.open("r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             except OSError as error:
-                part.unlink(missing_ok=True)
+                if part.exists():
+                    part.unlink()
                 fail(f"--image_cache_dir {directory}: cannot be written ({error.strerror}); pass another, or another --output_dir")
 
             def decode(i: int) -> str:
@@ -736,9 +737,10 @@ def load_initial_weights(accelerator: Accelerator, model: torch.nn.Module, arch:
         way_out = "; pass --weights FILE or --weights none" if weights == "imagenet" else ""
         fail(f"--weights {weights}: cannot be loaded ({' '.join(str(error).split())[:200]}){way_out}")
     head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    # Older files lack the counters of batch normalisation, which nothing here reads.
+    saved = {name: tensor for name, tensor in saved.items() if not name.endswith("num_batches_tracked")}
     body = {name: tensor for name, tensor in saved.items() if not name.startswith(f"{head}.")}
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{head}.")}
-    # Older files lack the counters of batch normalisation, which nothing here reads.
     names = {name for name in own.keys() | body.keys() if not name.endswith("num_batches_tracked")}
     differing = sorted(name for name in names if name not in own or name not in body or own[name].shape != body[name].shape)
     if differing:

@@ -115,8 +115,8 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
         return text.splitlines()[-1].split("BadImage: ")[-1]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"out of memory ({text[:150]}); {smaller}"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-    if full or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
     if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
