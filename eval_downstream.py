@@ -19,6 +19,7 @@ goes on where it was.
 
 import argparse
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -109,23 +110,47 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
         time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    # One line, whatever the name of a file or the text of a cell has in it.
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
+# Copied from train_full.plain_sentence
+def plain_sentence(error: Exception, smaller: str) -> str | None:
+    """What to do about an error that is no fault of the code; None for any other. `smaller` says what takes less memory."""
+    text = str(error).strip()
+    if isinstance(error, BadImage):
+        # From a loader's worker the message comes with the worker's traceback in front of it.
+        return text.splitlines()[-1].split("BadImage: ")[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text[:150]}); {smaller}"
+    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+        return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
+    return None
+
+
 # Copied from train_full.plain_errors
-def plain_errors(function):
-    """Ends a script whose `main` meets a bad image with a sentence that names it."""
+def plain_errors(smaller: str):
+    """Ends a script whose `main` meets a bad image, a full disk or memory, or a lost process with a sentence."""
 
-    @functools.wraps(function)
-    def wrapped(args: argparse.Namespace):
-        try:
-            return function(args)
-        except BadImage as error:
-            # From a loader's worker the message comes with the worker's traceback in front of it.
-            fail(str(error).strip().splitlines()[-1].split("BadImage: ")[-1])
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(args: argparse.Namespace):
+            try:
+                return function(args)
+            except Exception as error:
+                sentence = plain_sentence(error, smaller)
+                if sentence is None:
+                    raise
+                fail(sentence)
 
-    return wrapped
+        return wrapped
+
+    return decorate
 
 
 # Copied from train_full.OneLineParser
@@ -187,6 +212,7 @@ def add_table_arguments(parser):
     group.add_argument("--source_resolution", type=positive_int, help="side of the square that every image is brought to first, in pixels (default: the synthetic images', else 512)")
     group.add_argument("--resize_mode", choices=["squash", "pad", "crop"], help="how a real image becomes that square (default: as the synthetic images' model was trained, else squash)")
     group.add_argument("--mixed_geometry", action="store_true", help="compare tables of different --resize_mode all the same")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop", help="an image that cannot be read: stop ends the script; skip decodes all images first, leaves it out, tells it once and counts it")
     group.add_argument("--image_cache_dir", help="folder of the decoded images, shared by runs (default: image_cache beside --output_dir)")
 
 
@@ -427,7 +453,7 @@ def choose_labels(wanted: list[str] | None, tables: dict[str, pd.DataFrame]) -> 
 
 
 def subset(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    return table.sample(n=count, random_state=seed) if count < len(table) else table
+    return table.sample(n=count, random_state=seed % 2**32) if count < len(table) else table
 
 
 def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
@@ -538,7 +564,9 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
         opened = Image.open(image if isinstance(image, str) else image.open())
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
     if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
@@ -564,14 +592,14 @@ def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -
 
 
 # Copied from train_full.image_problem
-def image_problem(image: "str | DatasetImage") -> str | None:
-    """What is wrong with an image, from its header and its end; only one without a proper end is decoded to be sure."""
+def image_problem(image: "str | DatasetImage", decode: bool = False) -> str | None:
+    """What is wrong with an image, from its header and its end; decoded to be sure if asked for or without a proper end."""
     try:
         with open_image(image) as opened:
             opened.fp.seek(-min(opened.fp.seek(0, io.SEEK_END), 64), io.SEEK_END)
             tail = opened.fp.read()
             complete = {"JPEG": b"\xff\xd9" in tail, "PNG": b"IEND" in tail}.get(opened.format, False)
-        if not complete:
+        if decode or not complete:
             load_image(image, 8, "squash")
     except BadImage as error:
         return str(error)
@@ -579,17 +607,27 @@ def image_problem(image: "str | DatasetImage") -> str | None:
 
 
 # Copied from train_full.check_images
-def check_images(accelerator: Accelerator, images: list) -> None:
-    """Ends with exit status 2 and the list of all bad images, if there are any."""
-    problems = [None]
+def check_images(accelerator: Accelerator, images: list, skip: bool = False) -> list[int]:
+    """The positions of bad images, the same on every process, each told; without `skip` they end the script with exit status 2.
+
+    With `skip` every image is decoded, since those that are left are then taken for sound.
+    """
+    problems = None
     if accelerator.is_main_process:
         with ThreadPoolExecutor(16) as pool:
-            found = tqdm(pool.map(image_problem, images), "checking images", len(images), unit="image", leave=False)
-            problems = [[problem for problem in found if problem]]
-    problems = broadcast_object_list(problems)[0]
-    if problems:
-        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
-        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them or take their rows out: {listed}")
+            found = pool.map(functools.partial(image_problem, decode=skip), images)
+            problems = dict(enumerate(tqdm(found, "checking images", len(images), unit="image", leave=False)))
+            problems = {i: problem for i, problem in problems.items() if problem}
+    problems = broadcast_object_list([problems])[0]
+    if problems and not skip:
+        listed = "; ".join(list(problems.values())[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
+        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them, take their rows out or pass --on_bad_image skip: {listed}")
+    if len(problems) == len(images) and images:
+        fail(f"none of {len(images):,} images can be used, such as {problems[0]}; see --image_root")
+    if accelerator.is_main_process:
+        for problem in dict.fromkeys(problems.values()):
+            print(f"  skipped  {problem}", flush=True)
+    return list(problems)
 
 
 # Copied from train_full.stream_seed
@@ -627,7 +665,13 @@ def cache_pixels(
                     if time.time() - stale.stat().st_mtime > 3600:
                         stale.unlink()
                 pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), resolution, resolution))
+                # All its room at once: a disk that is full later would end the process without a word.
+                if hasattr(os, "posix_fallocate"):
+                    with part.open("r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             except OSError as error:
+                if part.exists():
+                    part.unlink()
                 fail(f"--image_cache_dir {directory}: cannot be written ({error.strerror}); pass another, or another --output_dir")
 
             def decode(i: int) -> str:
@@ -687,18 +731,36 @@ def load_initial_weights(accelerator: Accelerator, model: torch.nn.Module, arch:
                 saved = get_model(arch, weights="DEFAULT").state_dict()
         else:
             saved = load_file(weights)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        if not all(tensor.isfinite().all() for tensor in saved.values()):
+            raise ValueError("weights that are not finite")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         way_out = "; pass --weights FILE or --weights none" if weights == "imagenet" else ""
         fail(f"--weights {weights}: cannot be loaded ({' '.join(str(error).split())[:200]}){way_out}")
     head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    # Older files lack the counters of batch normalisation, which nothing here reads.
+    saved = {name: tensor for name, tensor in saved.items() if not name.endswith("num_batches_tracked")}
     body = {name: tensor for name, tensor in saved.items() if not name.startswith(f"{head}.")}
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{head}.")}
-    # Older files lack the counters of batch normalisation, which nothing here reads.
     names = {name for name in own.keys() | body.keys() if not name.endswith("num_batches_tracked")}
     differing = sorted(name for name in names if name not in own or name not in body or own[name].shape != body[name].shape)
     if differing:
         fail(f"--weights {weights}: not the weights of {arch}, {len(differing)} tensors do not match, such as {differing[0]}; pass its --arch")
     model.load_state_dict(body, strict=False)
+
+
+# Copied from train_full.read_json
+def read_json(path: Path, way_out: str, **types) -> dict:
+    """A JSON object with fields of these types; ends with exit status 2 on anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path}: not valid JSON ({error}); {way_out}")
+    if not isinstance(found, dict):
+        fail(f"{path}: holds no JSON object, as these scripts write it; {way_out}")
+    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        fail(f"{path}: {wrong[0]!r} is missing or not as these scripts write it; {way_out}")
+    return found
 
 
 def spec_digest(spec: dict) -> str:
@@ -713,26 +775,26 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     Ends with exit status 2 where the two do not belong together.
     """
     path = Path(folder) / "classifier.json"
-    try:
-        spec = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = (
-        "arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split",
-        "real_test_auroc", "model_sha256", "spec_sha256",
-    )  # fmt: skip
-    missing = [key for key in needed if key not in spec]
-    if missing:
-        fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
+    if not path.is_file():
+        fail(f"{path}: cannot be read, no such file; pass a classifier folder of eval_downstream.py")
+    form = {
+        "arch": str, "labels": list, "resolution": int, "source_resolution": int, "resize_mode": str, "normalisation": dict, "thresholds": dict,
+        "split": dict, "real_test_auroc": dict, "model_sha256": str, "spec_sha256": str,
+    }  # fmt: skip
+    spec = read_json(path, "save the classifier anew with eval_downstream.py", **form)
     weights = path.with_name("model.safetensors")
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
-        if spec_digest(spec) != spec["spec_sha256"] or "patients" not in spec["split"]:
+        if spec_digest(spec) != spec["spec_sha256"] or not isinstance(spec["split"].get("patients"), list):
             raise ValueError("classifier.json has been changed since it was written")
+        if not set(spec["labels"]) <= set(LABELS) or spec["labels"] != list(spec["thresholds"]) or not 1 <= spec["resolution"] <= 4096 or not {"mean", "std"} <= set(spec["normalisation"]):
+            raise ValueError("its labels, thresholds, resolution or normalisation are not as eval_downstream.py writes them")
         model = build_classifier(spec["arch"], len(spec["labels"]))
         model.load_state_dict(load_file(weights))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         fail(f"{weights}: does not match {path.name} ({' '.join(str(error).split())[:200]}); copy the folder anew, or save the classifier anew")
     return model.eval(), spec
 
@@ -802,24 +864,40 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
-def save_progress(path: Path, model: torch.nn.Module, best: dict, optimizer: torch.optim.Optimizer, counters: dict) -> None:
-    """Everything that a seed needs to go on after an epoch, in one file that is whole or absent."""
-    tensors = flatten({"model": model.state_dict(), "best": best, "optimizer": optimizer.state_dict()["state"]})
+def tensors_digest(tensors: dict[str, torch.Tensor], notes: dict) -> str:
+    """SHA-256 over names, shapes and bytes, and what is noted beside them."""
+    sha = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **notes) -> None:
+    """A safetensors file that is whole or absent, with notes and the digest of all of it in its header."""
     # Copies, since safetensors refuses tensors that share memory.
-    flat = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     part = path.with_name(f".{path.name}.part")
-    save_file(flat, part, metadata={"counters": json.dumps(counters)})
+    save_file(tensors, part, metadata={"notes": json.dumps({"notes": notes, "sha256": tensors_digest(tensors, notes)})})
     os.replace(part, path)
+
+
+def load_tensors(path: Path, way_out: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and notes of `save_tensors`; ends with exit status 2 where they are not what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["notes"])
+        tensors = load_file(path)
+        if header["sha256"] != tensors_digest(tensors, header["notes"]):
+            raise ValueError("not what was written")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path}: damaged ({error}); {way_out}")
+    return tensors, header["notes"]
 
 
 def load_progress(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """Puts a seed's state back; returns its best weights so far and its counters."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            counters = json.loads(file.metadata()["counters"])
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        fail(f"{path}: damaged ({error}); delete it to train this seed anew")
+    tensors, counters = load_tensors(path, "delete it to train this seed anew")
     parts = ({k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")} for name in ("model", "best", "optimizer"))
     weights, best, state = parts
     model.load_state_dict(weights)
@@ -902,7 +980,9 @@ def train_seed(args: argparse.Namespace, accelerator: Accelerator, seed: int, nu
                 best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
             if accelerator.is_main_process:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                save_progress(path, model, best, optimizer, {"losses": losses, "scaler": scaler})
+                # Everything that the seed needs to go on after this epoch.
+                state = flatten({"model": model.state_dict(), "best": best, "optimizer": optimizer.state_dict()["state"]})
+                save_tensors(state, path, losses=losses, scaler=scaler)
     scorer.load_state_dict(best)
     return scorer, losses
 
@@ -917,10 +997,8 @@ def run_seed(args, accelerator, seed: int, num_labels: int, train: Images, val: 
     # The one look at the test images, after everything about the classifier is settled.
     logits = {name: torch.from_numpy(predict(accelerator, model, part.pixels, NORMALISATION)) for name, part in (("val", val), ("test", test))}
     if accelerator.is_main_process:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, folder / ".model.part")
-        os.replace(folder / ".model.part", folder / "model.safetensors")
-        save_file(logits, folder / ".predictions.part", metadata={"losses": json.dumps(losses)})
-        os.replace(folder / ".predictions.part", done)
+        save_tensors(model.state_dict(), folder / "model.safetensors")
+        save_tensors(logits, done, losses=losses)
         (folder / "progress.safetensors").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -928,14 +1006,9 @@ def run_seed(args, accelerator, seed: int, num_labels: int, train: Images, val: 
 
 def read_predictions(folder: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Probabilities on the validation and the test images, float64, and the validation losses by epoch."""
-    path = folder / "predictions.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            losses = json.loads(file.metadata()["losses"])
-            val, test = (file.get_tensor(name).double().sigmoid().numpy() for name in ("val", "test"))
-    except (OSError, SafetensorError) as error:
-        fail(f"{path}: cannot be read ({error}); delete {folder} and run again")
-    return val, test, losses
+    logits, notes = load_tensors(folder / "predictions.safetensors", f"delete {folder} and run again")
+    val, test = (logits[name].double().sigmoid().numpy() for name in ("val", "test"))
+    return val, test, notes["losses"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1287,7 +1360,7 @@ def save_classifier(args, tables: Tables, rows: list[dict], thresholds: list[flo
     part = output_dir / ".classifier.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    shutil.copy(weights, part / "model.safetensors")
+    save_tensors(load_tensors(weights, f"delete {weights.parent} and run again")[0], part / "model.safetensors")
     # Synthetic images have no patients.
     real = pd.concat([table[table["real"]] for table in (tables.train, tables.val)])["patient"]
     patients = sorted({patient_hash(patient) for patient in real})
@@ -1360,7 +1433,7 @@ def open_output(output_dir: Path, settings: dict) -> None:
     path = output_dir / "settings.json"
     try:
         if path.is_file():
-            saved = json.loads(path.read_text())
+            saved = read_json(path, f"delete {output_dir} and run again")
             differing = [key for key in settings.keys() | saved.keys() if settings.get(key) != saved.get(key)]
             if differing:
                 fail(f"{output_dir} holds results made with another {', '.join(sorted(differing))}; pass another --output_dir or delete it")
@@ -1368,8 +1441,6 @@ def open_output(output_dir: Path, settings: dict) -> None:
             fail(f"--output_dir {output_dir}: not empty and not a folder of this script; pass another")
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=2) + "\n")
-    except json.JSONDecodeError:
-        fail(f"{path}: not valid JSON; delete {output_dir} and run again")
     except OSError as error:
         fail(f"--output_dir {output_dir}: cannot be written ({error.strerror})")
 
@@ -1379,8 +1450,8 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     path = Path(folder) / "downstream_metrics.json"
     try:
         found = json.loads(path.read_text())
-        theirs, entries, reasons = found["settings"], found["seeds"], found["training_reasons"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        theirs, entries, reasons = dict(found["settings"]), list(found["seeds"]), list(found["training_reasons"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"--reference {folder}: no finished run ({error}); pass the output folder of one with --train_on real")
     # All but what is trained on, which is the difference that is asked about, and the seeds.
     free = ("train_on", "training", "seed", "mixed_geometry")
@@ -1388,10 +1459,25 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     if theirs.get("train_on") != "real" or differing:
         what = "is not trained on real images" if theirs.get("train_on") != "real" else f"was made with another {', '.join(differing)}"
         fail(f"--reference {folder}: {what}; the ratio needs the same test images, labels, number of images and schedule")
-    seeds = [Path(folder) / "seeds" / f"seed-{entry['seed']}" for entry in entries]
-    predictions = [read_predictions(path) for path in seeds]
-    thresholds = [[entry["thresholds"][label] for label in labels] for entry in entries]
-    return score(test, predictions, thresholds, reasons, draws, seed)
+    try:
+        # A number, so that no name leads out of the folder.
+        seeds = [Path(folder) / "seeds" / f"seed-{int(entry['seed'])}" for entry in entries]
+        thresholds = [[entry["thresholds"][label] for label in labels] for entry in entries]
+        if any(value is not None and not isinstance(value, float) for values in thresholds for value in values) or len(reasons) != len(labels):
+            raise TypeError("thresholds or training_reasons of another form")
+    except (KeyError, TypeError, ValueError) as error:
+        fail(f"--reference {folder}: downstream_metrics.json is not as this script writes it ({error}); run it again")
+    return score(test, [read_predictions(path) for path in seeds], thresholds, reasons, draws, seed)
+
+
+def drop_unreadable(accelerator: Accelerator, tables: Tables) -> None:
+    """Leaves out and counts the images that cannot be read, of each part."""
+    for name in ("train", "val", "test"):
+        table = getattr(tables, name)
+        bad = check_images(accelerator, list(table["image"]), skip=True) if len(table) else []
+        if bad:
+            tables.left_out["unreadable"] = tables.left_out.get("unreadable", 0) + len(bad)
+            setattr(tables, name, table.drop(table.index[bad]))
 
 
 def describe_run(args: argparse.Namespace, tables: Tables, train: Images, test: Images, sizes: dict, output_dir: Path) -> None:
@@ -1516,13 +1602,15 @@ def title_of(args: argparse.Namespace, tables: Tables) -> str:
     return f"trained on {len(tables.train):,} {kind} images{' with shuffled labels' if args.shuffle_labels else ''}"
 
 
-@plain_errors
+@plain_errors("lower --train_batch_size or --resolution")
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir or default_output_dir(args))
     classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
     tables = load_tables(args, spec)
     labels = tables.labels
     accelerator = start_accelerator(args)
+    if args.on_bad_image == "skip":
+        drop_unreadable(accelerator, tables)
     if not args.classifier:
         # Said before hours of decoding, if they cannot be had.
         load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args.arch, args.weights)

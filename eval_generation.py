@@ -18,6 +18,7 @@ an image is kept in --feature_cache_dir by the image's content, so that nothing 
 
 import argparse
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -119,23 +120,47 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
         time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    # One line, whatever the name of a file or the text of a cell has in it.
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
+# Copied from train_full.plain_sentence
+def plain_sentence(error: Exception, smaller: str) -> str | None:
+    """What to do about an error that is no fault of the code; None for any other. `smaller` says what takes less memory."""
+    text = str(error).strip()
+    if isinstance(error, BadImage):
+        # From a loader's worker the message comes with the worker's traceback in front of it.
+        return text.splitlines()[-1].split("BadImage: ")[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text[:150]}); {smaller}"
+    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+        return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
+    return None
+
+
 # Copied from train_full.plain_errors
-def plain_errors(function):
-    """Ends a script whose `main` meets a bad image with a sentence that names it."""
+def plain_errors(smaller: str):
+    """Ends a script whose `main` meets a bad image, a full disk or memory, or a lost process with a sentence."""
 
-    @functools.wraps(function)
-    def wrapped(args: argparse.Namespace):
-        try:
-            return function(args)
-        except BadImage as error:
-            # From a loader's worker the message comes with the worker's traceback in front of it.
-            fail(str(error).strip().splitlines()[-1].split("BadImage: ")[-1])
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(args: argparse.Namespace):
+            try:
+                return function(args)
+            except Exception as error:
+                sentence = plain_sentence(error, smaller)
+                if sentence is None:
+                    raise
+                fail(sentence)
 
-    return wrapped
+        return wrapped
+
+    return decorate
 
 
 # Copied from train_full.OneLineParser
@@ -179,6 +204,7 @@ def add_image_arguments(parser):
     group.add_argument("--pool", choices=["unique", "paper"], default="unique", help="an image with two labels counts once overall, or as in the paper once for each")
     group.add_argument("--resolution", type=positive_int, help="side in pixels that every image is brought to first (default: the synthetic images' own, else 512)")
     group.add_argument("--resize_mode", choices=["squash", "pad", "crop"], help="how a real image becomes square (default: as --synthetic notes it, else squash)")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop", help="an image that cannot be read: stop ends the script; skip decodes all images first, leaves it out, tells it once and counts it")
     group.add_argument("--mixed_geometry", action="store_true", help="compare tables that were made with another resolution or resize mode all the same")
 
 
@@ -411,17 +437,15 @@ def load_split(csv: str, image_root: str | None, split: str, seed: int) -> pd.Da
     return table.reset_index(drop=True)
 
 
-def load_training_images(args: argparse.Namespace, labels: list[str]) -> Source:
-    """The images that a training script with the same flags takes; overall those with one of the labels, as the real ones have."""
+def load_training_images(args: argparse.Namespace) -> pd.DataFrame:
+    """The rows that a training script with the same flags takes."""
     table = add_prompts(load_split(args.train_csv, args.image_root, args.train_split, args.split_seed), "{}", args.uncertain)
     table = table[table["prompt"] != ""]
     if table.empty:
         fail(f"{args.train_csv}: no row that would be trained on, since none has a positive label; see --uncertain and the label columns")
     if args.max_train_samples and args.max_train_samples < len(table):
-        table = table.sample(n=args.max_train_samples, random_state=args.split_seed)
-    table = table.reset_index(drop=True)
-    named = [positives(table, label, args.uncertain) for label in labels]
-    return Source("train", table, {}, np.unique(np.concatenate(named)) if labels else np.arange(len(table)))
+        table = table.sample(n=args.max_train_samples, random_state=args.split_seed % 2**32)
+    return table.reset_index(drop=True)
 
 
 @dataclass
@@ -434,6 +458,7 @@ class Plan:
     resize_mode: str
     warnings: list[str]
     counts: list[dict]
+    left_out: dict[str, int]
 
 
 def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: list[str]) -> tuple[int, str]:
@@ -462,7 +487,17 @@ def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: lis
     return int(settled["resolution"]), settled["resize_mode"]
 
 
-def plan_evaluation(args: argparse.Namespace) -> Plan:
+def drop_unreadable_rows(accelerator: Accelerator, frames: dict[str, pd.DataFrame]) -> dict[str, int]:
+    """Leaves out the images that cannot be read, and counts them by table."""
+    left_out = {}
+    for name, frame in frames.items():
+        bad = check_images(accelerator, list(frame["image"]), skip=True)
+        if bad:
+            left_out[name], frames[name] = len(bad), frame.drop(frame.index[bad]).reset_index(drop=True)
+    return left_out
+
+
+def plan_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> Plan:
     """Reads the tables and chooses the images; ends with exit status 2 where there is nothing to compare."""
     notes = []
     tables = {"synthetic": find_synthetic_table(args.synthetic)}
@@ -470,26 +505,30 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
         tables["base model"] = str(Path(args.baseline) / "metadata.csv" if Path(args.baseline).is_dir() else args.baseline)
         if not Path(tables["base model"]).is_file():
             fail(f"--baseline {args.baseline}: no metadata.csv in it and no CSV; pass a finished folder of sample.py")
-    resolution, resize_mode = choose_geometry(args, tables, notes)
     frames = {name: load_image_table(csv).query("frontal").reset_index(drop=True) for name, csv in tables.items()}
+    resolution, resize_mode = choose_geometry(args, tables, notes)
     if frames["synthetic"].empty:
         fail(f"{tables['synthetic']}: no frontal row")
     frames["real"] = load_split(
         args.real_csv or next(p for p in DEFAULT_TABLES if Path(p).is_file()), args.image_root, args.real_split, args.split_seed
     )
+    if args.train_csv:
+        frames["train"] = load_training_images(args)
+    left_out = drop_unreadable_rows(accelerator, frames) if args.on_bad_image == "skip" else {}
     labels = args.labels or [
         label
         for label in [*CONDITIONS, *(name for name in LABELS if name not in CONDITIONS)]
         if len(positives(frames["synthetic"], label, "zeros"))
     ]
-    counts = {name: {label: len(positives(frame, label, args.uncertain)) for label in labels} for name, frame in frames.items()}
-    for name in frames:
+    scored = {name: frame for name, frame in frames.items() if name != "train"}
+    counts = {name: {label: len(positives(frame, label, args.uncertain)) for label in labels} for name, frame in scored.items()}
+    for name in scored:
         if labels and not any(counts[name].values()):
             fail(f"{name} images: none of them has any of {', '.join(labels)}; see the label columns, --labels and --uncertain")
     matched = {label: min(args.max_per_label, counts["real"][label], counts["synthetic"][label]) for label in labels}
     if labels and not any(matched.values()):
         fail(f"no label of {', '.join(labels)} is in the real and in the synthetic images; see the label columns, --labels and --uncertain")
-    sources = {name: select_source(name, frame, labels, matched, args) for name, frame in frames.items()}
+    sources = {name: select_source(name, frame, labels, matched, args) for name, frame in scored.items()}
     for name, source in sources.items():
         fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
         if fewer:
@@ -497,14 +536,16 @@ def plan_evaluation(args: argparse.Namespace) -> Plan:
                 f"fewer {name} images than the {args.max_per_label:,} asked for (--max_per_label), so scored at the smaller n on both sides: {', '.join(fewer)}"
             )
     if args.train_csv:
-        sources["train"] = load_training_images(args, labels)
-        train = sources["train"].table
+        train = frames["train"]
+        named = [positives(train, label, args.uncertain) for label in labels]
+        # Overall those with one of the labels, as the real ones have.
+        sources["train"] = Source("train", train, {}, np.unique(np.concatenate(named)) if labels else np.arange(len(train)))
         shared = len(set(train["patient"]) & set(sources["real"].table["patient"]))
         if shared:
             notes.append(
                 f"{shared:,} patients are in the training images and in the real images; memorisation leaves them out of the real ones"
             )
-    return Plan(sources, labels, resolution, resize_mode, notes, count_rows("test", frames["real"], args.uncertain))
+    return Plan(sources, labels, resolution, resize_mode, notes, count_rows("test", frames["real"], args.uncertain), left_out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -536,7 +577,9 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
         opened = Image.open(image if isinstance(image, str) else image.open())
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
     if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
@@ -562,14 +605,14 @@ def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -
 
 
 # Copied from train_full.image_problem
-def image_problem(image: "str | DatasetImage") -> str | None:
-    """What is wrong with an image, from its header and its end; only one without a proper end is decoded to be sure."""
+def image_problem(image: "str | DatasetImage", decode: bool = False) -> str | None:
+    """What is wrong with an image, from its header and its end; decoded to be sure if asked for or without a proper end."""
     try:
         with open_image(image) as opened:
             opened.fp.seek(-min(opened.fp.seek(0, io.SEEK_END), 64), io.SEEK_END)
             tail = opened.fp.read()
             complete = {"JPEG": b"\xff\xd9" in tail, "PNG": b"IEND" in tail}.get(opened.format, False)
-        if not complete:
+        if decode or not complete:
             load_image(image, 8, "squash")
     except BadImage as error:
         return str(error)
@@ -577,17 +620,27 @@ def image_problem(image: "str | DatasetImage") -> str | None:
 
 
 # Copied from train_full.check_images
-def check_images(accelerator: Accelerator, images: list) -> None:
-    """Ends with exit status 2 and the list of all bad images, if there are any."""
-    problems = [None]
+def check_images(accelerator: Accelerator, images: list, skip: bool = False) -> list[int]:
+    """The positions of bad images, the same on every process, each told; without `skip` they end the script with exit status 2.
+
+    With `skip` every image is decoded, since those that are left are then taken for sound.
+    """
+    problems = None
     if accelerator.is_main_process:
         with ThreadPoolExecutor(16) as pool:
-            found = tqdm(pool.map(image_problem, images), "checking images", len(images), unit="image", leave=False)
-            problems = [[problem for problem in found if problem]]
-    problems = broadcast_object_list(problems)[0]
-    if problems:
-        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
-        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them or take their rows out: {listed}")
+            found = pool.map(functools.partial(image_problem, decode=skip), images)
+            problems = dict(enumerate(tqdm(found, "checking images", len(images), unit="image", leave=False)))
+            problems = {i: problem for i, problem in problems.items() if problem}
+    problems = broadcast_object_list([problems])[0]
+    if problems and not skip:
+        listed = "; ".join(list(problems.values())[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
+        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them, take their rows out or pass --on_bad_image skip: {listed}")
+    if len(problems) == len(images) and images:
+        fail(f"none of {len(images):,} images can be used, such as {problems[0]}; see --image_root")
+    if accelerator.is_main_process:
+        for problem in dict.fromkeys(problems.values()):
+            print(f"  skipped  {problem}", flush=True)
+    return list(problems)
 
 
 # Copied from eval_downstream.to_gray
@@ -640,6 +693,21 @@ def build_classifier(arch: str, num_labels: int) -> torch.nn.Module:
     return get_model(arch, weights=None, num_classes=num_labels).to(memory_format=torch.channels_last)
 
 
+# Copied from train_full.read_json
+def read_json(path: Path, way_out: str, **types) -> dict:
+    """A JSON object with fields of these types; ends with exit status 2 on anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path}: not valid JSON ({error}); {way_out}")
+    if not isinstance(found, dict):
+        fail(f"{path}: holds no JSON object, as these scripts write it; {way_out}")
+    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        fail(f"{path}: {wrong[0]!r} is missing or not as these scripts write it; {way_out}")
+    return found
+
+
 # Copied from eval_downstream.spec_digest
 def spec_digest(spec: dict) -> str:
     """SHA-256 of what a classifier.json says of its weights: a head scored under another label's name would go unnoticed."""
@@ -654,26 +722,26 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     Ends with exit status 2 where the two do not belong together.
     """
     path = Path(folder) / "classifier.json"
-    try:
-        spec = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        fail(f"{path}: cannot be read ({error}); pass a classifier folder of eval_downstream.py")
-    needed = (
-        "arch", "labels", "resolution", "source_resolution", "resize_mode", "normalisation", "thresholds", "split",
-        "real_test_auroc", "model_sha256", "spec_sha256",
-    )  # fmt: skip
-    missing = [key for key in needed if key not in spec]
-    if missing:
-        fail(f"{path}: no {', '.join(missing)}; save the classifier anew with eval_downstream.py")
+    if not path.is_file():
+        fail(f"{path}: cannot be read, no such file; pass a classifier folder of eval_downstream.py")
+    form = {
+        "arch": str, "labels": list, "resolution": int, "source_resolution": int, "resize_mode": str, "normalisation": dict, "thresholds": dict,
+        "split": dict, "real_test_auroc": dict, "model_sha256": str, "spec_sha256": str,
+    }  # fmt: skip
+    spec = read_json(path, "save the classifier anew with eval_downstream.py", **form)
     weights = path.with_name("model.safetensors")
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
-        if spec_digest(spec) != spec["spec_sha256"] or "patients" not in spec["split"]:
+        if spec_digest(spec) != spec["spec_sha256"] or not isinstance(spec["split"].get("patients"), list):
             raise ValueError("classifier.json has been changed since it was written")
+        if not set(spec["labels"]) <= set(LABELS) or spec["labels"] != list(spec["thresholds"]) or not 1 <= spec["resolution"] <= 4096 or not {"mean", "std"} <= set(spec["normalisation"]):
+            raise ValueError("its labels, thresholds, resolution or normalisation are not as eval_downstream.py writes them")
         model = build_classifier(spec["arch"], len(spec["labels"]))
         model.load_state_dict(load_file(weights))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         fail(f"{weights}: does not match {path.name} ({' '.join(str(error).split())[:200]}); copy the folder anew, or save the classifier anew")
     return model.eval(), spec
 
@@ -761,8 +829,16 @@ def load_xrv(source: str):
         operating = weights.pop("op_threshs", None)
         model = xrv.models.DenseNet(weights=None, num_classes=len(weights["classifier.bias"]))
         model.load_state_dict(weights)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        fail(f"--features {source}: not a safetensors file of torchxrayvision's DenseNet-121 ({' '.join(str(error).split())[:200]})")
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("weights that are not finite")
+        if operating is not None and operating.shape != (len(model.targets),):
+            raise ValueError("op_threshs of another length than the heads")
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        convert = "import torch, safetensors.torch as s; s.save_file(torch.load('IN.pt', weights_only=True), 'OUT.safetensors')"
+        fail(
+            f"--features {source}: not a safetensors file of torchxrayvision's DenseNet-121 ({' '.join(str(error).split())[:200]}); "
+            f'pickles are not read, one that you trust is converted by: python -c "{convert}"'
+        )
     if len(weights["classifier.bias"]) != len(model.targets):
         fail(f"--features {source}: {len(weights['classifier.bias'])} heads, where torchxrayvision's DenseNet-121 has {len(model.targets)}")
     model.op_threshs = operating
@@ -797,6 +873,17 @@ def silence_known_noise() -> None:
         logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
 
 
+# Copied from train_full.pickle_advice
+def pickle_advice(name: str) -> str:
+    """How to convert a model whose weights are pickles, which are not read; empty for any other."""
+    path = Path(name)
+    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+    if not any(p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl") for p in found):
+        return ""
+    load = "from_single_file" if path.is_file() else "from_pretrained"
+    return f"""; pickles are not read, convert those that you trust: python -c "from diffusers import StableDiffusionPipeline as P; P.{load}('{name}').save_pretrained('converted')\""""
+
+
 class ThroughVAE:
     """Encodes and decodes an image, as every sample of a latent diffusion model has been decoded."""
 
@@ -805,14 +892,16 @@ class ThroughVAE:
         summary = Path(name) / "training_summary.json"
         if Path(name).is_dir() and not (Path(name) / "vae").is_dir() and summary.is_file():
             # An adapter leaves its base model's VAE as it is.
-            source = json.loads(summary.read_text()).get("base_model", name)
+            source = read_json(summary, "pass a pipeline, or a finished run", base_model=str)["base_model"]
         try:
             self.vae, report = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, output_loading_info=True)
             if report["missing_keys"]:
                 raise ValueError(f"no weights for {min(report['missing_keys'])}")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if not all(tensor.isfinite().all() for tensor in self.vae.parameters()):
+                raise ValueError("weights that are not finite")
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             fail(
-                f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline"
+                f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline{pickle_advice(source)}"
             )
         self.vae, self.device, self.one_at_a_time = self.vae.eval().to(device, torch.float32), device, threading.Lock()
         self.key = fingerprint(self.vae)
@@ -862,8 +951,11 @@ class FeatureStore:
             wanted.setdefault(path, []).append((row, i))
         for path, pairs in wanted.items():
             rows, indices = np.array(pairs).T
-            with safe_open(path, "numpy") as file:
-                stored = file.get_tensor(name)
+            try:
+                with safe_open(path, "numpy") as file:
+                    stored = file.get_tensor(name)
+            except SafetensorError as error:
+                fail(f"{path}: not a readable file of features ({error}); delete it")
             result = np.empty((len(hashes), *stored.shape[1:]), stored.dtype) if result is None else result
             result[rows] = stored[indices]
         return result
@@ -1859,7 +1951,7 @@ def identify(args: argparse.Namespace, plan: Plan, networks: tuple, vae: Through
         "features": {"source": args.features, "fingerprint": features.key, "resizer": "torchxrayvision XRayResizer(224), skimage" if isinstance(features, XRVNetwork) else "Pillow Lanczos"},
         "classifier": {"source": args.classifier or args.features, "fingerprint": classifier.key, "labels": list(classifier.labels), "thresholds": classifier.thresholds, "real_test_auroc": getattr(classifier, "spec", {}).get("real_test_auroc")},
         "vae_fingerprint": vae.key if vae else None,
-        "resolution": plan.resolution, "resize_mode": plan.resize_mode, "pool": args.pool,
+        "resolution": plan.resolution, "resize_mode": plan.resize_mode, "pool": args.pool, "unreadable": plan.left_out,
         "images": {name: {"fingerprint": hashlib.sha256("".join(source.hashes).encode()).hexdigest(), "all": len(source.pool), **{label: len(rows) for label, rows in source.rows_of.items()}} for name, source in plan.sources.items()},
         "versions": {name: version(name) for name in ("torch", "torchvision", "torchxrayvision", "scikit-image", "vendi-score", "numpy", "scipy")},
         "warnings": plan.warnings,
@@ -1922,7 +2014,7 @@ def network_warnings(args, plan: Plan, networks: tuple) -> list[str]:
     return notes
 
 
-@plain_errors
+@plain_errors("lower --batch_size or --max_per_label")
 def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()
     silence_known_noise()
@@ -1932,7 +2024,7 @@ def main(args: argparse.Namespace) -> None:
         # The others wait while the first process reads the files and scores.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
-    plan = plan_evaluation(args)
+    plan = plan_evaluation(args, accelerator)
     networks = load_networks(args, accelerator)
     plan.warnings += network_warnings(args, plan, networks)
     vae = ThroughVAE(args.vae, accelerator.device) if args.vae else None

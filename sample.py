@@ -17,6 +17,8 @@ contact sheet for each prompt. Stopped and started again, it goes on where it wa
 """
 
 import argparse
+import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -52,7 +54,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,11 @@ SCHEDULERS = {
 CONTACT_SHEET_IMAGES = 32
 
 
+# Copied from train_full.BadImage
+class BadImage(Exception):
+    """An image that cannot be read; the message names it and says why."""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,8 +100,47 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
         time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    # One line, whatever the name of a file or the text of a cell has in it.
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+# Copied from train_full.plain_sentence
+def plain_sentence(error: Exception, smaller: str) -> str | None:
+    """What to do about an error that is no fault of the code; None for any other. `smaller` says what takes less memory."""
+    text = str(error).strip()
+    if isinstance(error, BadImage):
+        # From a loader's worker the message comes with the worker's traceback in front of it.
+        return text.splitlines()[-1].split("BadImage: ")[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text[:150]}); {smaller}"
+    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+        return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
+    return None
+
+
+# Copied from train_full.plain_errors
+def plain_errors(smaller: str):
+    """Ends a script whose `main` meets a bad image, a full disk or memory, or a lost process with a sentence."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(args: argparse.Namespace):
+            try:
+                return function(args)
+            except Exception as error:
+                sentence = plain_sentence(error, smaller)
+                if sentence is None:
+                    raise
+                fail(sentence)
+
+        return wrapped
+
+    return decorate
 
 
 # Copied from train_full.OneLineParser
@@ -301,7 +347,7 @@ def plan_samples(args: argparse.Namespace, template: str) -> pd.DataFrame:
         if table.empty:
             fail(f"--like_csv {args.like_csv}: no frontal row with a positive label in split {args.split!r}")
         if args.num_images and args.num_images < len(table):
-            table = table.sample(n=args.num_images, random_state=args.seed)
+            table = table.sample(n=args.num_images, random_state=args.seed % 2**32)
         positive = table.reindex(columns=LABELS).isin([1.0, -1.0] if args.uncertain == "ones" else [1.0])
         combinations = [tuple(label for label in LABELS if row[label]) for _, row in positive.iterrows()]
     else:
@@ -361,32 +407,46 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
         )
         if report["missing_keys"]:
             raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
-    checkers = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, **options).to(torch.float32)
+        broken = [name for name, tensor in parts[part].named_parameters() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"{part} has weights that are not finite in {len(broken)} tensors, such as {broken[0]}")
+    # All that could hold weights is given or left out, so that no pickle is opened for it.
+    parts["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **{k: v for k, v in options.items() if k == "revision"})
+    checkers = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, use_safetensors=True, **options)
+    return pipeline.to(torch.float32)
+
+
+# Copied from train_peft.fold_delta
+def fold_delta(unet: torch.nn.Module, path: Path) -> None:
+    """Puts bitfit's or difffit's parameters into a plain U-Net; ValueError where they do not fit it."""
+    with safe_open(path, framework="pt") as file:
+        delta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights = unet.state_dict()
+    # Scales come last, since they multiply the trained biases.
+    for name, tensor in sorted(delta.items(), key=lambda item: item[0].endswith(".gamma")):
+        layer, scale = name.removesuffix(".gamma"), name.endswith(".gamma")
+        like = weights.get(f"{layer}.bias" if scale else name)
+        if like is None or like.shape != tensor.shape:
+            raise ValueError(f"{path}: {name} does not fit the base model's U-Net")
+        if scale:
+            weights[f"{layer}.weight"].mul_(tensor[:, None])
+            like.mul_(tensor)
+        else:
+            like.copy_(tensor)
 
 
 # Copied from train_peft.merge_adapter
 def merge_adapter(pipeline: StableDiffusionPipeline, run: Path) -> None:
     """Folds a run's adapter into the pipeline's U-Net, which stays a plain one; ValueError where they do not fit together."""
     if (run / "pytorch_lora_weights.safetensors").is_file():
-        pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
+        pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
         pipeline.fuse_lora(components=["unet"])
         pipeline.unload_lora_weights()
-        return
-    with safe_open(run / "unet_delta.safetensors", framework="pt") as file:
-        delta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    weights = pipeline.unet.state_dict()
-    for name, tensor in delta.items():
-        # Scales come last, since they multiply the trained biases.
-        if not name.endswith(".gamma"):
-            if name not in weights or weights[name].shape != tensor.shape:
-                raise ValueError(f"{run / 'unet_delta.safetensors'}: {name} does not fit the base model's U-Net")
-            weights[name].copy_(tensor)
-    for name, gamma in delta.items():
-        if name.endswith(".gamma"):
-            layer = pipeline.unet.get_submodule(name.removesuffix(".gamma"))
-            layer.weight.data.mul_(gamma[:, None])
-            layer.bias.data.mul_(gamma)
+    else:
+        fold_delta(pipeline.unet, run / "unet_delta.safetensors")
+    if not all(tensor.isfinite().all() for tensor in pipeline.unet.parameters()):
+        raise ValueError(f"{run}: weights that are not finite")
 
 
 def pipeline_fingerprint(pipeline: StableDiffusionPipeline) -> str:
@@ -395,14 +455,43 @@ def pipeline_fingerprint(pipeline: StableDiffusionPipeline) -> str:
     return hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
 
 
+# Copied from train_full.pickle_advice
+def pickle_advice(name: str) -> str:
+    """How to convert a model whose weights are pickles, which are not read; empty for any other."""
+    path = Path(name)
+    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+    if not any(p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl") for p in found):
+        return ""
+    load = "from_single_file" if path.is_file() else "from_pretrained"
+    return f"""; pickles are not read, convert those that you trust: python -c "from diffusers import StableDiffusionPipeline as P; P.{load}('{name}').save_pretrained('converted')\""""
+
+
+# Copied from train_full.read_json
+def read_json(path: Path, way_out: str, **types) -> dict:
+    """A JSON object with fields of these types; ends with exit status 2 on anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path}: not valid JSON ({error}); {way_out}")
+    if not isinstance(found, dict):
+        fail(f"{path}: holds no JSON object, as these scripts write it; {way_out}")
+    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        fail(f"{path}: {wrong[0]!r} is missing or not as these scripts write it; {way_out}")
+    return found
+
+
 def read_summary(model: str) -> dict:
     """The training summary of a run folder or of the merged/ in it, or {} for any other model."""
     folder = Path(model).parent if Path(model).name == "merged" else Path(model)
     path = folder / "training_summary.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except json.JSONDecodeError:
-        fail(f"{path}: not valid JSON; train the run again or pass a pipeline")
+    if not path.is_file():
+        return {}
+    form = {"base_model": str, "prompt_template": str, "resolution": int, "resize_mode": str, "identity": dict}
+    summary = read_json(path, "train the run again or pass a pipeline", **form)
+    if summary["prompt_template"].count("{}") != 1 or summary["resolution"] < 1:
+        fail(f"{path}: 'prompt_template' or 'resolution' is not as these scripts write it; train the run again or pass a pipeline")
+    return summary
 
 
 def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffusionPipeline:
@@ -416,7 +505,7 @@ def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffu
         fail(f"--model {model}: training_summary.json does not name the adapter's base model; pass --base_model")
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         missing = f"its base model {source} is not there; pass --base_model" if adapter else "no such folder, nor a hub id"
-        fail(f"--model {model}: {missing}")
+        fail(f"--model {model}: {missing}{pickle_advice(source)}")
     try:
         pipeline = load_pipeline(source)
         trained_on = summary.get("identity", {}).get("base_fingerprint")
@@ -425,7 +514,7 @@ def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffu
         if adapter:
             merge_adapter(pipeline, folder)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        fail(f"--model {model}: cannot be loaded ({' '.join(str(error).split())[:300]})")
+        fail(f"--model {model}: cannot be loaded ({' '.join(str(error).split())[:300]}){pickle_advice(source)}")
     return pipeline
 
 
@@ -507,7 +596,8 @@ def check_settings(output_dir: Path, settings: dict, planned: set[str]) -> None:
     """Ends with exit status 2 where the folder holds images made in another way, or others; else notes how these are made."""
     path = output_dir / "sampling.json"
     if path.is_file():
-        differing = [key for key, value in json.loads(path.read_text()).items() if settings.get(key) != value]
+        saved = read_json(path, f"delete {output_dir} and sample again")
+        differing = [key for key, value in saved.items() if settings.get(key) != value]
         if differing:
             fail(f"{output_dir} holds images made with another {', '.join(differing)}; pass another --output_dir or delete it")
         others = [p for p in output_dir.glob("*/[!.]*.png") if p.parent.name[0] != "." and f"{p.parent.name}/{p.name}" not in planned]
@@ -534,6 +624,7 @@ def write_contact_sheets(samples: pd.DataFrame, output_dir: Path) -> list[Path]:
     return sheets
 
 
+@plain_errors("lower --batch_size or --resolution, or pass --mixed_precision bf16")
 def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -20,6 +20,7 @@ and checkpoints.
 import argparse
 import copy
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -30,6 +31,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -59,7 +61,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,8 @@ TOLD_SETTINGS = [
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "ema_decay", "caption_dropout", "noise_offset", "snr_gamma",
     "vae_recon_weight", "vae_anchor_weight", "mixed_precision", "seed",
 ]  # fmt: skip
+# Exit status of a run that a signal has stopped after a checkpoint: EX_TEMPFAIL of sysexits.h, to be tried again.
+STOPPED = 75
 
 
 class BadImage(Exception):
@@ -106,22 +110,45 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
         time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    # One line, whatever the name of a file or the text of a cell has in it.
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def plain_errors(function):
-    """Ends a script whose `main` meets a bad image with a sentence that names it."""
+def plain_sentence(error: Exception, smaller: str) -> str | None:
+    """What to do about an error that is no fault of the code; None for any other. `smaller` says what takes less memory."""
+    text = str(error).strip()
+    if isinstance(error, BadImage):
+        # From a loader's worker the message comes with the worker's traceback in front of it.
+        return text.splitlines()[-1].split("BadImage: ")[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text[:150]}); {smaller}"
+    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+        return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
+    return None
 
-    @functools.wraps(function)
-    def wrapped(args: argparse.Namespace):
-        try:
-            return function(args)
-        except BadImage as error:
-            # From a loader's worker the message comes with the worker's traceback in front of it.
-            fail(str(error).strip().splitlines()[-1].split("BadImage: ")[-1])
 
-    return wrapped
+def plain_errors(smaller: str):
+    """Ends a script whose `main` meets a bad image, a full disk or memory, or a lost process with a sentence."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(args: argparse.Namespace):
+            try:
+                return function(args)
+            except Exception as error:
+                sentence = plain_sentence(error, smaller)
+                if sentence is None:
+                    raise
+                fail(sentence)
+
+        return wrapped
+
+    return decorate
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -198,6 +225,7 @@ def add_data_arguments(parser):
     group.add_argument("--resolution", type=positive_int, default=512, help="side of the square training images in pixels")
     group.add_argument("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how an image becomes square: both sides scaled, black borders, or the centre")
     group.add_argument("--caption_dropout", type=fraction, default=0.1, help="share of captions replaced by the empty prompt, which guidance at sampling needs; 0 turns it off")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop", help="an image that cannot be read: stop ends the run; skip decodes all images first and leaves it out, or takes the next one where it breaks later, told once and counted")
     group.add_argument("--latent_cache_dir", help="folder of the cached VAE moments, shared by runs (default: latent_cache beside --output_dir); none turns the cache off")
     group.add_argument("--dataloader_num_workers", type=whole_number, help="worker processes that load samples, per process (default: 4 on a GPU, 0 on a CPU)")
 
@@ -237,7 +265,7 @@ def add_checkpoint_arguments(parser):
     group.add_argument("--output_dir", help="run folder (default: runs/ and the run's name)")
     group.add_argument("--overwrite_output_dir", action="store_true", help="start anew in a folder that holds a run or its checkpoints")
     group.add_argument("--seed", type=whole_number, default=0, help="seed of the order, noise, timesteps and validation pictures")
-    group.add_argument("--checkpointing_steps", type=whole_number, default=500, help="optimizer steps between checkpoints; 0 writes none")
+    group.add_argument("--checkpointing_steps", type=whole_number, default=500, help="optimizer steps between checkpoints; 0 writes none but on SIGTERM and SIGUSR1")
     group.add_argument("--checkpoints_total_limit", type=positive_int, default=2, help="newest checkpoints kept")
     group.add_argument("--resume_from_checkpoint", metavar="PATH|latest", help="checkpoint folder to go on from; latest starts anew where there is none")
     group.add_argument("--validation_steps", type=whole_number, default=500, help="optimizer steps between held-out losses and validation pictures; 0 leaves the first and last")
@@ -483,10 +511,10 @@ def load_training_data(args: argparse.Namespace) -> TrainingData:
         fail(f"{source}: nothing left to train on of {rows:,} rows ({reasons}); see --split, --uncertain and the label columns")
     if args.max_train_samples and args.max_train_samples < len(train):
         left_out["over --max_train_samples"] = len(train) - args.max_train_samples
-        train = train.sample(n=args.max_train_samples, random_state=args.split_seed)
+        train = train.sample(n=args.max_train_samples, random_state=args.split_seed % 2**32)
     counts = [*count_rows("train", train, args.uncertain), *count_rows("val", heldout, args.uncertain)]
     if args.max_validation_samples < len(heldout):
-        heldout = heldout.sample(n=args.max_validation_samples, random_state=args.split_seed)
+        heldout = heldout.sample(n=args.max_validation_samples, random_state=args.split_seed % 2**32)
     if heldout.empty:
         notes.append("no held-out images: the held-out loss is not measured")
     if (train["patient"] == train["name"]).any():
@@ -505,7 +533,9 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
         opened = Image.open(image if isinstance(image, str) else image.open())
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
     if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
@@ -529,31 +559,52 @@ def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -
     return np.asarray(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
 
 
-def image_problem(image: "str | DatasetImage") -> str | None:
-    """What is wrong with an image, from its header and its end; only one without a proper end is decoded to be sure."""
+def image_problem(image: "str | DatasetImage", decode: bool = False) -> str | None:
+    """What is wrong with an image, from its header and its end; decoded to be sure if asked for or without a proper end."""
     try:
         with open_image(image) as opened:
             opened.fp.seek(-min(opened.fp.seek(0, io.SEEK_END), 64), io.SEEK_END)
             tail = opened.fp.read()
             complete = {"JPEG": b"\xff\xd9" in tail, "PNG": b"IEND" in tail}.get(opened.format, False)
-        if not complete:
+        if decode or not complete:
             load_image(image, 8, "squash")
     except BadImage as error:
         return str(error)
     return None
 
 
-def check_images(accelerator: Accelerator, images: list) -> None:
-    """Ends with exit status 2 and the list of all bad images, if there are any."""
-    problems = [None]
+def check_images(accelerator: Accelerator, images: list, skip: bool = False) -> list[int]:
+    """The positions of bad images, the same on every process, each told; without `skip` they end the script with exit status 2.
+
+    With `skip` every image is decoded, since those that are left are then taken for sound.
+    """
+    problems = None
     if accelerator.is_main_process:
         with ThreadPoolExecutor(16) as pool:
-            found = tqdm(pool.map(image_problem, images), "checking images", len(images), unit="image", leave=False)
-            problems = [[problem for problem in found if problem]]
-    problems = broadcast_object_list(problems)[0]
-    if problems:
-        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
-        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them or take their rows out: {listed}")
+            found = pool.map(functools.partial(image_problem, decode=skip), images)
+            problems = dict(enumerate(tqdm(found, "checking images", len(images), unit="image", leave=False)))
+            problems = {i: problem for i, problem in problems.items() if problem}
+    problems = broadcast_object_list([problems])[0]
+    if problems and not skip:
+        listed = "; ".join(list(problems.values())[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
+        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them, take their rows out or pass --on_bad_image skip: {listed}")
+    if len(problems) == len(images) and images:
+        fail(f"none of {len(images):,} images can be used, such as {problems[0]}; see --image_root")
+    if accelerator.is_main_process:
+        for problem in dict.fromkeys(problems.values()):
+            print(f"  skipped  {problem}", flush=True)
+    return list(problems)
+
+
+def drop_images(data: TrainingData, bad: list[int]) -> None:
+    """Leaves out the images at these positions, the training images counted first, then the held-out ones."""
+    count = len(data.train)
+    if bad:
+        data.left_out["unreadable"] = len(bad)
+    data.train = data.train.drop([i for i in bad if i < count]).reset_index(drop=True)
+    data.heldout = data.heldout.drop([i - count for i in bad if i >= count]).reset_index(drop=True)
+    if data.train.empty:
+        fail(f"{data.source}: no training image is left of {count:,}, all are unreadable; see --image_root")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -588,6 +639,8 @@ class SampleStream(torch.utils.data.Dataset):
         self.input_ids, self.text_embeddings, self.moments = input_ids, text_embeddings, moments
         self.caption_dropout, self.noise_offset, self.heldout = caption_dropout, noise_offset, heldout
         self._epoch, self._order = -1, None
+        # Unreadable images that others stand in for, and those of them that all processes know of.
+        self.skip_bad, self.bad, self.told = False, set(), set()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -602,8 +655,22 @@ class SampleStream(torch.utils.data.Dataset):
             self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
         return int(self._order[position])
 
+    def read(self, i: int) -> tuple[int, np.ndarray]:
+        """Image i and its pixels; with `skip_bad` the first after it that can be read, on whichever process."""
+        wanted = i
+        while True:
+            try:
+                return i, load_image(self.images[i], self.resolution, self.resize_mode)
+            except BadImage:
+                self.bad.add(i)
+                i = (i + 1) % len(self.images)
+                if not self.skip_bad or i == wanted:
+                    raise
+
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        i = self.index(n)
+        i = wanted = self.index(n)
+        if self.moments is None or self.with_pixels:
+            i, pixels = self.read(wanted)
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "sample", n))
         timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
         noise = torch.randn(self.latent_shape, generator=generator)
@@ -617,7 +684,8 @@ class SampleStream(torch.utils.data.Dataset):
         if self.moments is not None:
             sample["moments"] = torch.from_numpy(self.moments[i].astype(np.float32))
         if self.moments is None or self.with_pixels:
-            pixels = load_image(self.images[i], self.resolution, self.resize_mode)
+            # From a loader's worker this is the only word of it.
+            sample["skipped"] = -1 if i == wanted else wanted
             sample["pixel_values"] = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
         if self.text_embeddings is not None:
             sample["encoder_hidden_states"] = self.text_embeddings[caption]
@@ -746,8 +814,24 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
         )
         if report["missing_keys"]:
             raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
-    checkers = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, **options).to(torch.float32)
+        broken = [name for name, tensor in parts[part].named_parameters() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"{part} has weights that are not finite in {len(broken)} tensors, such as {broken[0]}")
+    # All that could hold weights is given or left out, so that no pickle is opened for it.
+    parts["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **{k: v for k, v in options.items() if k == "revision"})
+    checkers = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, use_safetensors=True, **options)
+    return pipeline.to(torch.float32)
+
+
+def pickle_advice(name: str) -> str:
+    """How to convert a model whose weights are pickles, which are not read; empty for any other."""
+    path = Path(name)
+    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+    if not any(p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl") for p in found):
+        return ""
+    load = "from_single_file" if path.is_file() else "from_pretrained"
+    return f"""; pickles are not read, convert those that you trust: python -c "from diffusers import StableDiffusionPipeline as P; P.{load}('{name}').save_pretrained('converted')\""""
 
 
 def load_base_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
@@ -761,7 +845,7 @@ def load_base_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     try:
         pipeline = load_pipeline(name, revision=args.revision, variant=args.variant)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        fail(f"{flag}: cannot be loaded, pass a hub id or the folder of a complete diffusers pipeline ({' '.join(str(error).split())[:300]})")
+        fail(f"{flag}: cannot be loaded, pass a hub id or the folder of a complete diffusers pipeline ({' '.join(str(error).split())[:300]}){pickle_advice(name)}")
     if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{flag}: predicts {pipeline.scheduler.config.prediction_type!r}; only epsilon and v_prediction are trained")
     pipeline.set_progress_bar_config(disable=True)
@@ -955,6 +1039,20 @@ def run_identity(args: argparse.Namespace, data: TrainingData, hashes: dict[str,
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def read_json(path: Path, way_out: str, **types) -> dict:
+    """A JSON object with fields of these types; ends with exit status 2 on anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path}: not valid JSON ({error}); {way_out}")
+    if not isinstance(found, dict):
+        fail(f"{path}: holds no JSON object, as these scripts write it; {way_out}")
+    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        fail(f"{path}: {wrong[0]!r} is missing or not as these scripts write it; {way_out}")
+    return found
+
+
 @dataclass
 class TrainState:
     """Everything that changes as a run goes on."""
@@ -990,37 +1088,79 @@ def unflatten(flat: dict) -> dict:
 
 
 def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Path, limit: int) -> None:
-    """Writes checkpoint-<step> beside and renames it into place, then drops the oldest ones over the limit."""
+    """Writes checkpoint-<step> beside and renames it into place, then drops the oldest ones over the limit.
+
+    Ends with exit status 2, and the earlier checkpoints as they were, where there is no room for it.
+    """
     if not accelerator.is_main_process:
         return
     folder = output_dir / f"checkpoint-{state.step}"
     part = output_dir / f".checkpoint-{state.step}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        write_checkpoint(accelerator, state, part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        kept = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+        fail(f"{folder}: cannot be written ({error}); make room and go on with --resume_from_checkpoint latest (checkpoints there: {kept})")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    # Later ones are of a branch that was left behind. The new one is whole and on the disk, so the last good one stays.
+    earlier = [path for path in list_checkpoints(output_dir) if int(path.name[11:]) <= state.step]
+    for old in earlier[:-limit]:
+        shutil.rmtree(old)
+
+
+def write_checkpoint(accelerator: Accelerator, state: TrainState, folder: Path) -> None:
+    """Fills a new folder with what trains, the optimizer, the counters and, last, the manifest of these files."""
+    folder.mkdir(parents=True)
     parameters = trainable_parameters(accelerator.unwrap_model(state.model))
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, part / "trainable.safetensors")
+    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / "trainable.safetensors")
     optimizer = flatten(state.optimizer.state_dict()["state"])
     tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items() if torch.is_tensor(value)}
-    save_file(tensors, part / "optimizer.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
     if state.ema:
         shadow = {name: p.detach().cpu().contiguous() for name, p in zip(parameters, state.ema.shadow_params)}
-        save_file(shadow, part / "ema.safetensors")
+        save_file(shadow, folder / "ema.safetensors")
     scalars = {
         "identity": state.identity, "step": state.step, "samples_seen": state.samples_seen, "seconds": state.seconds,
         "optimizer": {name: value for name, value in optimizer.items() if not torch.is_tensor(value)},
         "ema_steps": state.ema.optimization_step if state.ema else None,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }  # fmt: skip
-    (part / "state.json").write_text(json.dumps(scalars, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-    for old in list_checkpoints(output_dir)[:-limit]:
-        shutil.rmtree(old)
+    (folder / "state.json").write_text(json.dumps(scalars, indent=2))
+    files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}, indent=2))
+    describe_file(folder / "manifest.json")
+
+
+def describe_file(path: Path) -> dict:
+    """Size and SHA-256 of a file, which is on the disk afterwards, not only on its way there."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """What is missing or damaged in a checkpoint, by its manifest; None for a whole one."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for name in sorted({"state.json", "trainable.safetensors", "optimizer.safetensors", *files}):
+            if Path(name).name != name or files.get(name) != describe_file(folder / name):
+                return f"{name} is not as it was written"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and (p / "state.json").is_file()]
+    """The checkpoints of a run, oldest first, whether they are whole or not."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
@@ -1034,16 +1174,28 @@ def clear_run(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def find_checkpoint(args: argparse.Namespace, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from, or None; a folder with a run in it is not overwritten unless that is asked for."""
+def find_checkpoint(args: argparse.Namespace, output_dir: Path, notes: list[str]) -> Path | None:
+    """The checkpoint to go on from, or None; a folder with a run in it is not overwritten unless that is asked for.
+
+    A damaged one is refused, or passed over with a note if it is the latest.
+    """
     base = Path(args.pretrained_model_name_or_path)
     if base.is_dir() and base.resolve() == output_dir.resolve():
         fail(f"--output_dir {output_dir} is the base model's own folder; pass another")
     existing, finished = list_checkpoints(output_dir), (output_dir / "training_summary.json").exists()
     if args.resume_from_checkpoint not in (None, "latest"):
+        problem = checkpoint_problem(Path(args.resume_from_checkpoint))
+        if problem:
+            fail(f"{args.resume_from_checkpoint}: a file is missing or damaged ({problem}); resume from another checkpoint or from the latest")
         return Path(args.resume_from_checkpoint)
     if existing and args.resume_from_checkpoint:
-        return existing[-1]
+        for checkpoint in reversed(existing):
+            problem = checkpoint_problem(checkpoint)
+            if not problem:
+                return checkpoint
+            notes.append(f"{checkpoint} is passed over: a file is missing or damaged ({problem})")
+        notes.append(f"no checkpoint in {output_dir} is whole, so the run starts anew")
+        return None
     if (existing or finished) and not args.overwrite_output_dir:
         fail(f"{output_dir} already holds a run; go on from its checkpoints with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or pass another --output_dir")
     foreign = [name for name in RUN_FILES if (output_dir / name).exists()]
@@ -1052,12 +1204,15 @@ def find_checkpoint(args: argparse.Namespace, output_dir: Path) -> Path | None:
     return None
 
 
+def read_state(checkpoint: Path) -> dict:
+    """The counters of a checkpoint."""
+    form = {"identity": dict, "step": int, "samples_seen": int, "seconds": (int, float), "optimizer": dict}
+    return read_json(checkpoint / "state.json", "resume from another checkpoint", **form)
+
+
 def check_identity(checkpoint: Path, identity: dict, total_steps: int) -> list[str]:
     """Ends with exit status 2 where a checkpoint is of another model or method; returns what else differs, as notes."""
-    try:
-        scalars = json.loads((checkpoint / "state.json").read_text())
-    except json.JSONDecodeError:
-        fail(f"{checkpoint / 'state.json'}: not valid JSON; resume from another checkpoint")
+    scalars = read_state(checkpoint)
     if scalars["step"] > total_steps:
         fail(f"{checkpoint} is past the {total_steps:,} steps asked for; raise --max_train_steps or --num_train_epochs")
     saved, notes = scalars["identity"], []
@@ -1076,7 +1231,7 @@ def check_identity(checkpoint: Path, identity: dict, total_steps: int) -> list[s
 
 def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Path, output_dir: Path) -> None:
     """Puts a checkpoint's tensors and counters back; every name must match on both sides."""
-    scalars = json.loads((checkpoint / "state.json").read_text())
+    scalars = read_state(checkpoint)
     parameters = trainable_parameters(accelerator.unwrap_model(state.model))
     try:
         saved, moments = load_file(checkpoint / "trainable.safetensors"), load_file(checkpoint / "optimizer.safetensors")
@@ -1086,13 +1241,19 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
     if saved.keys() != parameters.keys():
         difference = sorted(saved.keys() ^ parameters.keys())
         fail(f"{checkpoint}: {len(difference)} parameters do not match what trains, such as {difference[0]}")
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape or not saved[name].isfinite().all():
+            fail(f"{checkpoint}: {name} has another shape than what trains, or is not finite; resume from another checkpoint")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     # accelerate wraps the optimizer; its own state_dict is torch's.
     groups = state.optimizer.state_dict()["param_groups"]
-    optimizer = unflatten(moments | scalars["optimizer"])
-    state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+    try:
+        optimizer = unflatten(moments | scalars["optimizer"])
+        state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        fail(f"{checkpoint}: its optimizer does not fit what trains ({error}); resume from another checkpoint")
     # The rate is a function of the step: one step of the schedule from the step before sets it.
     position = {"last_epoch": scalars["step"] - 1, "_step_count": scalars["step"] + 1}
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
@@ -1113,6 +1274,79 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class StopVote:
+    """Lets all processes stop after the same step once SIGTERM or SIGUSR1 has reached one of them.
+
+    Each step starts a reduction of the signals' numbers between the hosts and reads that of the step before, so no device
+    waits for it. It also notices a process that has died, which devices alone may wait for.
+    """
+
+    def __init__(self):
+        self.number, self.votes, self.group = 0, [], None
+        if torch.distributed.is_initialized():
+            self.group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+
+    def __enter__(self) -> "StopVote":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        while self.votes and kind is None:
+            self.read()
+
+    def note(self, number: int, frame) -> None:
+        self.number = number
+
+    def read(self) -> int:
+        work, number = self.votes.pop(0)
+        work.wait()
+        return int(number)
+
+    def passed(self) -> int:
+        """The number of the signal, 0 for none, the same on every process, each of which asks once a step."""
+        if self.group is None:
+            return self.number
+        number = torch.tensor(self.number)
+        self.votes.append((torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group, async_op=True), number))
+        return self.read() if len(self.votes) > 1 else 0
+
+
+def ignore_signals(worker: int) -> None:
+    """For a loader's workers: a signal to all processes of a job is answered by the one that trains."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop_run(accelerator: Accelerator, state: TrainState, number: int) -> NoReturn:
+    """Ends a run that a signal has stopped, after its checkpoint, with the status that asks for another start."""
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        told = f"stopped by {signal.Signals(number).name} after step {state.step:,}, which is saved; go on with --resume_from_checkpoint latest"
+        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
+    raise SystemExit(STOPPED)
+
+
+def stop_diverged(loss: float, norm: float, state: TrainState, output_dir: Path) -> NoReturn:
+    """Ends a run whose loss or gradient is not finite any more, before a checkpoint of it is written."""
+    rates = state.lr_scheduler.get_last_lr()
+    found = f"loss {loss:.3g}, norm of the gradient {norm:.3g}, learning rate {', '.join(f'{rate:.1e}' for rate in rates)}"
+    kept = [path.name for path in list_checkpoints(output_dir) if int(path.name[11:]) <= state.step]
+    way_out = f"go on from {kept[-1]} with --resume_from_checkpoint latest" if kept else "start again"
+    fail(f"diverged by step {state.step:,}: {found}; {way_out} at a lower rate or with --lr_warmup_steps, --max_grad_norm, --snr_gamma or --mixed_precision no")
+
+
+def tell_bad_images(accelerator: Accelerator, stream: SampleStream) -> None:
+    """Says once, and for all processes, which images could not be read any more and had others in their place."""
+    if stream.skip_bad:
+        found = sorted(set(gather_object(sorted(stream.bad - stream.told))))
+        if accelerator.is_main_process:
+            for i in found:
+                print(f"  skipped  {stream.images[i]}: cannot be read any more", flush=True)
+        stream.told.update(found)
 
 
 def silence_known_noise() -> None:
@@ -1235,6 +1469,7 @@ def validate(accelerator, state, pipeline, heldout, prompts, args, output_dir) -
         state.ema.store(parameters)
         state.ema.copy_to(parameters)
     losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size) if len(heldout) else {}
+    tell_bad_images(accelerator, heldout)
     if prompts and accelerator.is_main_process:
         draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
     if state.ema:
@@ -1252,26 +1487,31 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
     )  # fmt: skip
     cuda = accelerator.device.type == "cuda"
     workers = args.dataloader_num_workers if args.dataloader_num_workers is not None else (4 if cuda else 0)
-    loader = iter(torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=workers, pin_memory=cuda))
+    loader = iter(torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals))
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     state.model.train()
-    running, counted, loss = torch.zeros((), device=accelerator.device), 0, None
+    # Sums of the losses and of the gradients' norms, which also say whether all of them were finite.
+    running, counted, loss, stop = torch.zeros(2, device=accelerator.device), 0, None, 0
     began = window_began = time.perf_counter()
     bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=not accelerator.is_main_process, smoothing=0.05)
-    with bar as progress:
+    with bar as progress, StopVote() as vote:
         while state.step < total_steps:
             for micro in range(args.gradient_accumulation_steps):
                 # Dropout, where a method has any, draws from here: resuming needs no saved random state.
                 torch.manual_seed(stream_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
-                batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in next(loader).items()}
+                batch = next(loader)
+                stream.bad.update(i for i in batch.pop("skipped", torch.empty(0)).tolist() if i >= 0)
+                batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
                 with accelerator.accumulate(state.model):
                     batch_loss = state.model(batch)["loss"].mean()
                     accelerator.backward(batch_loss)
-                    if accelerator.sync_gradients and args.max_grad_norm:
-                        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    if accelerator.sync_gradients:
+                        # Without a limit the norm is only looked at; a scaler leaves out steps whose norm is infinite.
+                        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                        running[1] += 0.0 if accelerator.scaler else norm * args.gradient_accumulation_steps
                     state.optimizer.step()
                     state.optimizer.zero_grad()
-                running += batch_loss.detach()
+                running[0] += batch_loss.detach()
                 counted += 1
             state.lr_scheduler.step()
             if state.ema:
@@ -1280,27 +1520,40 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
             state.samples_seen += global_batch
             progress.update()
 
+            stop = vote.passed()
             last = state.step == total_steps
             # The last one too: what is killed while it saves its results goes on from there.
-            checkpoint = args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or last)
+            checkpoint = stop or (args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or last))
             validation = args.validation_steps and state.step % args.validation_steps == 0 and not last
-            if state.step % args.logging_steps == 0 or last:
-                loss = float(accelerator.reduce(running / counted, "mean"))
-                now = time.perf_counter()
+            logging_step = state.step % args.logging_steps == 0 or last
+            if logging_step or checkpoint:
+                window_loss, norm = accelerator.reduce(running / counted, "mean").tolist()
+                if not math.isfinite(window_loss + norm):
+                    progress.clear()
+                    stop_diverged(window_loss, norm, state, output_dir)
+                tell_bad_images(accelerator, stream)
+            if logging_step:
+                loss, now = window_loss, time.perf_counter()
                 rate = counted * args.train_batch_size * accelerator.num_processes / (now - window_began)
                 learning_rate = state.lr_scheduler.get_last_lr()[0]
                 progress.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.1e}, {rate:.3g} images/s")
-                accelerator.log({"loss": loss, "lr": learning_rate, "images_per_second": rate}, step=state.step)
+                accelerator.log({"loss": loss, "gradient_norm": norm, "lr": learning_rate, "images_per_second": rate}, step=state.step)
                 running, counted, window_began = torch.zeros_like(running), 0, now
             if checkpoint or validation or last:
                 state.seconds += time.perf_counter() - began
                 if checkpoint:
+                    # Or a sentence on a full disk would stand behind the bar.
+                    progress.clear()
                     save_checkpoint(accelerator, state, output_dir, args.checkpoints_total_limit)
                     accelerator.wait_for_everyone()
+                if stop:
+                    break
                 if validation:
                     validate_now()
                     state.model.train()
                 began = window_began = time.perf_counter()
+    if stop and state.step < total_steps:
+        stop_run(accelerator, state, stop)
     return loss
 
 
@@ -1481,14 +1734,15 @@ def check_replicas(parameters: dict[str, torch.nn.Parameter]) -> None:
         raise RuntimeError(f"the {len(digests)} processes ended with different weights: {digests}")
 
 
-@plain_errors
+@plain_errors("lower --train_batch_size and raise --gradient_accumulation_steps by as much, or pass --gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam or a smaller --resolution")
 def main(args: argparse.Namespace) -> None:
     name = run_name(args)
     output_dir = Path(args.output_dir or Path("runs") / name)
     data = load_training_data(args)
-    checkpoint = find_checkpoint(args, output_dir)
+    checkpoint = find_checkpoint(args, output_dir, data.notes)
     accelerator = make_accelerator(args, output_dir)
-    check_images(accelerator, [*data.train["image"], *data.heldout["image"]])
+    skip = args.on_bad_image == "skip"
+    drop_images(data, check_images(accelerator, [*data.train["image"], *data.heldout["image"]], skip))
 
     pipeline = load_base_pipeline(args)
     hashes = fingerprint_components(accelerator, pipeline)
@@ -1506,6 +1760,9 @@ def main(args: argparse.Namespace) -> None:
         args, accelerator, pipeline, data, hashes["vae"], output_dir, use_pixels=args.train_vae,
         use_moments=anchored or not args.train_vae, use_embeddings=not args.train_text_encoder,
     )  # fmt: skip
+
+    for part in (stream, heldout):
+        part.skip_bad = skip and (part.moments is None or part.with_pixels)
 
     model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
     parameters = trainable_parameters(model)
@@ -1533,6 +1790,7 @@ def main(args: argparse.Namespace) -> None:
         ema.copy_to(parameters.values())
     check_replicas(parameters)
     after = validate_now()
+    data.left_out["unreadable later, replaced by the next"] = len(stream.told) + len(heldout.told)
     if accelerator.is_main_process:
         save_full(args, {name: p.detach().cpu() for name, p in parameters.items()}, hashes, output_dir)
         usage = f'from diffusers import StableDiffusionPipeline\n\npipe = StableDiffusionPipeline.from_pretrained("{output_dir}", safety_checker=None)'

@@ -200,7 +200,9 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
         time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    # One line, whatever the name of a file or the text of a cell has in it.
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -128,7 +128,7 @@ def test_an_image_that_breaks_later_is_named(flags, refused, tmp_path, monkeypat
     table = small_table(tmp_path)
     broken = sorted((tmp_path / "images").rglob("*.jpg"))[4]
     broken.write_bytes(broken.read_bytes()[:-500])
-    monkeypatch.setattr(train_peft, "check_images", lambda accelerator, images: None)
+    monkeypatch.setattr(train_peft, "check_images", lambda *_: [])
     sentence = refused("bitfit", *flags, "--split=all", "--max_train_steps=6", csv=table, folder="begun")
     assert str(broken) in sentence and "cannot be decoded" in sentence
     assert not (tmp_path / "begun" / "training_summary.json").exists()

@@ -428,9 +428,8 @@ def test_two_processes_say_the_same(tmp_path, samples, classifier, cache):
 def test_memorisation_looks_at_the_images_that_were_trained_on(uncertain):
     flags = [f"--uncertain={uncertain}", "--split_seed=3", "--max_train_samples=25"]
     args = train_full.parse_args(["--train_unet", f"--data_csv={real_csv()}", *flags])
-    source = evaluation.load_training_images(evaluation.parse_args(["--synthetic=none", f"--real_csv={__file__}", f"--train_csv={real_csv()}", *flags]), ["Edema"])
-    assert list(source.table["image"]) == list(train_full.load_training_data(args).train["image"]) and len(source.table) == 25
-    assert 0 < len(source.pool) < 25 and (source.table["Edema"].to_numpy()[source.pool] != 0).all()
+    table = evaluation.load_training_images(evaluation.parse_args(["--synthetic=none", f"--real_csv={__file__}", f"--train_csv={real_csv()}", *flags]))
+    assert list(table["image"]) == list(train_full.load_training_data(args).train["image"]) and len(table) == 25
 
 
 def labelled(edema: int, both: int, cardiomegaly: int) -> pd.DataFrame:

@@ -8,10 +8,25 @@
 #SBATCH --mem 128G
 #SBATCH --time 24:00:00
 #SBATCH --output slurm-%x-%j.log
+#SBATCH --open-mode append
+#SBATCH --requeue
+#SBATCH --signal B:USR1@300
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 [ -n "${VIRTUAL_ENV:-}" ] || source .venv/bin/activate
 
-# srun starts the line once on each machine, which is when its rank and the first machine's address are known.
-srun bash -c 'accelerate launch --config_file launch/accelerate/multi_machine.yaml --machine_rank "${SLURM_NODEID:-0}" \
-  --main_process_ip "${SLURM_LAUNCH_NODE_IPADDR:-127.0.0.1}" train_full.py --train_unet --resume_from_checkpoint latest "$@"' _ "$@"
+requeue() {
+  trap '' USR1
+  # To all processes that srun has started; training writes a checkpoint and ends.
+  scancel --signal USR1 "$SLURM_JOB_ID"
+  wait "$job" || true
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 75
+}
+# srun starts the line once on each machine, which is when its rank and the first machine's address are known. The launcher
+# ignores the signal, which training answers.
+srun bash -c 'trap "" USR1; accelerate launch --config_file launch/accelerate/multi_machine.yaml --machine_rank "${SLURM_NODEID:-0}" \
+  --main_process_ip "${SLURM_LAUNCH_NODE_IPADDR:-127.0.0.1}" train_full.py --train_unet --resume_from_checkpoint latest "$@"' _ "$@" &
+job=$!
+trap requeue USR1
+wait "$job"

@@ -1,0 +1,418 @@
+"""The faults that a long job meets, one by one and in short; `python tests/faults/run.py --rounds 100` is the long form."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from common import ROOT, ROWS, arguments, phantoms, script_of, train, trained_weights
+from test_bad_input import change_weights, small_table
+
+import train_full
+import train_peft
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# A hang is longer than this on any machine.
+LIMIT = 300
+
+
+def start(row, folder, *flags, processes=1, machines=1, **options) -> list[subprocess.Popen]:
+    """A short run of a row in processes of its own: the script itself, or a launcher of several on each machine."""
+    script = [script_of(row).__file__, *arguments(row, folder, *flags, **options)]
+    commands = [[sys.executable, *script]]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", machines, "--num_processes", processes]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+        commands = [[*launcher, *script]]
+    if machines > 1:
+        # A port that is known to both, and was free a moment ago.
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        place = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--rdzv_backend", "static"]
+        commands = [[*launcher[:-2], *place, "--machine_rank", rank, *script] for rank in range(machines)]
+    return [
+        subprocess.Popen([str(word) for word in command], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        for command in commands
+    ]  # fmt: skip
+
+
+def output_of(process) -> str:
+    """What a process says until it ends, which has to be soon."""
+    try:
+        return process.communicate(timeout=LIMIT)[0]
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        raise AssertionError("hangs") from None
+
+
+def wait_for(path, process) -> None:
+    """Until a file is there, while the process that is to write it lives."""
+    began = time.monotonic()
+    while not path.exists() and process.poll() is None and time.monotonic() - began < LIMIT:
+        time.sleep(0.01)
+    assert path.exists(), process.communicate()[0]
+
+
+def workers(process) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "train_peft.py" in " ".join(child.cmdline()[:3])]
+
+
+def equal(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def refused(row, folder, *flags, capsys, **options) -> str:
+    """The one sentence that a run in this process ends with."""
+    script = script_of(row)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        script.main(script.parse_args(arguments(row, folder, *flags, **options)))
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert len(lines) == 1 and "error: " in lines[0], lines
+    return lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pre-emption
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_signals_end_training_after_a_checkpoint_and_nothing_is_lost(tmp_path):
+    """SIGTERM to all of a run's processes, a loader's worker included; then SIGUSR1; then to the end."""
+    flags = ["--checkpointing_steps=10", "--latent_cache_dir=none", "--dataloader_num_workers=1", "--resume_from_checkpoint=latest"]
+    for number, step in ((signal.SIGTERM, 10), (signal.SIGUSR1, 20)):
+        (process,) = start("bitfit", tmp_path / "cut", *flags, steps=60)
+        wait_for(tmp_path / "cut" / f"checkpoint-{step}", process)
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        said = output_of(process)
+        assert process.returncode == train_full.STOPPED == 75, said
+        assert f"stopped by {number.name} after step" in said and "Traceback" not in said
+        assert train_full.checkpoint_problem(train_full.list_checkpoints(tmp_path / "cut")[-1]) is None
+    train("bitfit", tmp_path / "cut", *flags, steps=60)
+    train("bitfit", tmp_path / "whole", "--latent_cache_dir=none", steps=60)
+    assert equal(trained_weights("bitfit", tmp_path / "cut"), trained_weights("bitfit", tmp_path / "whole"))
+
+
+def test_several_processes_stop_together_die_together_and_go_on_as_one(tmp_path):
+    """A signal to one of two processes; SIGKILL to one; then another number of processes with the same global batch."""
+    flags = ["--train_batch_size=1", "--checkpointing_steps=4", "--resume_from_checkpoint=latest"]
+    (process,) = start("bitfit", tmp_path / "cut", *flags, processes=2, steps=400)
+    wait_for(tmp_path / "cut" / "checkpoint-4", process)
+    workers(process)[1].send_signal(signal.SIGUSR1)
+    said = output_of(process)
+    assert process.returncode and said.count("stopped by SIGUSR1 after step") == 1, said
+    stopped = train_full.list_checkpoints(tmp_path / "cut")[-1]
+    assert train_full.checkpoint_problem(stopped) is None
+    (process,) = start("bitfit", tmp_path / "cut", *flags, processes=2, steps=400)
+    wait_for(tmp_path / "cut" / f"checkpoint-{int(stopped.name[11:]) // 4 * 4 + 8}", process)
+    everything = psutil.Process(process.pid).children(recursive=True)
+    workers(process)[1].kill()
+    began = time.monotonic()
+    said = output_of(process)
+    assert time.monotonic() - began < 60 and not psutil.wait_procs(everything, timeout=10)[1]
+    assert "SIGKILL" in said and "another process of this run has ended" in said, said
+    last = train_full.list_checkpoints(tmp_path / "cut")[-1]
+    assert train_full.checkpoint_problem(last) is None
+    steps = int(last.name[11:]) + 4
+    train("bitfit", tmp_path / "cut", *flags, "--gradient_accumulation_steps=2", steps=steps)
+    train("bitfit", tmp_path / "whole", "--train_batch_size=2", steps=steps)
+    cut, whole, base = (trained_weights("bitfit", tmp_path / "cut"), trained_weights("bitfit", tmp_path / "whole"), train_full.load_pipeline(str(ROOT / "launch/demo/base")).unet.state_dict())
+    moved = sum((whole[name] - base[name]).square().sum() for name in whole).sqrt()
+    differing = sum((whole[name] - cut[name]).square().sum() for name in whole).sqrt()
+    assert 0 < moved and differing < 0.02 * moved
+
+
+def test_two_machines_train_together(tmp_path):
+    """Two launches with --num_machines 2 on the loopback address end with the weights of one process."""
+    launches = start("bitfit", tmp_path / "two", "--train_batch_size=1", processes=2, machines=2, steps=3)
+    said = [output_of(process) for process in launches]
+    assert [process.returncode for process in launches] == [0, 0], said
+    assert sum("1 x 2 processes" in text for text in said) == 1
+    train("bitfit", tmp_path / "one", "--train_batch_size=2", steps=3)
+    two, one = trained_weights("bitfit", tmp_path / "two"), trained_weights("bitfit", tmp_path / "one")
+    assert max((two[name] - one[name]).abs().max().item() for name in one) < 1e-4
+
+
+def test_the_cluster_job_passes_the_signal_on_and_queues_up_again(tmp_path):
+    """launch/slurm/sweep.sh with stand-ins: a script that answers SIGUSR1 with 75, and SLURM's scontrol."""
+    stubs, tree = tmp_path / "stubs", tmp_path / "tree"
+    stubs.mkdir()
+    shutil.copytree(ROOT / "launch", tree / "launch", ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    answer = "import pathlib, signal, sys, time\nrecord = pathlib.Path({!r})\ndef saved(*_):\n    record.write_text('saved')\n    sys.exit(75)\nsignal.signal(signal.SIGUSR1, saved)\nrecord.write_text('started')\ntime.sleep(300)\n"
+    (tmp_path / "train.py").write_text(answer.format(str(tmp_path / "record")))
+    # Like the launcher, a process in between that does not know the signal.
+    (stubs / "accelerate").write_text(f"#!/bin/sh\n{sys.executable} {tmp_path / 'train.py'}\nexit $?\n")
+    (stubs / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "requeued"}\n')
+    for path in stubs.iterdir():
+        path.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "VIRTUAL_ENV": str(stubs), "SLURM_SUBMIT_DIR": str(tree), "SLURM_JOB_ID": "17", "ROWS": "lora"}
+    job = subprocess.Popen(["bash", ROOT / "launch/slurm/sweep.sh"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(tmp_path / "record", job)
+    while (tmp_path / "record").read_text() != "started":
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    said = output_of(job)
+    assert job.returncode == 75, said
+    assert (tmp_path / "record").read_text() == "saved" and (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda folder: (folder / "trainable.safetensors").write_bytes((folder / "trainable.safetensors").read_bytes()[:-20]),
+    "bit flipped": lambda folder: flip_a_bit(folder / "optimizer.safetensors"),
+    "empty": lambda folder: (folder / "ema.safetensors").write_bytes(b""),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "another state": lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text().replace('"step": 3', '"step": 2')),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:50]),
+    "a list for a manifest": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "a manifest of nothing": lambda folder: (folder / "manifest.json").write_text('{"files": {}}'),
+    "nothing in it": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory):
+    """A run of four steps with a checkpoint after the first three, and its weights."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    train("bitfit", folder / "run", "--checkpointing_steps=1", "--checkpoints_total_limit=9", "--use_ema", steps=4)
+    weights = trained_weights("bitfit", folder / "run")
+    for name in ("checkpoint-4", "training_summary.json", "README.md", "unet_delta.safetensors"):
+        path = folder / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder / "run", weights
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_never_resumed_from(damage, three_checkpoints, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(three_checkpoints[0], run)
+    DAMAGES[damage](run / "checkpoint-3")
+    args = train_peft.parse_args(arguments("bitfit", run, "--use_ema", "--resume_from_checkpoint=latest"))
+    notes = []
+    assert train_peft.find_checkpoint(args, run, notes) == run / "checkpoint-2"
+    assert len(notes) == 1 and f"{run / 'checkpoint-3'} is passed over" in notes[0]
+    with pytest.raises(SystemExit) as ended:
+        train_peft.find_checkpoint(train_peft.argparse.Namespace(**vars(args) | {"resume_from_checkpoint": str(run / "checkpoint-3")}), run, [])
+    assert ended.value.code == 2 and "is missing or damaged" in capsys.readouterr().err
+
+
+def test_pruning_leaves_the_last_good_checkpoint_and_the_run_ends_the_same(three_checkpoints, tmp_path, capsys):
+    """With a later checkpoint that is damaged and room for one: what is written is not pruned in its favour."""
+    run, weights = tmp_path / "run", three_checkpoints[1]
+    shutil.copytree(three_checkpoints[0], run)
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
+        flip_a_bit(run / name / "trainable.safetensors")
+    shutil.copytree(run / "checkpoint-3", run / "checkpoint-9")
+    kept = []
+
+    def seen(accelerator, state, output_dir, limit, save=train_peft.save_checkpoint):
+        save(accelerator, state, output_dir, limit)
+        kept.append([path.name for path in train_peft.list_checkpoints(output_dir) if not train_peft.checkpoint_problem(path)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_peft, "save_checkpoint", seen)
+        train("bitfit", run, "--checkpointing_steps=1", "--checkpoints_total_limit=1", "--use_ema", "--resume_from_checkpoint=latest", steps=4)
+    said = capsys.readouterr().out
+    assert said.count("is passed over") == 4 and "so the run starts anew" in said
+    assert kept == [[f"checkpoint-{step}"] for step in (1, 2, 3, 4)]
+    assert equal(trained_weights("bitfit", run), weights)
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes: int):
+    """A folder with little room: a file system of its own where that is allowed, else a limit on the size of a file."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], capture_output=True).returncode == 0:
+        try:
+            yield True
+        finally:
+            subprocess.run(["umount", folder], check=True)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes << 18, hard))
+    try:
+        yield False
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_checkpoint_before_it(tmp_path, capsys):
+    with small_disk(tmp_path / "small", 40) as mounted:
+        flags = ["--checkpointing_steps=1", f"--latent_cache_dir={tmp_path / 'cache'}"]
+        sentence = refused("unet", tmp_path / "small" / "run", *flags, capsys=capsys, steps=3)
+        assert "cannot be written" in sentence and "make room and go on" in sentence
+        left = train_full.list_checkpoints(tmp_path / "small" / "run")
+        assert [path.name for path in left] == (["checkpoint-1"] if mounted else [])
+        assert not any(train_full.checkpoint_problem(path) for path in left)
+        assert not list((tmp_path / "small").rglob("*.part"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_fails_while_the_results_are_saved(number, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(number, os.strerror(number), str(tmp_path / "run" / "README.md"))
+
+    monkeypatch.setattr(train_peft, "write_text", full)
+    sentence = refused("bitfit", tmp_path / "run", "--checkpointing_steps=1", capsys=capsys)
+    assert os.strerror(number) in sentence and "README.md" in sentence
+    assert train_full.checkpoint_problem(tmp_path / "run" / "checkpoint-2") is None
+    assert not (tmp_path / "run" / "training_summary.json").exists()
+
+
+def test_a_folder_that_is_read_only(tmp_path, capsys):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
+        if os.geteuid() == 0:
+            pytest.skip("nothing is read-only for root, who may not mount here")
+        folder.chmod(0o500)
+    try:
+        assert "cannot be written" in refused("bitfit", folder / "run", f"--latent_cache_dir={tmp_path / 'cache'}", capsys=capsys)
+    finally:
+        subprocess.run(["umount", folder], capture_output=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Divergence and memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_that_diverges_writes_no_more_checkpoints(what, tmp_path, capsys, monkeypatch):
+    """The third step breaks; a checkpoint is due before the loss is next read."""
+    calls = []
+
+    def broken(self, batch, forward=train_peft.DiffusionLoss.forward):
+        losses = forward(self, batch)
+        if self.training:
+            calls.append(1)
+            if len(calls) == 3 and what == "loss":
+                losses["loss"] = losses["loss"] * float("nan")
+            elif len(calls) == 3:
+                # A finite loss whose gradient is not.
+                zero = next(p for p in self.parameters() if p.requires_grad).sum() * 0
+                losses["loss"] = losses["loss"] + torch.sqrt(zero)
+        return losses
+
+    monkeypatch.setattr(train_peft.DiffusionLoss, "forward", broken)
+    flags = ["--checkpointing_steps=1", "--checkpoints_total_limit=1", "--logging_steps=50", "--learning_rate=3e-4"]
+    sentence = refused("bitfit", tmp_path / "run", *flags, capsys=capsys, steps=50)
+    assert "diverged by step 3" in sentence and "learning rate 3.0e-04" in sentence and "go on from checkpoint-2" in sentence
+    assert [path.name for path in train_full.list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert not (tmp_path / "run" / "training_summary.json").exists()
+    monkeypatch.undo()
+    train("bitfit", tmp_path / "run", "--checkpointing_steps=1", "--learning_rate=3e-4", "--resume_from_checkpoint=latest", steps=4)
+    train("bitfit", tmp_path / "whole", "--learning_rate=3e-4", steps=4)
+    assert equal(trained_weights("bitfit", tmp_path / "run"), trained_weights("bitfit", tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_too_little_memory_says_what_to_lower(where, tmp_path, capsys, monkeypatch):
+    def hungry(self, batch):
+        if where == "device":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        # More than any machine has; torch's own error.
+        return torch.empty(1 << 55)
+
+    monkeypatch.setattr(train_full.DiffusionLoss, "forward", hungry)
+    sentence = refused("unet", tmp_path / "run", "--max_validation_samples=1", capsys=capsys)
+    assert "out of memory" in sentence and all(flag in sentence for flag in ("--train_batch_size", "--gradient_checkpointing", "--resolution"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images, clocks, secrets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_images_are_skipped_told_once_and_counted(tmp_path, capsys):
+    table = small_table(tmp_path)
+    images = sorted((tmp_path / "images").rglob("*.jpg"))
+    images[0].unlink()
+    # Whole by its header and its end, which is all that is looked at without the flag.
+    images[3].write_bytes(images[3].read_bytes()[:200] + images[3].read_bytes()[-300:])
+    summary = train("bitfit", tmp_path / "run", "--split=all", "--on_bad_image=skip", csv=table)
+    said = capsys.readouterr().out
+    assert summary["images"] == 10 and summary["left_out"]["unreadable"] == 2
+    assert said.count(f"skipped  {images[0]}: no such file") == 1 and said.count(f"skipped  {images[3]}: cannot be decoded") == 1
+    for image in images:
+        image.unlink(missing_ok=True)
+    assert "none of 12 images can be used" in refused("bitfit", tmp_path / "none", "--split=all", "--on_bad_image=skip", capsys=capsys, csv=table)
+
+
+def test_an_image_that_vanishes_in_training_has_the_next_in_its_place(tmp_path, capsys, monkeypatch):
+    """Whoever draws the sample, in this process or a loader's; the same weights whatever the layout of the batch."""
+    table = small_table(tmp_path)
+    images = sorted((tmp_path / "images").rglob("*.jpg"))
+    images[5].unlink()
+    monkeypatch.setattr(train_peft, "check_images", lambda *_: [])
+    assert str(images[5]) in refused("bitfit", tmp_path / "stopped", "--split=all", "--latent_cache_dir=none", capsys=capsys, csv=table, steps=6)
+    layouts = (["--train_batch_size=4"], ["--train_batch_size=2", "--gradient_accumulation_steps=2"], ["--train_batch_size=4", "--dataloader_num_workers=2"])
+    for i, layout in enumerate(layouts):
+        capsys.readouterr()
+        summary = train("bitfit", tmp_path / f"run-{i}", "--split=all", "--latent_cache_dir=none", "--on_bad_image=skip", *layout, csv=table, steps=6)
+        assert capsys.readouterr().out.count(f"skipped  {images[5]}: cannot be read any more") == 1
+        assert summary["left_out"]["unreadable later, replaced by the next"] == 1
+    one, two, three = (trained_weights("bitfit", tmp_path / f"run-{i}") for i in range(3))
+    assert equal(one, three) and max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    jumps = random.Random(0)
+    train("bitfit", tmp_path / "steady", "--checkpointing_steps=2", steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: jumps.choice([0.0, 4e9, 1.7e9]))
+        train("bitfit", tmp_path / "jumping", "--checkpointing_steps=2", f"--latent_cache_dir={tmp_path / 'other_cache'}", steps=2)
+        os.utime(tmp_path / "jumping" / "checkpoint-2", (0, 0))
+        train("bitfit", tmp_path / "jumping", "--checkpointing_steps=2", "--resume_from_checkpoint=latest", f"--latent_cache_dir={tmp_path / 'other_cache'}", steps=4)
+    assert equal(trained_weights("bitfit", tmp_path / "steady"), trained_weights("bitfit", tmp_path / "jumping"))
+
+
+def test_tokens_reach_no_file_and_no_output(tmp_path, capfd, monkeypatch):
+    secret = "hf_" + "notarealtoken" * 2
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, secret)
+    train("lora", tmp_path / "run", "--checkpointing_steps=1", "--report_to=tensorboard", "--save_merged")
+    said = capfd.readouterr()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if secret.encode() in path.read_bytes()]
+    assert secret not in said.out + said.err
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys):
+    shutil.copytree(ROOT / "launch/demo/base", tmp_path / "base")
+    change_weights(tmp_path / "base" / "vae", lambda tensors: tensors["decoder.conv_out.bias"].fill_(float("nan")))
+    sentence = refused("lora", tmp_path / "run", f"--pretrained_model_name_or_path={tmp_path / 'base'}", capsys=capsys)
+    assert "vae has weights that are not finite in 1 tensors, such as decoder.conv_out.bias" in sentence
+
+
+def test_the_harness_in_short():
+    """A few rounds of the long form, which ends with status 1 if anything is lost, doubled or damaged."""
+    command = [sys.executable, ROOT / "tests/faults/run.py", "--rounds", "3", "--kills", "3", "--jobs", "train_peft", "--processes", "1"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    assert done.returncode == 0 and " 0 failures" in done.stdout, done.stdout + done.stderr
