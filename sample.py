@@ -439,6 +439,13 @@ def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffu
     return pipeline
 
 
+# Copied from train_full.to_channels_last
+def to_channels_last(component: torch.nn.Module) -> None:
+    """Lays the weights of convolutions out as a GPU's fastest kernels take them; a CPU gains nothing and would hold them twice."""
+    if torch.cuda.is_available():
+        component.to(memory_format=torch.channels_last)
+
+
 def set_up_pipeline(args: argparse.Namespace, pipeline: StableDiffusionPipeline, device: torch.device) -> None:
     """Sampler, type and device, as the flags ask."""
     if args.scheduler:
@@ -447,7 +454,7 @@ def set_up_pipeline(args: argparse.Namespace, pipeline: StableDiffusionPipeline,
     precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     pipeline.to(device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
     for component in (pipeline.unet, pipeline.vae):
-        component.to(memory_format=torch.channels_last)
+        to_channels_last(component)
 
 
 @torch.no_grad()

@@ -649,10 +649,11 @@ def image_key(image: "str | DatasetImage") -> str:
     return hashlib.sha256(image.open().getvalue()).hexdigest()[:32]
 
 
-def allow_tf32(allowed: bool) -> None:
+def allow_tf32(accelerator: Accelerator, allowed: bool) -> None:
     """On GPUs, lets products and convolutions of float32 round their factors to 10 bits, which is some times faster."""
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def seal_of(path: Path, keys: list[str]) -> str:
@@ -713,7 +714,7 @@ def cache_rows(accelerator: Accelerator, folder: Path, keys: list[str], encode, 
                 stale.unlink(missing_ok=True)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         progress = tqdm(total=len(mine), desc=f"encoding {unit}s", unit=unit, leave=False, disable=not accelerator.is_main_process)
-        allow_tf32(False)
+        allow_tf32(accelerator, False)
         with progress:
             encoded = encode(mine)
             for start in range(0, len(mine), CACHE_FILE_ROWS):
@@ -722,7 +723,7 @@ def cache_rows(accelerator: Accelerator, folder: Path, keys: list[str], encode, 
                     part.append(row.astype(dtype))
                     progress.update()
                 write_cache_file(folder, [keys[i] for i in mine[start : start + CACHE_FILE_ROWS]], np.stack(part))
-        allow_tf32(True)
+        allow_tf32(accelerator, True)
         accelerator.wait_for_everyone()
         rows = read_cache(accelerator, folder)
     return [rows[key] for key in keys]
@@ -926,6 +927,12 @@ class JointLoss(DiffusionLoss):
         return losses
 
 
+def to_channels_last(component: torch.nn.Module) -> None:
+    """Lays the weights of convolutions out as a GPU's fastest kernels take them; a CPU gains nothing and would hold them twice."""
+    if torch.cuda.is_available():
+        component.to(memory_format=torch.channels_last)
+
+
 def fingerprint_components(accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> dict[str, str]:
     """The hashes of the base model's weights, computed once for all processes."""
     hashes = None
@@ -939,13 +946,14 @@ def build_loss(args: argparse.Namespace, pipeline: StableDiffusionPipeline, stre
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
     base_vae = None
     if args.train_vae and args.vae_loss == "anchored" and stream.moments is None:
-        base_vae = copy.deepcopy(pipeline.vae).requires_grad_(False).to(dtype=frozen_dtype, memory_format=torch.channels_last)
+        base_vae = copy.deepcopy(pipeline.vae).requires_grad_(False).to(dtype=frozen_dtype)
+        to_channels_last(base_vae)
     for name in ("unet", "text_encoder", "vae"):
         if not getattr(args, f"train_{name}"):
             getattr(pipeline, name).to(dtype=frozen_dtype)
-        # Not for bitsandbytes, whose kernels take weights in the usual order only.
+        # bitsandbytes' kernels take weights in the usual order only.
         if name != "text_encoder" and not args.use_8bit_adam:
-            getattr(pipeline, name).to(memory_format=torch.channels_last)
+            to_channels_last(getattr(pipeline, name))
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         if args.train_vae:
@@ -1228,8 +1236,7 @@ def make_accelerator(args: argparse.Namespace, output_dir: Path) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
-    if accelerator.device.type == "cuda":
-        allow_tf32(True)
+    allow_tf32(accelerator, True)
     return accelerator
 
 

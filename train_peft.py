@@ -687,10 +687,11 @@ def image_key(image: "str | DatasetImage") -> str:
 
 
 # Copied from train_full.allow_tf32
-def allow_tf32(allowed: bool) -> None:
+def allow_tf32(accelerator: Accelerator, allowed: bool) -> None:
     """On GPUs, lets products and convolutions of float32 round their factors to 10 bits, which is some times faster."""
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 # Copied from train_full.seal_of
@@ -756,7 +757,7 @@ def cache_rows(accelerator: Accelerator, folder: Path, keys: list[str], encode, 
                 stale.unlink(missing_ok=True)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         progress = tqdm(total=len(mine), desc=f"encoding {unit}s", unit=unit, leave=False, disable=not accelerator.is_main_process)
-        allow_tf32(False)
+        allow_tf32(accelerator, False)
         with progress:
             encoded = encode(mine)
             for start in range(0, len(mine), CACHE_FILE_ROWS):
@@ -765,7 +766,7 @@ def cache_rows(accelerator: Accelerator, folder: Path, keys: list[str], encode, 
                     part.append(row.astype(dtype))
                     progress.update()
                 write_cache_file(folder, [keys[i] for i in mine[start : start + CACHE_FILE_ROWS]], np.stack(part))
-        allow_tf32(True)
+        allow_tf32(accelerator, True)
         accelerator.wait_for_everyone()
         rows = read_cache(accelerator, folder)
     return [rows[key] for key in keys]
@@ -890,6 +891,13 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+# Copied from train_full.to_channels_last
+def to_channels_last(component: torch.nn.Module) -> None:
+    """Lays the weights of convolutions out as a GPU's fastest kernels take them; a CPU gains nothing and would hold them twice."""
+    if torch.cuda.is_available():
+        component.to(memory_format=torch.channels_last)
+
+
 # Copied from train_full.fingerprint_components
 def fingerprint_components(accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> dict[str, str]:
     """The hashes of the base model's weights, computed once for all processes."""
@@ -998,7 +1006,7 @@ def build_loss(args: argparse.Namespace, pipeline: StableDiffusionPipeline, stre
     for component in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         component.requires_grad_(False).to(dtype=frozen_dtype)
     for component in (pipeline.unet, pipeline.vae):
-        component.to(memory_format=torch.channels_last)
+        to_channels_last(component)
     # The low-rank matrices start from random numbers.
     torch.manual_seed(stream_seed(args.seed, "method"))
     apply_method(pipeline.unet, args.method, args.rank, args.lora_alpha, args.lora_dropout)
@@ -1276,8 +1284,7 @@ def make_accelerator(args: argparse.Namespace, output_dir: Path) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
-    if accelerator.device.type == "cuda":
-        allow_tf32(True)
+    allow_tf32(accelerator, True)
     return accelerator
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from common import BASE, phantoms, pipeline_of, result, script_of, train
+from common import BASE, phantoms, pipeline_of, result, script_of, train, trained_weights
 from test_methods import make_stream
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -150,7 +150,7 @@ def test_two_processes_share_the_encoding(tmp_path, monkeypatch):
     encoded = {0: [], 1: []}
 
     def process(rank, other=lambda: None):
-        fake = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=other)
+        fake = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=other, device=torch.device("cpu"))
         return filled(fake, tmp_path, encoded[rank])
 
     # The second one begins as early as the first, and ends while the first waits for it.
@@ -263,6 +263,17 @@ def test_the_step_reads_nothing_from_the_device_but_at_logging_steps(row, tmp_pa
     train(row, tmp_path / "run", *flags, "--logging_steps=3", steps=9)
     # The loader draws a seed of its own, on the CPU.
     assert readings.count == 1 + 3
+
+
+@pytest.mark.parametrize("row", ["unet", "unet_vae"])
+def test_resuming_is_bit_identical_in_the_layout_of_gpus(row, tmp_path, monkeypatch):
+    """Fused AdamW goes through weights and moments as they lie in memory, which a checkpoint's file does not keep."""
+    monkeypatch.setattr(train_full, "to_channels_last", lambda component: component.to(memory_format=torch.channels_last))
+    options = ["--checkpointing_steps=2", "--unet_lr=1e-3"]
+    train(row, tmp_path / "whole", *options, steps=4)
+    train(row, tmp_path / "resumed", *options, f"--resume_from_checkpoint={tmp_path / 'whole' / 'checkpoint-2'}", steps=4)
+    whole, resumed = trained_weights(row, tmp_path / "whole"), trained_weights(row, tmp_path / "resumed")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_compiling_sees_one_shape_of_batch(tmp_path, monkeypatch):
