@@ -28,7 +28,8 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,6 +83,11 @@ SCHEDULERS = {
     "unipc": (UniPCMultistepScheduler, {}),
 }
 CONTACT_SHEET_IMAGES = 32
+# --batch_size auto: at most what a kill may cost on a GPU, and on a CPU as many pixels as make eight images of 256x256.
+MAX_BATCH_SIZE = 64
+CPU_BATCH_PIXELS = 8 * 256**2
+# Images that the VAE decodes at once; each takes more memory there than in the U-Net.
+DECODED_TOGETHER = 4
 
 
 # Copied from train_full.BadImage
@@ -176,13 +182,17 @@ def non_negative(text: str) -> float:
     return value
 
 
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive_int(text)
+
+
 # fmt: off
 def add_pipeline_arguments(parser):
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, help="run folder of a training script, or folder or hub id of a Stable Diffusion pipeline")
     group.add_argument("--base_model", help="base model of an adapter (default: the one it was trained on)")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="type of the weights (default: fp16 on a GPU, float32 on a CPU)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
+    group.add_argument("--compile", action="store_true", help="torch.compile the U-Net: the first batch takes minutes, later ones less")
 
 
 def add_prompt_arguments(parser):
@@ -203,7 +213,7 @@ def add_sampling_arguments(parser):
     group.add_argument("--guidance_scale", type=non_negative, default=7.5, help="classifier-free guidance; 1 or less turns it off")
     group.add_argument("--scheduler", choices=SCHEDULERS, help="sampler (default: the pipeline's own)")
     group.add_argument("--resolution", type=positive_int, help="side of the images in pixels (default: the run's own, else the U-Net's)")
-    group.add_argument("--batch_size", type=positive_int, default=8, help="images per process and forward pass")
+    group.add_argument("--batch_size", type=batch_size, default="auto", help=f"images per process and forward pass; auto: on a GPU the most that fit, up to {MAX_BATCH_SIZE}, on a CPU about {CPU_BATCH_PIXELS:,} pixels")
     group.add_argument("--seed", type=whole_number, default=0, help="an image is a function of this, its prompt and its index")
     group.add_argument("--output_dir", help="image folder (default: samples/ and the model's name)")
 # fmt: on
@@ -518,16 +528,22 @@ def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffu
     return pipeline
 
 
+# Copied from train_full.to_channels_last
+def to_channels_last(component: torch.nn.Module) -> None:
+    """Lays the weights of convolutions out as a GPU's fastest kernels take them; a CPU gains nothing and would hold them twice."""
+    if torch.cuda.is_available():
+        component.to(memory_format=torch.channels_last)
+
+
 def set_up_pipeline(args: argparse.Namespace, pipeline: StableDiffusionPipeline, device: torch.device) -> None:
-    """Sampler, type, device and compilation, as the flags ask."""
+    """Sampler, type and device, as the flags ask."""
     if args.scheduler:
         scheduler, options = SCHEDULERS[args.scheduler]
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
     precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     pipeline.to(device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
-    pipeline.set_progress_bar_config(disable=True)
-    if args.compile:
-        pipeline.unet.compile()
+    for component in (pipeline.unet, pipeline.vae):
+        to_channels_last(component)
 
 
 @torch.no_grad()
@@ -541,20 +557,54 @@ def embed_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def sample_batch(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddings: dict, batch: pd.DataFrame, resolution: int) -> list[Image.Image]:
-    """Images of a batch of rows; the noise of each is drawn for itself, so they do not depend on the batch."""
-    shape = (pipeline.unet.config.in_channels, resolution // pipeline.vae_scale_factor, resolution // pipeline.vae_scale_factor)
+@torch.no_grad()
+def denoise(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddings: dict, batch: pd.DataFrame, resolution: int, steps: int) -> torch.Tensor:
+    """Latents of a batch of rows, (B, C, h, w); the noise of each is drawn for itself, so they do not depend on the batch.
+
+    The loop of StableDiffusionPipeline, but the schedulers look at timesteps on the CPU and so never wait for a GPU.
+    """
+    scheduler, side = pipeline.scheduler, resolution // pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, side, side)
     latents = torch.stack([
         torch.randn(shape, generator=torch.Generator().manual_seed(stream_seed(args.seed, prompt, index)))
         for prompt, index in zip(batch["prompt"], batch["index"])
     ])  # fmt: skip
-    return pipeline(
-        prompt_embeds=torch.stack([embeddings[prompt] for prompt in batch["prompt"]]),
-        negative_prompt_embeds=torch.stack([embeddings[""]] * len(batch)),
-        latents=latents.to(pipeline.device, pipeline.dtype),
-        height=resolution, width=resolution,
-        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-    ).images  # fmt: skip
+    latents = latents.to(pipeline.device, pipeline.dtype) * scheduler.init_noise_sigma
+    encoder_hidden_states = torch.stack([embeddings[prompt] for prompt in batch["prompt"]])
+    guided = args.guidance_scale > 1
+    if guided:
+        encoder_hidden_states = torch.cat([torch.stack([embeddings[""]] * len(batch)), encoder_hidden_states])
+    scheduler.set_timesteps(steps)
+    for timestep, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(pipeline.device)):
+        model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        model_pred = pipeline.unet(model_input, on_device, encoder_hidden_states).sample
+        if guided:
+            unconditional, conditional = model_pred.chunk(2)
+            model_pred = unconditional + args.guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(model_pred, timestep, latents).prev_sample
+    return latents
+
+
+@torch.no_grad()
+def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """The images of latents, uint8 (B, H, W, 3)."""
+    latents = latents / pipeline.vae.config.scaling_factor
+    images = torch.cat([pipeline.vae.decode(part).sample for part in latents.split(DECODED_TOGETHER)])
+    return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def find_batch_size(args, pipeline, embeddings, rows: pd.DataFrame, resolution: int) -> int:
+    """The largest batch that fits a GPU, from the peak memory of one image and of two; on a CPU one of a fixed size in pixels."""
+    if pipeline.device.type != "cuda":
+        return max(1, min(CPU_BATCH_PIXELS // resolution**2, MAX_BATCH_SIZE, len(rows)))
+    peaks = []
+    for size in (1, 2):
+        torch.cuda.reset_peak_memory_stats()
+        decode(pipeline, denoise(args, pipeline, embeddings, rows.iloc[[0] * size], resolution, steps=2))
+        peaks.append(torch.cuda.max_memory_allocated())
+    # What is held back is for fragments; where it is not enough, `sample` halves the batch.
+    usable = 0.85 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+    return max(1, min(1 + int((usable - peaks[0]) / max(peaks[1] - peaks[0], 1)), MAX_BATCH_SIZE, len(rows)))
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -566,17 +616,50 @@ def save_image(image: Image.Image, path: Path) -> None:
     os.replace(part, path)
 
 
+def save_images(images: torch.Tensor, ready: "torch.cuda.Event | None", paths: list[Path]) -> int:
+    """Writes a batch of images, uint8 (B, H, W, 3), as soon as the GPU has delivered it; returns how many."""
+    if ready:
+        ready.synchronize()
+    for image, path in zip(images.numpy(), paths):
+        save_image(Image.fromarray(image), path)
+    return len(paths)
+
+
 def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, output_dir: Path, state: PartialState) -> None:
-    """Samples this process's share of what is left to do."""
+    """Samples this process's share of what is left to do; a batch is written while the next one is drawn."""
     mine = todo.iloc[state.process_index :: state.num_processes]
-    with tqdm(total=len(todo), desc="sampling", unit="image", disable=not state.is_main_process) as progress:
-        for start in range(0, len(mine), args.batch_size):
-            batch = mine.iloc[start : start + args.batch_size]
-            images = sample_batch(args, pipeline, embeddings, batch, resolution)
-            for image, file_name in zip(images, batch["file_name"]):
-                save_image(image, output_dir / file_name)
-            # The main process counts for all, which are at about the same place.
-            progress.update(min(len(batch) * state.num_processes, len(todo) - progress.n))
+    size = args.batch_size if args.batch_size != "auto" else find_batch_size(args, pipeline, embeddings, mine, resolution) if len(mine) else 1
+    if args.compile:
+        pipeline.unet.compile(dynamic=False)
+    done, writing = 0, deque()
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(todo), desc="sampling", unit="image", disable=not state.is_main_process) as progress:
+        while done < len(mine) or writing:
+            # Two batches at most wait to be written, and what went wrong with one is raised here.
+            if len(writing) > 2 or done == len(mine):
+                # The main process counts for all, which are at about the same place.
+                progress.update(min(writing.popleft().result() * state.num_processes, len(todo) - progress.n))
+                progress.set_postfix_str(f"{size} at once")
+                continue
+            batch = mine.iloc[done : done + size]
+            # A compiled U-Net is compiled anew for each size, so the last batch is filled up.
+            filled = batch.iloc[list(range(len(batch))) + [0] * (size - len(batch) if args.compile else 0)]
+            try:
+                images = decode(pipeline, denoise(args, pipeline, embeddings, filled, resolution, args.num_inference_steps))
+            except torch.OutOfMemoryError:
+                images = None
+            if images is None:
+                if args.batch_size != "auto" or size == 1:
+                    fail(f"{size} images of {resolution}x{resolution} do not fit into the GPU's memory; pass a smaller --batch_size or --resolution")
+                size //= 2
+                torch.cuda.empty_cache()
+                continue
+            # Copied into pinned memory without waiting: the GPU goes on with the next batch.
+            images, ready = images[: len(batch)].to("cpu", non_blocking=True), None
+            if pipeline.device.type == "cuda":
+                ready = torch.cuda.Event()
+                ready.record()
+            writing.append(pool.submit(save_images, images, ready, [output_dir / name for name in batch["file_name"]]))
+            done += len(batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

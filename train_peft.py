@@ -34,6 +34,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,8 @@ TOLD_SETTINGS = [
 STOPPED = 75
 # Copied from train_full.MAX_CACHED_CAPTIONS
 MAX_CACHED_CAPTIONS = 4096
+# Copied from train_full.CACHE_FILE_ROWS
+CACHE_FILE_ROWS = 256
 # The projections of every attention layer, as the paper's authors had them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # The last linear layer of each residual branch of a transformer block: attn1 and attn2, and the feed-forward network.
@@ -257,7 +260,7 @@ def add_model_arguments(parser):
     group.add_argument("--variant", help="variant of the weight files, such as fp16")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type; what trains stays float32 (default: accelerate's configuration)")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute the U-Net's and VAE's activations in the backward pass: less memory, slower")
-    group.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
+    group.add_argument("--compile", action="store_true", help="torch.compile the U-Net, for each shape by itself: the first step takes minutes, later ones less")
     group.add_argument("--snr_gamma", type=non_negative, help="min-SNR loss weighting, arXiv 2303.09556; 5 is usual (default: off)")
     group.add_argument("--noise_offset", type=non_negative, default=0.0, help="standard deviation of an extra noise constant over each channel; 0 turns it off")
 
@@ -725,7 +728,7 @@ class SampleStream(torch.utils.data.Dataset):
             sample["skipped"] = -1 if i == wanted else wanted
             sample["pixel_values"] = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
         if self.text_embeddings is not None:
-            sample["encoder_hidden_states"] = self.text_embeddings[caption]
+            sample["encoder_hidden_states"] = torch.from_numpy(np.array(self.text_embeddings[caption]))
         else:
             sample["input_ids"] = self.input_ids[caption]
         return sample
@@ -739,74 +742,134 @@ def rank_batches(first_sample: int, num_batches: int, batch_size: int, rank: int
         yield list(range(start, start + batch_size))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: what is computed once
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_full.image_key
+def image_key(image: "str | DatasetImage") -> str:
+    """What is known of an image without decoding it: the hash of its path, size and time, or of its bytes."""
+    if isinstance(image, str):
+        stat = os.stat(image)
+        return hashlib.sha256(f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    return hashlib.sha256(image.open().getvalue()).hexdigest()[:32]
+
+
+# Copied from train_full.allow_tf32
+def allow_tf32(accelerator: Accelerator, allowed: bool) -> None:
+    """On GPUs, lets products and convolutions of float32 round their factors to 10 bits, which is some times faster."""
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+# Copied from train_full.seal_of
+def seal_of(path: Path, keys: list[str]) -> str:
+    """SHA-256 over a cache file's bytes and the keys of its rows."""
+    digest = hashlib.sha256("".join(keys).encode())
+    digest.update(np.memmap(path, np.uint8, "r"))
+    return digest.hexdigest()
+
+
+# Copied from train_full.is_whole
+def is_whole(path: Path) -> bool:
+    """Whether a cache file is as it was written, by the seal in the JSON beside it."""
+    try:
+        index = json.loads(path.with_suffix(".json").read_text())
+        return index["seal"] == seal_of(path, index["keys"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+# Copied from train_full.read_cache
+def read_cache(accelerator: Accelerator, folder: Path) -> dict[str, np.ndarray]:
+    """The memory-mapped rows of a cache by key; files that are cut short or changed since they were written are deleted."""
+    names = broadcast_object_list([sorted(path.name for path in folder.glob("*.npy"))])[0]
+    # Checking reads all bytes, so the processes share it.
+    mine = names[accelerator.process_index :: accelerator.num_processes]
+    damaged = set(gather_object([name for name in mine if not is_whole(folder / name)]))
+    rows = {}
+    for name in names:
+        path = folder / name
+        if name not in damaged:
+            rows |= zip(json.loads(path.with_suffix(".json").read_text())["keys"], np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)))
+        elif accelerator.is_main_process:
+            print(f"{path}: damaged, computed again", file=sys.stderr)
+            path.unlink(missing_ok=True)
+    return rows
+
+
+# Copied from train_full.write_cache_file
+def write_cache_file(folder: Path, keys: list[str], rows: np.ndarray) -> None:
+    """Adds a file to a cache: a name that no other has, the seal first, since a file without one counts as damaged."""
+    name = uuid.uuid4().hex
+    part = folder / f"{name}.part"
+    with part.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
+    write_text(folder / f"{name}.json", json.dumps({"seal": seal_of(part, keys), "keys": keys}))
+    os.replace(part, folder / f"{name}.npy")
+
+
+# Copied from train_full.cache_rows
+def cache_rows(accelerator: Accelerator, folder: Path, keys: list[str], encode, dtype: type, unit: str) -> list[np.ndarray]:
+    """The row of each key from the cache in `folder`, memory-mapped; all processes together encode what is not there yet.
+
+    `encode(positions)` yields the rows at these positions of `keys`, in float32. Runs that need some of the same rows share
+    them, whatever tables they come from; runs that start at once may compute a row twice.
+    """
+    rows = read_cache(accelerator, folder)
+    missing = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in rows]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.part"):
+            if accelerator.is_main_process and time.time() - stale.stat().st_mtime > 3600:
+                stale.unlink(missing_ok=True)
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        progress = tqdm(total=len(mine), desc=f"encoding {unit}s", unit=unit, leave=False, disable=not accelerator.is_main_process)
+        allow_tf32(accelerator, False)
+        with progress:
+            encoded = encode(mine)
+            for start in range(0, len(mine), CACHE_FILE_ROWS):
+                part = []
+                for row in itertools.islice(encoded, CACHE_FILE_ROWS):
+                    part.append(row.astype(dtype))
+                    progress.update()
+                write_cache_file(folder, [keys[i] for i in mine[start : start + CACHE_FILE_ROWS]], np.stack(part))
+        allow_tf32(accelerator, True)
+        accelerator.wait_for_everyone()
+        rows = read_cache(accelerator, folder)
+    return [rows[key] for key in keys]
+
+
 # Copied from train_full.encode_images
 @torch.no_grad()
-def encode_images(accelerator: Accelerator, vae, images: list, resolution: int, resize_mode: str, moments: np.ndarray) -> None:
-    """Fills this process's rows of `moments`, (n, 2C, h, w), in float32 before they are rounded to the array's type."""
-    vae.to(accelerator.device, torch.float32)
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    progress = tqdm(total=len(mine), desc="encoding images", unit="image", leave=False, disable=not accelerator.is_main_process)
+def encode_images(vae, images: list, device: torch.device, resolution: int, resize_mode: str, positions: list[int]):
+    """Yields the VAE's moments of the images at some positions, (2C, h, w), in float32."""
+    vae.to(device, torch.float32)
     # One image at a time, since at 512x512 the encoder fills a device by itself; few decoded ahead, since all would not fit.
-    with ThreadPoolExecutor(4) as pool, progress:
-        for start in range(0, len(mine), 64):
-            window = mine[start : start + 64]
-            for i, image in zip(window, pool.map(lambda i: load_image(images[i], resolution, resize_mode), window)):
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(positions), 64):
+            for image in pool.map(lambda i: load_image(images[i], resolution, resize_mode), positions[start : start + 64]):
                 pixel_values = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
-                moments[i] = encode_moments(vae, pixel_values[None].to(accelerator.device))[0].cpu().numpy()
-                progress.update()
-    moments.flush()
+                yield encode_moments(vae, pixel_values[None].to(device))[0].cpu().numpy()
 
 
-# Copied from train_full.cache_latents
-def cache_latents(accelerator: Accelerator, vae, images: list, resolution: int, resize_mode: str, key: str, directory: Path) -> np.ndarray:
-    """The VAE's moments of every image, (n, 2C, h, w) in fp16 and memory-mapped, encoded once in fp32 by all processes.
-
-    The file is named by what determines it: the VAE (`key`), the geometry, and each image's path, size and time, or its bytes.
-    Moments rather than samples are kept, so each step still draws a fresh latent.
-    """
-    digest = hashlib.sha256(f"{key}/{resolution}/{resize_mode}".encode())
-    for image in images:
-        if isinstance(image, str):
-            stat = os.stat(image)
-            digest.update(f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode())
-        else:
-            digest.update(image.open().getvalue())
-    path = directory / f"{digest.hexdigest()[:32]}.npy"
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    shape = (len(images), 2 * vae.config.latent_channels, resolution // factor, resolution // factor)
-    # One decision for all processes, or those that still see no file would wait for the others for ever.
-    if not broadcast_object_list([path.exists()])[0]:
-        part = broadcast_object_list([str(path.with_suffix(f".{os.getpid()}.part"))])[0]
-        if accelerator.is_main_process:
-            directory.mkdir(parents=True, exist_ok=True)
-            for stale in directory.glob(f"{path.stem}.*.part"):
-                if time.time() - stale.stat().st_mtime > 3600:
-                    stale.unlink()
-            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
-        accelerator.wait_for_everyone()
-        try:
-            encode_images(accelerator, vae, images, resolution, resize_mode, np.lib.format.open_memmap(part, "r+"))
-        except BadImage:
-            Path(part).unlink(missing_ok=True)
-            raise
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            os.replace(part, path)
-        accelerator.wait_for_everyone()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-# Copied from train_full.embed_captions
+# Copied from train_full.encode_captions
 @torch.no_grad()
-def embed_captions(accelerator: Accelerator, text_encoder, input_ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings of all captions, (n, 77, D) in fp32 on the CPU; like the pipeline, without an attention mask."""
-    text_encoder.to(accelerator.device, torch.float32)
-    return torch.cat([text_encoder(ids.to(accelerator.device))[0].cpu() for ids in input_ids.split(64)])
+def encode_captions(text_encoder, input_ids: torch.Tensor, device: torch.device, positions: list[int]):
+    """Yields the embeddings of the captions at some positions, (77, D), in float32; like the pipeline, without a mask."""
+    text_encoder.to(device, torch.float32)
+    for ids in input_ids[positions].split(64):
+        yield from text_encoder(ids.to(device))[0].cpu().numpy()
 
 
 # Copied from train_full.prepare_streams
-def prepare_streams(args, accelerator, pipeline, data, vae_hash, output_dir, use_pixels, use_moments, use_embeddings):
-    """The training and held-out streams with all that can be cached, and a line on each cache for the plan."""
+def prepare_streams(args, accelerator, pipeline, data, hashes, output_dir, use_pixels, use_moments, use_embeddings):
+    """The training and held-out streams with all that can be cached, and a line on each cache for the plan.
+
+    A model whose outputs are cached leaves the device, and the memory as well where no pictures will be drawn with it.
+    """
     captions = sorted({*data.train["prompt"], *data.heldout["prompt"]}) + [""]
     codes = {caption: code for code, caption in enumerate(captions)}
     tokenizer = pipeline.tokenizer
@@ -815,27 +878,33 @@ def prepare_streams(args, accelerator, pipeline, data, vae_hash, output_dir, use
     if cut:
         data.notes.append(f"{cut:,} of {len(captions) - 1:,} captions are cut at {length} tokens")
     input_ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    text_embeddings, cached = None, []
-    if use_embeddings and len(captions) <= MAX_CACHED_CAPTIONS:
-        text_embeddings = embed_captions(accelerator, pipeline.text_encoder, input_ids)
-        pipeline.text_encoder.to("cpu")
-        cached.append(f"embeddings of {len(captions):,} captions")
+    text_embeddings, moments, cached = None, None, []
     cache_dir = Path(args.latent_cache_dir or output_dir.parent / "latent_cache")
-    use_moments = use_moments and args.latent_cache_dir != "none"
-    side = args.resolution // pipeline.vae_scale_factor
-    streams = []
-    for table, heldout in ((data.train, False), (data.heldout, True)):
-        images, moments = list(table["image"]), None
-        if use_moments and images:
-            moments = cache_latents(accelerator, pipeline.vae, images, args.resolution, args.resize_mode, vae_hash, cache_dir)
-            pipeline.vae.to("cpu")
-        streams.append(SampleStream(
-            images, [codes[prompt] for prompt in table["prompt"]], (pipeline.vae.config.latent_channels, side, side),
-            pipeline.scheduler.config.num_train_timesteps, args.seed, args.resolution, args.resize_mode, input_ids,
-            text_embeddings, moments, use_pixels, 0.0 if heldout else args.caption_dropout, 0.0 if heldout else args.noise_offset, heldout,
-        ))  # fmt: skip
-    if use_moments:
+    on_disk = args.latent_cache_dir != "none"
+    idle = "cpu" if args.num_validation_images else "meta"
+    if use_embeddings and len(captions) <= MAX_CACHED_CAPTIONS:
+        encode = functools.partial(encode_captions, pipeline.text_encoder, input_ids, accelerator.device)
+        keys = [hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:32] for ids in input_ids]
+        folder = cache_dir / f"captions-{hashes['text_encoder'][:16]}"
+        text_embeddings = cache_rows(accelerator, folder, keys, encode, np.float32, "caption") if on_disk else list(encode(range(len(keys))))
+        pipeline.text_encoder.to(idle)
+        cached.append(f"embeddings of {len(captions):,} captions")
+    images = [*data.train["image"], *data.heldout["image"]]
+    if use_moments and on_disk:
+        encode = functools.partial(encode_images, pipeline.vae, images, accelerator.device, args.resolution, args.resize_mode)
+        folder = cache_dir / f"latents-{hashes['vae'][:16]}-{args.resolution}-{args.resize_mode}"
+        moments = cache_rows(accelerator, folder, [image_key(image) for image in images], encode, np.float16, "image")
+        pipeline.vae.to("cpu" if use_pixels else idle)
         cached.append(f"{'the anchor of the VAE' if use_pixels else 'latents'} in {cache_dir}")
+    side, count = args.resolution // pipeline.vae_scale_factor, len(data.train)
+    streams = []
+    for table, part, heldout in ((data.train, slice(count), False), (data.heldout, slice(count, None), True)):
+        streams.append(SampleStream(
+            images[part], [codes[prompt] for prompt in table["prompt"]], (pipeline.vae.config.latent_channels, side, side),
+            pipeline.scheduler.config.num_train_timesteps, args.seed, args.resolution, args.resize_mode, input_ids,
+            text_embeddings, moments and moments[part], use_pixels, 0.0 if heldout else args.caption_dropout,
+            0.0 if heldout else args.noise_offset, heldout,
+        ))  # fmt: skip
     return *streams, cached
 
 
@@ -907,6 +976,13 @@ def fingerprint(module: torch.nn.Module) -> str:
         digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# Copied from train_full.to_channels_last
+def to_channels_last(component: torch.nn.Module) -> None:
+    """Lays the weights of convolutions out as a GPU's fastest kernels take them; a CPU gains nothing and would hold them twice."""
+    if torch.cuda.is_available():
+        component.to(memory_format=torch.channels_last)
 
 
 # Copied from train_full.fingerprint_components
@@ -1016,13 +1092,15 @@ def build_loss(args: argparse.Namespace, pipeline: StableDiffusionPipeline, stre
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
     for component in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         component.requires_grad_(False).to(dtype=frozen_dtype)
+    for component in (pipeline.unet, pipeline.vae):
+        to_channels_last(component)
     # The low-rank matrices start from random numbers.
     torch.manual_seed(stream_seed(args.seed, "method"))
     apply_method(pipeline.unet, args.method, args.rank, args.lora_alpha, args.lora_dropout)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     if args.compile:
-        pipeline.unet.compile()
+        pipeline.unet.compile(dynamic=False)
     vae = pipeline.vae if stream.moments is None else None
     text_encoder = pipeline.text_encoder if stream.text_embeddings is None else None
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -1046,14 +1124,14 @@ def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Paramete
 
 # Copied from train_full.make_optimizer
 def make_optimizer(args: argparse.Namespace, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with the recipe's constants, in 8 bits if asked for."""
+    """AdamW with the recipe's constants, fused into one pass over the memory, or in 8 bits if asked for."""
     betas = (args.adam_beta1, args.adam_beta2)
     options = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+    return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **options)
 
 
 # Copied from train_full.run_identity
@@ -1301,6 +1379,10 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
     try:
         optimizer = unflatten(moments | scalars["optimizer"])
         state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+        for parameter, values in state.optimizer.state.items():
+            # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
+            shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == parameter.shape}
+            values.update({name: torch.empty_like(parameter, dtype=value.dtype).copy_(value) for name, value in shaped.items()})
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         fail(f"{checkpoint}: its optimizer does not fit what trains ({error}); resume from another checkpoint")
     # The rate is a function of the step: one step of the schedule from the step before sets it.
@@ -1449,25 +1531,28 @@ def make_accelerator(args: argparse.Namespace, output_dir: Path) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
-    if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    allow_tf32(accelerator, True)
     return accelerator
 
 
 # Copied from train_full.heldout_losses
 @torch.no_grad()
-def heldout_losses(accelerator: Accelerator, model: torch.nn.Module, stream: SampleStream, batch_size: int) -> dict[str, np.ndarray]:
-    """Per-image losses on the held-out images at fixed timesteps and noise, the same on every process."""
+def heldout_losses(accelerator: Accelerator, model: torch.nn.Module, stream: SampleStream, batch_size: int, static: bool) -> dict[str, np.ndarray]:
+    """Per-image losses on the held-out images at fixed timesteps and noise, the same on every process.
+
+    With `static`, the last batch is filled up with its last image, since a compiled U-Net is compiled anew for each size.
+    """
     # Without the wrapper of DDP, whose processes would have to call it equally often.
     model = accelerator.unwrap_model(model)
     model.eval()
     losses = {}
     for start in range(accelerator.process_index * batch_size, len(stream), accelerator.num_processes * batch_size):
-        samples = [stream[n] for n in range(start, min(start + batch_size, len(stream)))]
-        batch = torch.utils.data.default_collate(samples)
+        count = min(batch_size, len(stream) - start)
+        samples = [stream[start + n] for n in range(count)]
+        batch = torch.utils.data.default_collate(samples + samples[-1:] * (batch_size - count if static else 0))
         for name, values in model({k: v.to(accelerator.device) for k, v in batch.items()}).items():
             total = losses.setdefault(name, torch.zeros(len(stream), device=accelerator.device))
-            total[start : start + len(samples)] = values
+            total[start : start + count] = values[:count]
     model.train()
     names = [name for name in ("diffusion", "reconstruction") if any(name in found for found in gather_object([list(losses)]))]
     zeros = torch.zeros(len(stream), device=accelerator.device)
@@ -1529,7 +1614,7 @@ def validate(accelerator, state, pipeline, heldout, prompts, args, output_dir) -
     if state.ema:
         state.ema.store(parameters)
         state.ema.copy_to(parameters)
-    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size) if len(heldout) else {}
+    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size, args.compile) if len(heldout) else {}
     tell_bad_images(accelerator, heldout)
     if prompts and accelerator.is_main_process:
         draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
@@ -1889,7 +1974,7 @@ def main(args: argparse.Namespace) -> None:
 
     totals = {"unet": sum(p.numel() for p in pipeline.unet.parameters())}
     stream, heldout, cached = prepare_streams(
-        args, accelerator, pipeline, data, hashes["vae"], output_dir, use_pixels=False, use_moments=True, use_embeddings=True
+        args, accelerator, pipeline, data, hashes, output_dir, use_pixels=False, use_moments=True, use_embeddings=True
     )
 
     for part in (stream, heldout):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["train_full", "train_peft", "sample", "eval_generation", "eval_downstream", "launch/report"]
+SCRIPTS = ["train_full", "train_peft", "sample", "eval_generation", "eval_downstream", "launch/report", "launch/benchmark"]
 # What each script has of its own under the same name.
 EXEMPT = {"logger", "main", "parse_args", "build_loss", "run_name"}
 MARKER = re.compile(r"# Copied from (\w+)\.(\w+)$")

@@ -37,7 +37,7 @@ DEFAULTS = {
     "train_peft": TRAIN | {"rank": 8, "lora_alpha": 16, "lora_dropout": 0.0, "learning_rate": 1e-4, "save_merged": False},
     "sample": {
         "labels": None, "like_csv": None, "images_per_label": 5000, "num_inference_steps": 50, "guidance_scale": 7.5,
-        "scheduler": None, "resolution": None, "batch_size": 8, "seed": 0, "output_dir": None, "split": "all", "uncertain": "ignore",
+        "scheduler": None, "resolution": None, "batch_size": "auto", "seed": 0, "output_dir": None, "split": "all", "uncertain": "ignore",
     },
     "eval_generation": {
         "synthetic": None, "real_csv": None, "image_root": None, "real_split": "test", "train_csv": None, "train_split": "train",

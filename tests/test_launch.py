@@ -226,7 +226,7 @@ def test_shell_scripts_that_the_readme_names_are_there():
 def test_every_flag_that_the_readme_mentions_exists():
     prose = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     known = {"--fix"}
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("launch/*.py")]:
         known |= set(re.findall(r"""["'](--\w+)["']""", path.read_text()))
     for name in ("accelerate", "torchrun"):
         known |= {option for action in launcher_parser(name)._actions for option in action.option_strings}

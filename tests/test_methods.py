@@ -224,7 +224,7 @@ def test_lora_weights_load_in_a_fresh_process(method, tmp_path, monkeypatch):
     pipelines = []
     load = train_peft.load_base_pipeline
     monkeypatch.setattr(train_peft, "load_base_pipeline", lambda args: pipelines.append(load(args)) or pipelines[-1])
-    train(method, tmp_path / "run", "--rank=4", "--lora_alpha=16", "--learning_rate=1e-2", steps=3)
+    train(method, tmp_path / "run", "--rank=4", "--lora_alpha=16", "--learning_rate=1e-2", "--num_validation_images=1", steps=3)
     images = draw(pipelines[0])
     code = f"""
 import sys; sys.path.insert(0, {str(BASE.parents[2] / "tests")!r})
@@ -248,7 +248,7 @@ def test_merged_pipeline_equals_the_unmerged(method, tmp_path, monkeypatch):
     pipelines = []
     load = train_peft.load_base_pipeline
     monkeypatch.setattr(train_peft, "load_base_pipeline", lambda args: pipelines.append(load(args)) or pipelines[-1])
-    train(method, tmp_path / "run", "--rank=4", "--lora_alpha=16", "--learning_rate=1e-2", "--save_merged", steps=3)
+    train(method, tmp_path / "run", "--rank=4", "--lora_alpha=16", "--learning_rate=1e-2", "--save_merged", "--num_validation_images=1", steps=3)
     unmerged = draw(pipelines[0])
     assert abs(draw(pipeline_of(tmp_path / "run" / "merged")) - unmerged).max() < 1e-5
     assert abs(draw(pipeline_of(BASE)) - unmerged).max() > 1e-2

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import torch
 from common import BASE, PEFT_ROWS, ROOT, launch, phantoms, pipeline_of, train
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import sample
@@ -190,6 +192,68 @@ def test_bad_input(tmp_path, capsys):
     shutil.rmtree(tmp_path / "other")
     (tmp_path / "file").write_text("")
     refused("cannot be written", *LABELS, f"--output_dir={tmp_path / 'file' / 's'}")
+
+
+def test_auto_halves_the_batch_until_it_fits(tmp_path, monkeypatch, capsys):
+    whole = pixels(tmp_path / "whole", run(tmp_path / "whole", *LABELS, "--batch_size=1")["file_name"])
+    sizes, denoise = [], sample.denoise
+
+    def limited(args, pipeline, embeddings, batch, *rest):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return denoise(args, pipeline, embeddings, batch, *rest)
+
+    monkeypatch.setattr(sample, "denoise", limited)
+    table = run(tmp_path / "auto", *LABELS)
+    # Six images are left to draw, so six are tried at first.
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert furthest(whole, pixels(tmp_path / "auto", table["file_name"])) <= 2
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "three", *LABELS, "--batch_size=3")
+    assert ended.value.code == 2 and "3 images of 64x64 do not fit" in capsys.readouterr().err
+
+
+def test_auto_finds_the_size_of_a_batch(monkeypatch):
+    args, rows = sample.parse_args(["--model=x"]), pd.DataFrame({"prompt": ["p"] * 100, "index": range(100)})
+    assert args.batch_size == "auto"
+    on = {name: SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda")}
+    sizes = {side: sample.find_batch_size(args, on["cpu"], {}, rows, side) for side in (64, 256, 512, 1024)}
+    assert sizes == {64: 64, 256: 8, 512: 2, 1024: 1}
+    assert sample.find_batch_size(args, on["cpu"], {}, rows[:5], 64) == 5
+    # A GPU on which a model takes 4 GiB and each image one more.
+    drawn = []
+    monkeypatch.setattr(sample, "denoise", lambda args, pipeline, embeddings, batch, *rest, **options: drawn.append(len(batch)))
+    monkeypatch.setattr(sample, "decode", lambda pipeline, latents: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (4 + drawn[-1]) * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 6 * 2**30)
+    for free, size in ((74, 64), (34, 30), (4, 4), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
+        drawn.clear()
+        assert sample.find_batch_size(args, on["cuda"], {}, rows, 512) == size and drawn == [1, 2]
+
+
+def test_a_compiled_unet_sees_one_size_of_batch(tmp_path, monkeypatch):
+    table = run(tmp_path / "plain", *LABELS, "--batch_size=4")
+    shapes = set()
+    forward = UNet2DConditionModel.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: shapes.add(dynamic))
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda self, x, *rest: shapes.add(x.shape) or forward(self, x, *rest))
+    run(tmp_path / "compiled", *LABELS, "--batch_size=4", "--compile")
+    # Two for each image, with and without the prompt.
+    assert shapes == {False, torch.Size((8, 4, 8, 8))}
+    assert furthest(pixels(tmp_path / "plain", table["file_name"]), pixels(tmp_path / "compiled", table["file_name"])) <= 2
+
+
+def test_an_image_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    def full(image, path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(sample, "save_image", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(tmp_path / "s", *LABELS, "--batch_size=1")
+    assert not (tmp_path / "s" / "metadata.csv").exists()
 
 
 def kill_and_start_again(folder, processes: int, kills: int, seed: int) -> int:
