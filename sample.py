@@ -20,6 +20,7 @@ import argparse
 import errno
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -83,6 +84,8 @@ SCHEDULERS = {
     "unipc": (UniPCMultistepScheduler, {}),
 }
 CONTACT_SHEET_IMAGES = 32
+# tqdm's own, but images a second however slow they are.
+PROGRESS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 # --batch_size auto: at most what a kill may cost on a GPU, and on a CPU as many pixels as make eight images of 256x256.
 MAX_BATCH_SIZE = 64
 CPU_BATCH_PIXELS = 8 * 256**2
@@ -228,6 +231,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [label for label in args.labels or [] if label not in LABELS]
     if unknown:
         parser.error(f"--labels: {unknown[0]!r} is none of {', '.join(LABELS)}")
+    if len(set(args.labels or [])) < len(args.labels or []):
+        parser.error("--labels names a finding twice; name each once, and raise --images_per_label for more of it")
     if args.labels and args.like_csv:
         parser.error("--labels and --like_csv exclude each other; pass one")
     if args.like_csv and not Path(args.like_csv).is_file():
@@ -565,32 +570,34 @@ def denoise(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddi
     """
     scheduler, side = pipeline.scheduler, resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
-    latents = torch.stack([
-        torch.randn(shape, generator=torch.Generator().manual_seed(stream_seed(args.seed, prompt, index)))
-        for prompt, index in zip(batch["prompt"], batch["index"])
-    ])  # fmt: skip
+    generators = [torch.Generator().manual_seed(stream_seed(args.seed, *key)) for key in zip(batch["prompt"], batch["index"])]
+    latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    # Ancestral samplers go on drawing from them.
+    noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    # Of some schedulers the first noise's size is a matter of the steps, so these are set before.
+    scheduler.set_timesteps(steps)
     latents = latents.to(pipeline.device, pipeline.dtype) * scheduler.init_noise_sigma
     encoder_hidden_states = torch.stack([embeddings[prompt] for prompt in batch["prompt"]])
     guided = args.guidance_scale > 1
     if guided:
         encoder_hidden_states = torch.cat([torch.stack([embeddings[""]] * len(batch)), encoder_hidden_states])
-    scheduler.set_timesteps(steps)
     for timestep, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(pipeline.device)):
         model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
         model_pred = pipeline.unet(model_input, on_device, encoder_hidden_states).sample
         if guided:
             unconditional, conditional = model_pred.chunk(2)
             model_pred = unconditional + args.guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(model_pred, timestep, latents).prev_sample
+        latents = scheduler.step(model_pred, timestep, latents, **noise).prev_sample
     return latents
 
 
 @torch.no_grad()
-def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """The images of latents, uint8 (B, H, W, 3)."""
+def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of latents, uint8 (B, H, W, 3), and of each whether all of it is a number, (B,)."""
     latents = latents / pipeline.vae.config.scaling_factor
     images = torch.cat([pipeline.vae.decode(part).sample for part in latents.split(DECODED_TOGETHER)])
-    return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    pixels = (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return pixels, images.isfinite().flatten(1).all(1)
 
 
 def find_batch_size(args, pipeline, embeddings, rows: pd.DataFrame, resolution: int) -> int:
@@ -616,10 +623,13 @@ def save_image(image: Image.Image, path: Path) -> None:
     os.replace(part, path)
 
 
-def save_images(images: torch.Tensor, ready: "torch.cuda.Event | None", paths: list[Path]) -> int:
+def save_images(images: torch.Tensor, finite: torch.Tensor, ready: "torch.cuda.Event | None", paths: list[Path]) -> int:
     """Writes a batch of images, uint8 (B, H, W, 3), as soon as the GPU has delivered it; returns how many."""
     if ready:
         ready.synchronize()
+    if not finite.all():
+        # Such an image would be black, and looked at by nobody.
+        fail(f"{paths[int((~finite).to(torch.int).argmax())]}: not a number in the image; pass --mixed_precision no or bf16, and look at the run's losses")
     for image, path in zip(images.numpy(), paths):
         save_image(Image.fromarray(image), path)
     return len(paths)
@@ -632,7 +642,7 @@ def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, outp
     if args.compile:
         pipeline.unet.compile(dynamic=False)
     done, writing = 0, deque()
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(todo), desc="sampling", unit="image", disable=not state.is_main_process) as progress:
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(todo), desc="sampling", unit="image", bar_format=PROGRESS, disable=not state.is_main_process) as progress:
         while done < len(mine) or writing:
             # Two batches at most wait to be written, and what went wrong with one is raised here.
             if len(writing) > 2 or done == len(mine):
@@ -644,7 +654,7 @@ def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, outp
             # A compiled U-Net is compiled anew for each size, so the last batch is filled up.
             filled = batch.iloc[list(range(len(batch))) + [0] * (size - len(batch) if args.compile else 0)]
             try:
-                images = decode(pipeline, denoise(args, pipeline, embeddings, filled, resolution, args.num_inference_steps))
+                images, finite = decode(pipeline, denoise(args, pipeline, embeddings, filled, resolution, args.num_inference_steps))
             except torch.OutOfMemoryError:
                 images = None
             if images is None:
@@ -654,11 +664,12 @@ def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, outp
                 torch.cuda.empty_cache()
                 continue
             # Copied into pinned memory without waiting: the GPU goes on with the next batch.
-            images, ready = images[: len(batch)].to("cpu", non_blocking=True), None
+            images, finite = (found[: len(batch)].to("cpu", non_blocking=True) for found in (images, finite))
+            ready = None
             if pipeline.device.type == "cuda":
                 ready = torch.cuda.Event()
                 ready.record()
-            writing.append(pool.submit(save_images, images, ready, [output_dir / name for name in batch["file_name"]]))
+            writing.append(pool.submit(save_images, images, finite, ready, [output_dir / name for name in batch["file_name"]]))
             done += len(batch)
 
 
@@ -725,7 +736,7 @@ def main(args: argparse.Namespace) -> None:
     set_up_pipeline(args, pipeline, state.device)
 
     settings = {
-        "model": args.model, "seed": args.seed, "guidance_scale": args.guidance_scale,
+        "model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale,
         "num_inference_steps": args.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__,
         "resolution": resolution, "resize_mode": summary.get("resize_mode", ""),
     }  # fmt: skip

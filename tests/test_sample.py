@@ -17,6 +17,7 @@ import torch
 from common import BASE, PEFT_ROWS, ROOT, launch, phantoms, pipeline_of, train
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample
 
@@ -144,6 +145,42 @@ def test_schedulers_by_name(scheduler, tmp_path):
     assert np.asarray(Image.open(tmp_path / "s" / table["file_name"][0])).std() > 1
 
 
+def test_a_sampler_that_draws_noise_draws_it_per_image(tmp_path):
+    """A base model with an ancestral scheduler of its own: here too an image does not depend on its batch."""
+    shutil.copytree(BASE, tmp_path / "base")
+    index, name = json.loads((BASE / "model_index.json").read_text()), "EulerAncestralDiscreteScheduler"
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    table = run(tmp_path / "a", *LABELS, "--batch_size=6", model=tmp_path / "base")
+    assert set(table["scheduler"]) == {name}
+    # A slash at the end of a folder's name makes it no other model, and the images there are none to make again.
+    run(tmp_path / "a", *LABELS, "--batch_size=1", model=f"{tmp_path / 'base'}/")
+    images = pixels(tmp_path / "a", table["file_name"])
+    run(tmp_path / "b", *LABELS, "--batch_size=1", model=tmp_path / "base")
+    assert furthest(images, pixels(tmp_path / "b", images)) <= 2
+    run(tmp_path / "c", *LABELS, "--seed=1", model=tmp_path / "base")
+    assert furthest(images, pixels(tmp_path / "c", images)) > 10
+
+
+def test_reduced_precision_draws_nearly_the_same(tmp_path):
+    table = run(tmp_path / "full", *LABELS)
+    images = pixels(tmp_path / "full", table["file_name"])
+    run(tmp_path / "bf16", *LABELS, "--mixed_precision=bf16")
+    halves = pixels(tmp_path / "bf16", images)
+    assert 0 < np.mean([abs(halves[name] - image).mean() for name, image in images.items()]) < 8
+
+
+def test_what_is_not_a_number_is_no_image(tmp_path, capsys):
+    shutil.copytree(BASE, tmp_path / "base")
+    path = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"decoder.conv_out.weight": weights["decoder.conv_out.weight"].float().sign() * 3e38}, path)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "s", *LABELS, model=tmp_path / "base")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "edema/000000.png: not a number in the image; pass --mixed_precision" in error
+    assert not list((tmp_path / "s").rglob("*.png")) and not (tmp_path / "s" / "metadata.csv").exists()
+
+
 def test_samples_are_those_of_a_plain_pipeline(tmp_path):
     """The same latents through diffusers' own call give the same image."""
     table = run(tmp_path / "s", "--labels", "Edema", "--images_per_label=1")
@@ -163,6 +200,7 @@ def test_bad_input(tmp_path, capsys):
             assert not (tmp_path / folder).exists()
 
     refused("'Oedema' is none of", "--labels", "Oedema")
+    refused("names a finding twice", "--labels", "Edema", "Edema")
     refused("no such file", "--like_csv", "absent.csv")
     refused("multiples of 8", "--resolution=60")
     (tmp_path / "empty").mkdir()
