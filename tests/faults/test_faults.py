@@ -153,6 +153,8 @@ def test_the_cluster_job_passes_the_signal_on_and_queues_up_again(tmp_path):
     stubs, tree = tmp_path / "stubs", tmp_path / "tree"
     stubs.mkdir()
     shutil.copytree(ROOT / "launch", tree / "launch", ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    (tree / "CheXpert-v1.0").mkdir()
+    (tree / "CheXpert-v1.0" / "train.csv").touch()
     answer = "import pathlib, signal, sys, time\nrecord = pathlib.Path({!r})\ndef saved(*_):\n    record.write_text('saved')\n    sys.exit(75)\nsignal.signal(signal.SIGUSR1, saved)\nrecord.write_text('started')\ntime.sleep(300)\n"
     (tmp_path / "train.py").write_text(answer.format(str(tmp_path / "record")))
     # Like the launcher, a process in between that does not know the signal.
@@ -275,8 +277,10 @@ def test_a_full_disk_ends_with_a_sentence_and_the_checkpoint_before_it(tmp_path,
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_disk_that_fails_while_the_results_are_saved(number, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(number, os.strerror(number), str(tmp_path / "run" / "README.md"))
+    def full(path, text, write_text=train_peft.write_text):
+        if path.name == "README.md":
+            raise OSError(number, os.strerror(number), str(path))
+        write_text(path, text)
 
     monkeypatch.setattr(train_peft, "write_text", full)
     sentence = refused("bitfit", tmp_path / "run", "--checkpointing_steps=1", capsys=capsys)
