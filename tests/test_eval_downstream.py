@@ -494,7 +494,7 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
     refused("cannot be read", f"--classifier={tmp_path / 'empty'}")
     for key in ("labels", "thresholds", "split"):
         (classifier / "classifier.json").write_text(json.dumps({k: v for k, v in spec.items() if k != key}))
-        refused(f"no {key}; save the classifier anew", f"--classifier={classifier}")
+        refused(f"{key!r} is missing or not as these scripts write it; save the classifier anew", f"--classifier={classifier}")
     (classifier / "classifier.json").write_text(json.dumps(spec | {"labels": spec["labels"][:3], "thresholds": {}}))
     refused("does not match classifier.json", f"--classifier={classifier}")
     (classifier / "classifier.json").write_text(json.dumps(spec))
