@@ -588,9 +588,13 @@ def test_networks_that_cannot_be_used(tmp_path, xrv_file, classifier, refused):
     dead = {name: torch.zeros_like(tensor) for name, tensor in load_file(xrv_file).items()}
     save_file(dead, tmp_path / "zero.safetensors")
     refused("its features are all zero or not finite", f"--features={tmp_path / 'zero.safetensors'}", "--max_per_label=2")
+    # Weights that are numbers, whose sum over an image is none.
+    dead["features.norm5.bias"] += 3e38
+    save_file(dead, tmp_path / "endless.safetensors")
+    refused("its features are all zero or not finite", f"--features={tmp_path / 'endless.safetensors'}", "--max_per_label=2")
     dead["features.conv0.weight"] += torch.nan
     save_file(dead, tmp_path / "nan.safetensors")
-    refused("its features are all zero or not finite", f"--features={tmp_path / 'nan.safetensors'}", "--max_per_label=2")
+    refused("DenseNet-121 (weights that are not finite)", f"--features={tmp_path / 'nan.safetensors'}")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     refused("not a safetensors file of torchxrayvision's DenseNet-121", f"--features={tmp_path / 'other.safetensors'}")
     torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.pt")
@@ -601,7 +605,7 @@ def test_networks_that_cannot_be_used(tmp_path, xrv_file, classifier, refused):
         spec = json.loads((folder / "classifier.json").read_text())
         del spec[key]
         (folder / "classifier.json").write_text(json.dumps(spec))
-        refused(f"no {key}", f"--classifier={folder}")
+        refused(f"{key!r} is missing or not as", f"--classifier={folder}")
     refused("classifier.json: cannot be read", f"--classifier={tmp_path}")
 
 
