@@ -613,6 +613,7 @@ class Comparison:
     figures: dict[str, dict]  # row of results by strategy, the best first
     digits: int
     base: dict | None = None
+    gains: dict[str, dict] = field(default_factory=dict)  # difference to the base model by strategy, where it was taken
     chance: float | None = None
     reason: str = ""  # why nothing is compared
 
@@ -646,7 +647,9 @@ class Comparison:
 
     @property
     def beat_base(self) -> list[str]:
-        return [row for row, figure in self.figures.items() if self.base and self.better(figure, self.base)]
+        """By the interval of the difference where there is one, else by the two intervals."""
+        better = {row: self.gains[row]["low"] > 0 if row in self.gains else self.better(self.figures[row], self.base) for row in self.figures if self.base}
+        return [row for row in better if better[row]]
 
     @property
     def above_chance(self) -> list[str]:
@@ -683,6 +686,8 @@ def compare(
     base, first = getattr(study, part)["base"], next(iter(found.values()))
     if has_interval(base.get(metric, label)) and all(identity(base)[what] == identity(first)[what] for what in needs):
         comparison.base = base.get(metric, label)
+    gains = {row: result.get(f"{metric}_gain", label) for row, result in found.items()}
+    comparison.gains = {row: gain for row, gain in gains.items() if has_interval(gain)}
     return comparison
 
 
@@ -968,8 +973,9 @@ def fid_cell(study: Study, row: str, base: dict | None) -> Cell:
     """FID, grey where it is not lower than the base model's beyond the intervals; reaching real images' own is good."""
     results = study.evaluations[row]
     cell = number_cell(results.get("fid"), 2, why=results.why_not("fid") if results.there else "")
-    figure, half, floor = (results.get(name) for name in ("fid", "fid_half_n", "fid_real_halves_half_n"))
-    if row != "base" and base and has_interval(figure) and figure["high"] >= base["low"]:
+    figure, gain, half, floor = (results.get(name) for name in ("fid", "fid_gain", "fid_half_n", "fid_real_halves_half_n"))
+    apart = gain["low"] > 0 if has_interval(gain) else bool(base) and has_interval(figure) and figure["high"] < base["low"]
+    if row != "base" and base and has_interval(figure) and not apart:
         cell.grey, cell.flags = True, ["no lower than the base model"]
     if has_interval(half) and has_interval(floor) and half["low"] <= floor["high"]:
         cell.flags.append("as low as real images")
@@ -1047,7 +1053,7 @@ def table_3(study: Study) -> Table:
         ["#", "images", "n", "FID ↓", "FID at half of n", "Vendi ↑", *(f"{ABBREVIATIONS.get(label, label)}, % ↑" for label in labels)], rows,
         "Class consistency: the share of a prompt's images for which the classifier's head fires at 0.5. 95 % intervals below each figure.",
         [
-            "no lower than the base model (grey): the FID is not below the untouched base model's, beyond the intervals.",
+            "no lower than the base model (grey): the FID is not below the untouched base model's, beyond the interval of the difference, which is taken over the same images and so is narrower than the two intervals.",
             "as low as real images: at half of n the FID reaches that of real images against other patients' real images. Nothing can be expected to be lower.",
             ("no more than for other prompts (grey): the head fires no more often for its own prompt than for the others (margin of Table 3b not above 0), as "
             "with a model that ignores its prompt."),

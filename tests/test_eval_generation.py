@@ -391,6 +391,8 @@ def test_everything_is_written_and_the_same_every_time(tmp_path, samples, classi
             assert value(summary, f"fid{suffix}", label) > 0 and value(summary, f"vendi{suffix}", label) >= 1
     # The baseline is the same folder here.
     assert value(summary, "fid") == value(summary, "fid_baseline")
+    gain = next(row for row in summary["results"] if row["metric"] == "fid_gain")
+    assert (gain["value"], gain["low"], gain["high"]) == (0, 0, 0)
     for metric in ("fid_half_n", "kid", "precision", "recall", "density", "coverage", "vendi", "colour_mean", "memorisation_nearer_train"):
         assert value(summary, metric, key="floor") is not None and value(summary, metric, key="n") > 0, metric
     assert len({value(summary, "fid_common_n", label, "n") for label in ("all", *LABELS)}) == 1
@@ -422,6 +424,24 @@ def test_two_processes_say_the_same(tmp_path, samples, classifier, cache):
     for a, b in zip(one["results"], two["results"]):
         assert (a["metric"], a["label"], a["n"]) == (b["metric"], b["label"], b["n"])
         assert a["value"] is b["value"] is None or a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-6), a["metric"]
+
+
+def test_the_gain_over_the_base_model_has_the_interval_of_the_difference():
+    """Sets that began from the same noise vary together, so a gain shows that the two FIDs' intervals would hide."""
+    generator = np.random.default_rng(0)
+    args = evaluation.parse_args(["--synthetic=none", f"--real_csv={__file__}", "--num_subsamples=20"])
+    names = np.array([f"{i:03d}.png" for i in range(300)])
+    real = evaluation.Sample(generator.standard_normal((300, 4)).astype(np.float32), names)
+    # Few of the images are far away, which are in a subset or not.
+    noise = (generator.standard_normal((300, 4)) * np.where(np.arange(300) % 60 == 0, 30, 1)[:, None]).astype(np.float32)
+    base, better = (evaluation.Sample(noise + shift, names) for shift in (np.float32(1.5), np.float32(0.5)))
+    row = evaluation.gain_row(real, better, base, args)
+    assert row["value"] == pytest.approx(evaluation.fid(real.features, base.features) - evaluation.fid(real.features, better.features))
+    fids = {name: evaluation.fid_rows(real, sample, "all", 150, 150, None, args)[0][0] for name, sample in (("base", base), ("better", better))}
+    assert fids["better"]["high"] > fids["base"]["low"] and 0 < row["low"] < row["value"] < row["high"]
+    reverse = evaluation.gain_row(real, base, better, args)
+    assert reverse["value"] == pytest.approx(-row["value"]) and reverse["high"] < 0
+    assert evaluation.gain_row(real, better, evaluation.Sample(base.features[:3], names[:3]), args)["value"] is None
 
 
 @pytest.mark.parametrize("uncertain", ["ignore", "ones"])

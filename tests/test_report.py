@@ -61,6 +61,11 @@ def generation(name, fid=10.0, margin=0.3, auroc=0.8, vendi=3.0, n=2000, real="r
     }  # fmt: skip
 
 
+def with_gain(result: dict, gain: float, half: float) -> dict:
+    """An evaluation that has the FID's difference to the base model's."""
+    return result | {"results": [*result["results"], row("fid_gain", gain, half=half)]}
+
+
 def downstream(auroc=0.7, gain=0.05, note=None, **settings) -> dict:
     """A downstream run whose intervals are auroc ± 0.03 and gain ± 0.02."""
     rows = [row("auroc", auroc, half=0.03, floor=0.5)]
@@ -212,6 +217,15 @@ def test_fid_is_grey_unless_below_the_base_models_interval(three, fid, grey):
     write_study(three, evaluations={"lora": generation("lora", fid)})
     text, style = Page(make(three)[0]).table("FID ↓")["LoRA"]["FID ↓"]
     assert ("grey" in style) == ("no lower than the base model" in text) == grey
+
+
+@pytest.mark.parametrize(("gain", "beats"), [(2.0, True), (1.0, False)])
+def test_the_difference_to_the_base_model_decides_where_it_was_taken(three, gain, beats):
+    """The intervals of 38.5 and 40 overlap; the difference's own, of half width 1, is above 0 or touches it."""
+    write_study(three, evaluations={"lora": with_gain(generation("lora", 38.5), gain, 1.0)})
+    page, markdown, _ = make(three)
+    assert ("grey" in Page(page).table("FID ↓")["LoRA"]["FID ↓"][1]) != beats
+    assert f"; {'all' if beats else 'U-Net and BitFit'} beat the base model (40.00)" in markdown
 
 
 @pytest.mark.parametrize(("fid", "reached"), [(1.5, True), (1.6, False)])

@@ -1,4 +1,5 @@
-"""Says of each fine-tuned model whether it beats the base model beyond the intervals, from the study's own figures:
+"""Says of each fine-tuned model whether it beats the base model beyond the intervals, from the study's own figures (of FID,
+beyond the interval of the difference over the same images):
 
     python launch/demo/gains.py --study demo --methods bitfit lora unet
 """
@@ -7,25 +8,25 @@ import argparse
 import json
 from pathlib import Path
 
-# The figure, its name, its digits, and whether less is better.
+# The figure, its name, its digits, and the row that has the difference to the base model, where there is one.
 FIGURES = {
-    "fid": ("FID", 1, True),
-    "class_consistency": ("class consistency, mean of the labels", 2, False),
-    "class_consistency_auroc": ("AUROC of the prompt's head, mean of the labels", 2, False),
+    "fid": ("FID", 1, "fid_gain"),
+    "class_consistency": ("class consistency, mean of the labels", 2, None),
+    "class_consistency_auroc": ("AUROC of the prompt's head, mean of the labels", 2, None),
 }
 
 
 def read_figures(study: Path, name: str) -> dict[str, dict]:
-    """The row of results of each of FIGURES, over all labels."""
+    """The rows of results over all labels, by metric."""
     summary = json.loads((study / "evaluations" / name / "generation_metrics.json").read_text())
-    return {row["metric"]: row for row in summary["results"] if row["label"] == "all" and row["metric"] in FIGURES}
+    return {row["metric"]: row for row in summary["results"] if row["label"] == "all"}
 
 
-def beats(one: dict, base: dict, less: bool) -> bool:
-    """Whether the two 95 % intervals lie apart, on the right side; without an interval nothing is beaten."""
-    if None in (one["low"], one["high"], base["low"], base["high"]):
-        return False
-    return one["high"] < base["low"] if less else one["low"] > base["high"]
+def beats(one: dict, base: dict, gain: dict | None) -> bool:
+    """Whether the difference's 95 % interval is above 0, or without one the two intervals lie apart; never without an interval."""
+    if gain:
+        return gain["low"] is not None and gain["low"] > 0
+    return None not in (one["low"], base["high"]) and one["low"] > base["high"]
 
 
 def in_words(row: dict, digits: int) -> str:
@@ -45,11 +46,12 @@ def main(args: argparse.Namespace) -> None:
     base, missed = read_figures(args.study, "base"), 0
     for method in args.methods:
         figures = read_figures(args.study, method)
-        for metric, (name, digits, less) in FIGURES.items():
-            beaten = beats(figures[metric], base[metric], less)
+        for metric, (name, digits, difference) in FIGURES.items():
+            gain = figures[difference] if difference else None
+            beaten = beats(figures[metric], base[metric], gain)
             missed += not beaten
-            ours, theirs = (in_words(row, digits) for row in (figures[metric], base[metric]))
-            print(f"{method}: {name} {ours}, base {theirs}: {'better' if beaten else 'NOT better'} beyond the intervals")
+            told = [in_words(figures[metric], digits), f"base {in_words(base[metric], digits)}", *([f"difference {in_words(gain, digits)}"] if gain else [])]
+            print(f"{method}: {name} {', '.join(told)}: {'better' if beaten else 'NOT better'} beyond the intervals")
     if missed:
         print("not every figure gained: train for longer, with STEPS=2000 and another STUDY")
 
