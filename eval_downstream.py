@@ -47,7 +47,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -878,7 +878,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **notes) -> None:
     # Copies, since safetensors refuses tensors that share memory.
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, metadata={"notes": json.dumps({"notes": notes, "sha256": tensors_digest(tensors, notes)})})
+    # Not save_file, which writes to a name of its own that a kill would leave behind.
+    part.write_bytes(save(tensors, {"notes": json.dumps({"notes": notes, "sha256": tensors_digest(tensors, notes)})}))
     os.replace(part, path)
 
 

@@ -17,6 +17,7 @@ an image is kept in --feature_cache_dir by the image's content, so that nothing 
 """
 
 import argparse
+import contextlib
 import datetime
 import errno
 import functools
@@ -50,7 +51,7 @@ from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from safetensors.torch import load_file
 from scipy import linalg, stats
 from scipy.linalg import blas, lapack
@@ -937,10 +938,16 @@ class FeatureStore:
     def add(self, hashes: list[str], arrays: dict[str, np.ndarray]) -> None:
         """Writes beside and renames into place; the name is of the content, so two processes cannot collide."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob("*.part"):
+            # An hour is longer than any file takes that another run may be writing; another may also have taken it away.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - stale.stat().st_mtime > 3600:
+                    stale.unlink()
         path = self.folder / f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()[:32]}.safetensors"
         part = path.with_suffix(f".{os.getpid()}.part")
         rows = np.array([list(bytes.fromhex(key)) for key in hashes], np.uint8)
-        save_file({"hashes": rows, **arrays}, part)
+        # Not save_file, which writes to a name of its own that a kill would leave behind.
+        part.write_bytes(save({"hashes": rows, **arrays}))
         os.replace(part, path)
 
     def get(self, hashes: list[str], name: str) -> np.ndarray:
