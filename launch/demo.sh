@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole study in small, offline, on a CPU: DiffFit, LoRA and the full U-Net on procedural chest phantoms, from the tiny base
+# The whole study in small, offline, on a CPU: LoRA, DoRA and the full U-Net on procedural chest phantoms, from the tiny base
 # in launch/demo/base; samples, Tables 1 to 4, and the report. Run again, it goes on where it was. Flags are passed on to the
 # training scripts; what stands below as ${VARIABLE:-default} can be set from outside.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-export STUDY=${STUDY:-demo} METHODS=${METHODS:-difffit lora unet} MODEL=launch/demo/base
+export STUDY=${STUDY:-demo} METHODS=${METHODS:-lora dora unet} MODEL=launch/demo/base
 STEPS=${STEPS:-500}
 # Larger rates than at full size: the base is small and the runs are short.
 export UNET_LR=${UNET_LR:-1e-3} LORA_LR=${LORA_LR:-5e-3} DORA_LR=${DORA_LR:-5e-3} BITFIT_LR=${BITFIT_LR:-5e-3} DIFFFIT_LR=${DIFFFIT_LR:-5e-3}

@@ -1,7 +1,7 @@
 """Says of each fine-tuned model whether it beats the base model beyond the intervals, from the study's own figures (of FID,
 beyond the interval of the difference over the same images):
 
-    python launch/demo/gains.py --study demo --methods difffit lora unet
+    python launch/demo/gains.py --study demo --methods lora dora unet
 """
 
 import argparse
