@@ -81,7 +81,7 @@ def main() -> None:
         name: source(evaluation, name, args.rows, labels, seed, shift)
         for name, seed, shift in (("real", 1, 0.0), ("synthetic", 2, 0.05), ("train", 3, 0.0))
     }
-    plan = evaluation.Plan(sources, labels, 512, "squash", [], [])
+    plan = evaluation.Plan(sources, labels, 512, "squash", [], [], {})
     flags = ["--synthetic", "none", "--real_csv", __file__, "--train_csv", __file__]
 
     class Network:
