@@ -101,10 +101,11 @@ def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tmp_path):
     whole, tables, seconds = study
     generator, kills = random.Random(0), 0
     env = environment(tmp_path / "killed", **tables)
-    for share in generator.sample([0.1, 0.3, 0.5, 0.25, 0.35], KILLS):
+    for _ in range(KILLS):
         job = subprocess.Popen(sweep(), env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            job.wait(generator.uniform(0.5, 1) * share * seconds)
+            # Far enough for some steps to be done, and all five before the end on a machine that is faster now than it was.
+            job.wait(generator.uniform(0.05, 0.2) * seconds)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
             kills += 1
