@@ -12,10 +12,10 @@ export UNET_LR=${UNET_LR:-1e-3} LORA_LR=${LORA_LR:-5e-3} DORA_LR=${DORA_LR:-5e-3
 # Eight images a step, by two processes where there are two cores.
 export PROCESSES=$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 export RESOLUTION=128 BATCH=$((8 / PROCESSES)) GLOBAL_BATCH=8 MIXED_PRECISION=no
-export SAMPLE_FLAGS=${SAMPLE_FLAGS:---images_per_label 100 --num_inference_steps 10 --scheduler dpmsolver++}
+export SAMPLE_FLAGS=${SAMPLE_FLAGS:---images_per_label 80 --num_inference_steps 10 --scheduler dpmsolver++}
 # The classifier's features, since torchxrayvision's have to be downloaded.
 export EVALUATION_FLAGS=${EVALUATION_FLAGS:---features $STUDY/downstream/real/classifier --num_subsamples 30}
-export DOWNSTREAM_FLAGS=${DOWNSTREAM_FLAGS:---arch resnet18 --weights none --resolution 64 --learning_rate 1e-3 --train_batch_size $((16 / PROCESSES)) --num_train_epochs 8 --num_train_images 300 --patience 0 --num_seeds 1}
+export DOWNSTREAM_FLAGS=${DOWNSTREAM_FLAGS:---arch resnet18 --weights none --resolution 64 --learning_rate 1e-3 --train_batch_size $((16 / PROCESSES)) --num_train_epochs 6 --num_train_images 300 --patience 0 --num_seeds 1}
 export LAUNCH="accelerate launch --quiet --config_file launch/accelerate/cpu.yaml --num_processes $PROCESSES --main_process_port 0"
 ((PROCESSES == 1)) || LAUNCH+=" --multi_gpu"
 
