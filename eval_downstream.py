@@ -28,10 +28,12 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -125,9 +127,12 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
         return text.splitlines()[-1].split("BadImage: ")[-1]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"out of memory ({text[:150]}); {smaller}"
-    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
-    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
+        return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "exited unexpectedly" in text:
+        return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
     if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
     return None
@@ -270,17 +275,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--validation_csv needs --real_csv and --test_csv beside it, since no table is then split")
     for flag in ("real_csv", "validation_csv", "test_csv"):
         value = getattr(args, flag)
-        if value and not Path(value).is_file():
+        if value and not os.path.isfile(value):
             parser.error(f"--{flag} {value}: no such file; pass the path of a CheXpert-style CSV")
-    if not args.real_csv and not args.test_csv and not any(Path(p).is_file() for p in DEFAULT_TABLES):
+    if not args.real_csv and not args.test_csv and not any(map(os.path.isfile, DEFAULT_TABLES)):
         parser.error(f"no table of real images: looked for {' and '.join(DEFAULT_TABLES)} in {Path.cwd()}; pass --real_csv FILE")
-    if args.image_root and not Path(args.image_root).is_dir():
+    if args.image_root and not os.path.isdir(args.image_root):
         parser.error(f"--image_root {args.image_root}: no such folder")
     if args.weights not in ("imagenet", "none"):
         if not args.weights.endswith(".safetensors"):
             convert = "import torch, safetensors.torch as s; s.save_file(torch.load('IN.pth', weights_only=True), 'OUT.safetensors')"
             parser.error(f'--weights {args.weights}: imagenet, none or a .safetensors file; a pickle is converted by: python -c "{convert}"')
-        if not Path(args.weights).is_file():
+        if not os.path.isfile(args.weights):
             parser.error(f"--weights {args.weights}: no such file")
     return args
 
@@ -315,7 +320,7 @@ def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> l
     """
     roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
     for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
-        if (root / Path(*Path(path).parts[skip:])).is_file():
+        if os.path.isfile(root / Path(*Path(path).parts[skip:])):
             return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
     return [str((roots[0] / p).absolute()) for p in paths]
 
@@ -331,7 +336,7 @@ def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
         with warnings.catch_warnings():
             # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False, compression=None)
     except pd.errors.EmptyDataError:
         fail(f"{csv}: the file is empty; an image table needs a header and rows")
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
@@ -374,17 +379,20 @@ def assign_splits(patients: pd.Series, seed: int) -> pd.Series:
 
 def find_synthetic_table(path: str) -> str:
     """The image table of a folder of sample.py, or the table itself; ends with exit status 2 where there is none."""
-    csv = Path(path) / "metadata.csv" if Path(path).is_dir() else Path(path)
-    if not csv.is_file():
-        missing = "no metadata.csv in it; let sample.py finish" if Path(path).is_dir() else "no such folder or CSV"
+    csv = Path(path) / "metadata.csv" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(csv):
+        missing = "no metadata.csv in it; let sample.py finish" if os.path.isdir(path) else "no such folder or CSV"
         fail(f"--synthetic {path}: {missing}")
     return str(csv)
 
 
 def read_geometry(csv: str) -> dict[str, list]:
     """The values of `resize_mode` and `resolution` that a table of sample.py has in its rows, [] for other tables."""
-    columns = pd.read_csv(csv, usecols=lambda name: name in ("resize_mode", "resolution"), dtype=str, keep_default_na=False)
-    return {name: [v for v in columns.get(name, pd.Series(dtype=str)).unique() if v] for name in ("resize_mode", "resolution")}
+    names = ("resize_mode", "resolution")
+    # Read as load_image_table does, which has found the table sound.
+    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True, "index_col": False, "compression": None}
+    columns = pd.read_csv(csv, usecols=lambda name: name in names, **form)
+    return {name: [v for v in columns.get(name, pd.Series(dtype=str)).unique() if v] for name in names}
 
 
 def settle_geometry(recorded: dict[str, list], resolution: int | None, resize_mode: str | None, mixed: bool) -> tuple[int, str]:
@@ -396,7 +404,8 @@ def settle_geometry(recorded: dict[str, list], resolution: int | None, resize_mo
             f"with {resize_mode or 'one of these'}; leave --resize_mode out, or pass --mixed_geometry to compare them all the same"
         )
     unknown = [mode for mode in recorded["resize_mode"] if mode not in ("squash", "pad", "crop")]
-    unknown += [side for side in recorded["resolution"] if not side.isdigit()]
+    # Not str.isdigit, to which "²" is a digit.
+    unknown += [side for side in recorded["resolution"] if not re.fullmatch("[1-9][0-9]{0,4}", side)]
     if unknown:
         way_out = "mend the column or take it out"
         fail(f"--synthetic: its table has the resolution or resize_mode {unknown[0]!r}, which is none of sample.py's; {way_out}")
@@ -456,7 +465,7 @@ def subset(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     return table.sample(n=count, random_state=seed % 2**32) if count < len(table) else table
 
 
-def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
+def load_tables(args: argparse.Namespace, spec: dict, accelerator: Accelerator) -> Tables:
     """Loads the tables, splits by patient and equalises; patients in training and test are counted (none in a split of ours).
 
     `spec` is the classifier.json of --classifier, with which nothing is trained, or {}.
@@ -493,6 +502,16 @@ def load_tables(args: argparse.Namespace, spec: dict) -> Tables:
                 pools[name] = (table, sources[args.validation_csv])
     if args.train_on != "synthetic" and pools and not args.test_csv and split != "test":
         fail(f"--split {split}: these patients are trained on; leave --split out, or pass --test_csv")
+    if args.on_bad_image == "skip":
+        # Before the tables are equalised, so that runs on one or the other still train on as many images.
+        images = list(dict.fromkeys(itertools.chain(test["image"], *(part["image"] for pool in pools.values() for part in pool))))
+        bad = {images[i] for i in check_images(accelerator, images, skip=True)}
+        if bad:
+            left_out["unreadable"] = len(bad)
+        test = test[~test["image"].isin(bad)]
+        pools = {name: tuple(part[~part["image"].isin(bad)] for part in pool) for name, pool in pools.items()}
+        if test.empty:
+            fail(f"{test_csv}: none of the images to test on can be used; see --image_root")
     train, val = equalise(args, pools, left_out)
     if "real" in pools and not args.test_csv:
         assert split != "test" or not {*pools["real"][0]["patient"], *pools["real"][1]["patient"]} & set(test["patient"])
@@ -562,16 +581,19 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
     """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
     try:
         opened = Image.open(image if isinstance(image, str) else image.open())
+        frames = getattr(opened, "n_frames", 1)
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
     if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
-    if getattr(opened, "n_frames", 1) > 1:
-        raise BadImage(f"{image}: {opened.n_frames} frames; a still image is needed")
+    if frames > 1:
+        raise BadImage(f"{image}: {frames} frames; a still image is needed")
     return opened
 
 
@@ -582,7 +604,9 @@ def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -
     try:
         with open_image(image) as opened:
             rgb = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # as in open_image
         raise BadImage(f"{image}: cannot be decoded ({' '.join(str(error).split())})") from None
     if resize_mode == "squash":
         return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
@@ -642,56 +666,90 @@ def to_gray(rgb: np.ndarray, resolution: int) -> np.ndarray:
     return np.asarray(Image.fromarray(gray).resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
+# Copied from train_full.seal_of
+def seal_of(path: Path, keys: list[str]) -> str:
+    """SHA-256 over a cache file's bytes and the keys of its rows."""
+    digest = hashlib.sha256("".join(keys).encode())
+    digest.update(np.memmap(path, np.uint8, "r"))
+    return digest.hexdigest()
+
+
+# Copied from train_full.is_whole
+def is_whole(path: Path) -> bool:
+    """Whether a cache file is as it was written, by the seal in the JSON beside it."""
+    try:
+        index = json.loads(path.with_suffix(".json").read_text())
+        return index["seal"] == seal_of(path, index["keys"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_pixels(path: Path, images: list[str], source_resolution: int, resize_mode: str, resolution: int) -> None:
+    """Decodes images into a cache file, (n, resolution, resolution) uint8; its seal and the size of each go into the JSON beside it."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    index = part.with_suffix(".json.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f"{path.stem}.*.part"):
+            # Left by a process that was killed; another may be at work on the same images.
+            if time.time() - stale.stat().st_mtime > 3600:
+                stale.unlink()
+        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), resolution, resolution))
+        # All its room at once: a disk that is full later would end the process without a word.
+        if hasattr(os, "posix_fallocate"):
+            with part.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    except OSError as error:
+        if part.exists():
+            part.unlink()
+        fail(f"--image_cache_dir {path.parent}: cannot be written ({error.strerror}); pass another, or another --output_dir")
+
+    def decode(i: int) -> str:
+        pixels[i] = to_gray(load_image(images[i], source_resolution, resize_mode), resolution)
+        # Not Image.open: an image that has gone by now is a bad one too.
+        with open_image(images[i]) as opened:
+            return f"{opened.width}x{opened.height}"
+
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sizes = list(tqdm(pool.map(decode, range(len(images))), "decoding images", len(images), unit="image", leave=False))
+        pixels.flush()
+        # First, since a file that does not fit its seal counts as damaged.
+        index.write_text(json.dumps({"seal": seal_of(part, sizes), "keys": sizes}))
+        os.replace(index, path.with_suffix(".json"))
+        os.replace(part, path)
+    except BaseException:
+        for left in (part, index):
+            left.unlink(missing_ok=True)
+        raise
+
+
 def cache_pixels(
-    accelerator: Accelerator, images: list[str], source_resolution: int, resize_mode: str, resolution: int, directory: Path
-) -> tuple[np.ndarray, dict]:
-    """All images decoded and resized once: (n, resolution, resolution) uint8, memory-mapped, and the count of each size found.
+    accelerator: Accelerator, parts: list[list[str]], source_resolution: int, resize_mode: str, resolution: int, directory: Path
+) -> tuple[list[np.ndarray], dict]:
+    """The images of each part decoded and resized once: (n, resolution, resolution) uint8, memory-mapped; and the count of each size found.
 
-    The file is named by what determines it: the geometry, and each image's path, size and time.
+    A part's file is named by what determines it: the geometry, and each image's path, size and time.
     """
-    digest = hashlib.sha256(f"{source_resolution}/{resize_mode}/{resolution}".encode())
-    for image in images:
-        stat = os.stat(image) if os.path.isfile(image) else None
-        digest.update(f"{image}/{stat and stat.st_size}/{stat and stat.st_mtime_ns}".encode())
-    path = directory / f"{digest.hexdigest()[:32]}.npy"
-    if not broadcast_object_list([path.exists()])[0]:
-        check_images(accelerator, images)
-        if accelerator.is_main_process:
-            part, sizes = path.with_suffix(f".{os.getpid()}.part"), {}
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                for stale in directory.glob(f"{path.stem}.*.part"):
-                    # Left by a process that was killed; another may be at work on the same images.
-                    if time.time() - stale.stat().st_mtime > 3600:
-                        stale.unlink()
-                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), resolution, resolution))
-                # All its room at once: a disk that is full later would end the process without a word.
-                if hasattr(os, "posix_fallocate"):
-                    with part.open("r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-            except OSError as error:
-                if part.exists():
-                    part.unlink()
-                fail(f"--image_cache_dir {directory}: cannot be written ({error.strerror}); pass another, or another --output_dir")
-
-            def decode(i: int) -> str:
-                pixels[i] = to_gray(load_image(images[i], source_resolution, resize_mode), resolution)
-                with Image.open(images[i]) as opened:
-                    return f"{opened.width}x{opened.height}"
-
-            try:
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    for size in tqdm(pool.map(decode, range(len(images))), "decoding images", len(images), unit="image", leave=False):
-                        sizes[size] = sizes.get(size, 0) + 1
-                pixels.flush()
-                part.with_suffix(".sizes").write_text(json.dumps(sizes))
-            except BaseException:
-                part.unlink()
-                raise
-            os.replace(part.with_suffix(".sizes"), path.with_suffix(".json"))
-            os.replace(part, path)
+    geometry, paths = (source_resolution, resize_mode, resolution), []
+    for images in parts:
+        digest = hashlib.sha256("/".join(map(str, geometry)).encode())
+        for image in images:
+            stat = os.stat(image) if os.path.isfile(image) else None
+            digest.update(f"{image}/{stat and stat.st_size}/{stat and stat.st_mtime_ns}".encode())
+        paths.append(directory / f"{digest.hexdigest()[:32]}.npy")
+    missing = [i for i, path in enumerate(paths) if not is_whole(path)] if accelerator.is_main_process else None
+    missing = broadcast_object_list([missing])[0]
+    if missing:
+        # All before any is decoded: bad ones are then told together, and nothing is written.
+        check_images(accelerator, list(dict.fromkeys(image for i in missing for image in parts[i])))
+        for i in missing if accelerator.is_main_process else ():
+            if paths[i].exists():
+                print(f"{paths[i]}: damaged, computed again", file=sys.stderr)
+            write_pixels(paths[i], parts[i], *geometry)
         accelerator.wait_for_everyone()
-    return np.load(path, mmap_mode="r", allow_pickle=False), json.loads(path.with_suffix(".json").read_text())
+    sizes = Counter(size for path in paths for size in json.loads(path.with_suffix(".json").read_text())["keys"])
+    return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths], sizes
 
 
 def augment(images: torch.Tensor, draws: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
@@ -775,22 +833,41 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     Ends with exit status 2 where the two do not belong together.
     """
     path = Path(folder) / "classifier.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         fail(f"{path}: cannot be read, no such file; pass a classifier folder of eval_downstream.py")
     form = {
         "arch": str, "labels": list, "resolution": int, "source_resolution": int, "resize_mode": str, "normalisation": dict, "thresholds": dict,
-        "split": dict, "real_test_auroc": dict, "model_sha256": str, "spec_sha256": str,
+        "split": dict, "real_test_auroc": dict, "train_on": str, "model_sha256": str, "spec_sha256": str,
     }  # fmt: skip
     spec = read_json(path, "save the classifier anew with eval_downstream.py", **form)
+
+    def number(value, low: float, high: float) -> bool:
+        # Python counts true as a number; NaN and Infinity, which its JSON reader lets pass, are in no range.
+        return type(value) in (int, float) and low <= value <= high
+
+    labels, thresholds, patients, aurocs = spec["labels"], spec["thresholds"], spec["split"].get("patients"), spec["real_test_auroc"].values()
+    scale = [(spec["normalisation"].get(key), low) for key, low in (("mean", -1e6), ("std", 1e-6))]
+    sound = {
+        # Not any network of torchvision, since building some downloads weights.
+        "arch": spec["arch"] in ("efficientnet_b0", "resnet18", "resnet50", "densenet121"),
+        "labels": labels and all(label in LABELS for label in labels),
+        "thresholds": labels == list(thresholds) and all(value is None or number(value, 0, 1) for value in thresholds.values()),
+        "resolution": number(spec["resolution"], 1, 4096), "source_resolution": number(spec["source_resolution"], 1, 99_999),
+        "resize_mode": spec["resize_mode"] in ("squash", "pad", "crop"),
+        "normalisation": all(isinstance(values, list) and len(values) == 3 and all(number(v, low, 1e6) for v in values) for values, low in scale),
+        "split": isinstance(patients, list) and all(isinstance(patient, str) for patient in patients),
+        "real_test_auroc": all(isinstance(of, dict) and all(of[key] is None or number(of[key], 0, 1e9) for key in of if key != "note") for of in aurocs),
+    }  # fmt: skip
     weights = path.with_name("model.safetensors")
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
-        if spec_digest(spec) != spec["spec_sha256"] or not isinstance(spec["split"].get("patients"), list):
+        if spec_digest(spec) != spec["spec_sha256"]:
             raise ValueError("classifier.json has been changed since it was written")
-        if not set(spec["labels"]) <= set(LABELS) or spec["labels"] != list(spec["thresholds"]) or not 1 <= spec["resolution"] <= 4096 or not {"mean", "std"} <= set(spec["normalisation"]):
-            raise ValueError("its labels, thresholds, resolution or normalisation are not as eval_downstream.py writes them")
-        model = build_classifier(spec["arch"], len(spec["labels"]))
+        wrong = [name for name, right in sound.items() if not right]
+        if wrong:
+            fail(f"{path}: {wrong[0]!r} is not as these scripts write it; save the classifier anew with eval_downstream.py")
+        model = build_classifier(spec["arch"], len(labels))
         model.load_state_dict(load_file(weights))
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise ValueError("weights that are not finite")
@@ -1365,6 +1442,8 @@ def save_classifier(args, tables: Tables, rows: list[dict], thresholds: list[flo
     # Synthetic images have no patients.
     real = pd.concat([table[table["real"]] for table in (tables.train, tables.val)])["patient"]
     patients = sorted({patient_hash(patient) for patient in real})
+    # JSON has no NaN, which an interval is when no draw of patients had both classes.
+    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     aurocs = [row for row in rows if row["metric"] == "auroc" and row["label"] != "all"]
     spec = {
         "script": "eval_downstream.py", "arch": args.arch, "labels": tables.labels, "resolution": args.resolution,
@@ -1438,7 +1517,8 @@ def open_output(output_dir: Path, settings: dict) -> None:
             differing = [key for key in settings.keys() | saved.keys() if settings.get(key) != saved.get(key)]
             if differing:
                 fail(f"{output_dir} holds results made with another {', '.join(sorted(differing))}; pass another --output_dir or delete it")
-        elif output_dir.is_dir() and any(output_dir.iterdir()):
+        # What a start that met a full disk left does not make it another's folder.
+        elif output_dir.is_dir() and any(found.name != f".{path.name}.part" for found in output_dir.iterdir()):
             fail(f"--output_dir {output_dir}: not empty and not a folder of this script; pass another")
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=2) + "\n")
@@ -1471,16 +1551,6 @@ def load_reference(folder: str, labels: list[str], settings: dict, test: Images,
     return score(test, [read_predictions(path) for path in seeds], thresholds, reasons, draws, seed)
 
 
-def drop_unreadable(accelerator: Accelerator, tables: Tables) -> None:
-    """Leaves out and counts the images that cannot be read, of each part."""
-    for name in ("train", "val", "test"):
-        table = getattr(tables, name)
-        bad = check_images(accelerator, list(table["image"]), skip=True) if len(table) else []
-        if bad:
-            tables.left_out["unreadable"] = tables.left_out.get("unreadable", 0) + len(bad)
-            setattr(tables, name, table.drop(table.index[bad]))
-
-
 def describe_run(args: argparse.Namespace, tables: Tables, train: Images, test: Images, sizes: dict, output_dir: Path) -> None:
     """What is trained and tested on, before it happens."""
     lines = []
@@ -1503,6 +1573,9 @@ def describe_run(args: argparse.Namespace, tables: Tables, train: Images, test: 
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
+    if sharded:
+        fail(f"{sharded[0]} is not supported: these models fit on one device, so use plain data parallelism (launch/accelerate/)")
     accelerator = Accelerator(
         # Without this, processes that torchrun starts on a machine without a GPU would each train for themselves.
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
@@ -1524,11 +1597,10 @@ def load_images(args, accelerator, tables: Tables, resolution: int, output_dir: 
     none, parts = np.empty((0, len(tables.labels)), np.float32), (tables.train, tables.val, tables.test)
     targets = [label_targets(table, tables.labels, args.uncertain) if len(table) else none for table in parts]
     patients = [table["patient"].to_numpy(dtype=object) for table in parts]
-    test_pixels, sizes = cache_pixels(accelerator, list(tables.test["image"]), *geometry, cache_dir)
-    pixels, count = np.empty((0, resolution, resolution), np.uint8), len(tables.train)
-    if count:
-        pixels, more = cache_pixels(accelerator, [*tables.train["image"], *tables.val["image"]], *geometry, cache_dir)
-        sizes = sizes | more
+    count = len(tables.train)
+    images = [list(tables.test["image"]), *([[*tables.train["image"], *tables.val["image"]]] if count else [])]
+    (test_pixels, *training), sizes = cache_pixels(accelerator, images, *geometry, cache_dir)
+    pixels = training[0] if training else np.empty((0, resolution, resolution), np.uint8)
     parts = zip((pixels[:count], pixels[count:], test_pixels), targets, patients)
     return *(Images(*part) for part in parts), sizes
 
@@ -1607,11 +1679,9 @@ def title_of(args: argparse.Namespace, tables: Tables) -> str:
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir or default_output_dir(args))
     classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
-    tables = load_tables(args, spec)
-    labels = tables.labels
     accelerator = start_accelerator(args)
-    if args.on_bad_image == "skip":
-        drop_unreadable(accelerator, tables)
+    tables = load_tables(args, spec, accelerator)
+    labels = tables.labels
     if not args.classifier:
         # Said before hours of decoding, if they cannot be had.
         load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args.arch, args.weights)

@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -51,7 +52,7 @@ from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from safetensors.torch import load_file
 from scipy import linalg, stats
 from scipy.linalg import blas, lapack
@@ -136,9 +137,12 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
         return text.splitlines()[-1].split("BadImage: ")[-1]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"out of memory ({text[:150]}); {smaller}"
-    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
-    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
+        return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "exited unexpectedly" in text:
+        return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
     if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
     return None
@@ -234,13 +238,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [label for label in args.labels or [] if label not in LABELS]
     if unknown:
         parser.error(f"--labels: {unknown[0]!r} is none of {', '.join(LABELS)}")
-    if not args.real_csv and not any(Path(path).is_file() for path in DEFAULT_TABLES):
+    if len(set(args.labels or [])) < len(args.labels or []):
+        parser.error("--labels names a finding twice; name each once")
+    # Unlike Path.is_file, this does not raise where a folder above is closed or a name too long.
+    if not args.real_csv and not any(map(os.path.isfile, DEFAULT_TABLES)):
         parser.error(f"no real images: none of {', '.join(DEFAULT_TABLES)} is in this folder; pass --real_csv, or try bash launch/demo.sh")
     for flag in ("real_csv", "train_csv"):
         path = getattr(args, flag)
-        if path and not Path(path).is_file():
+        if path and not os.path.isfile(path):
             parser.error(f"--{flag} {path}: no such file; pass the path of an image table")
-    if args.features != "xrv" and not Path(args.features).exists():
+    if args.image_root and not os.path.isdir(args.image_root):
+        parser.error(f"--image_root {args.image_root}: no such folder")
+    if args.features != "xrv" and not os.path.exists(args.features):
         parser.error(f"--features {args.features}: neither xrv, nor a safetensors file, nor a classifier folder")
     return args
 
@@ -275,7 +284,7 @@ def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> l
     """
     roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
     for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
-        if (root / Path(*Path(path).parts[skip:])).is_file():
+        if os.path.isfile(root / Path(*Path(path).parts[skip:])):
             return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
     return [str((roots[0] / p).absolute()) for p in paths]
 
@@ -291,7 +300,7 @@ def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
         with warnings.catch_warnings():
             # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False, compression=None)
     except pd.errors.EmptyDataError:
         fail(f"{csv}: the file is empty; an image table needs a header and rows")
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
@@ -354,9 +363,9 @@ def stream_seed(*key) -> int:
 # Copied from eval_downstream.find_synthetic_table
 def find_synthetic_table(path: str) -> str:
     """The image table of a folder of sample.py, or the table itself; ends with exit status 2 where there is none."""
-    csv = Path(path) / "metadata.csv" if Path(path).is_dir() else Path(path)
-    if not csv.is_file():
-        missing = "no metadata.csv in it; let sample.py finish" if Path(path).is_dir() else "no such folder or CSV"
+    csv = Path(path) / "metadata.csv" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(csv):
+        missing = "no metadata.csv in it; let sample.py finish" if os.path.isdir(path) else "no such folder or CSV"
         fail(f"--synthetic {path}: {missing}")
     return str(csv)
 
@@ -364,8 +373,11 @@ def find_synthetic_table(path: str) -> str:
 # Copied from eval_downstream.read_geometry
 def read_geometry(csv: str) -> dict[str, list]:
     """The values of `resize_mode` and `resolution` that a table of sample.py has in its rows, [] for other tables."""
-    columns = pd.read_csv(csv, usecols=lambda name: name in ("resize_mode", "resolution"), dtype=str, keep_default_na=False)
-    return {name: [v for v in columns.get(name, pd.Series(dtype=str)).unique() if v] for name in ("resize_mode", "resolution")}
+    names = ("resize_mode", "resolution")
+    # Read as load_image_table does, which has found the table sound.
+    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True, "index_col": False, "compression": None}
+    columns = pd.read_csv(csv, usecols=lambda name: name in names, **form)
+    return {name: [v for v in columns.get(name, pd.Series(dtype=str)).unique() if v] for name in names}
 
 
 # Copied from eval_downstream.patient_hash
@@ -465,7 +477,8 @@ class Plan:
 def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: list[str]) -> tuple[int, str]:
     """Side and resize mode for every image; ends with exit status 2 where the tables were made in different ways."""
     settled = {}
-    for column, fallback in (("resolution", "512"), ("resize_mode", "squash")):
+    # Not str.isdigit, to which "²" is a digit.
+    for column, fallback, form in (("resolution", "512", "[1-9][0-9]{0,4}"), ("resize_mode", "squash", "squash|pad|crop")):
         found = {csv: read_geometry(csv)[column] for csv in tables.values()}
         values = list(dict.fromkeys(value for own in found.values() for value in own))
         asked = getattr(args, column)
@@ -481,10 +494,9 @@ def choose_geometry(args: argparse.Namespace, tables: dict[str, str], notes: lis
         if not values and not asked:
             notes.append(f"{next(iter(tables.values()))} does not say its {column}; taken as {fallback}")
         settled[column] = str(asked or next(iter(values), fallback))
-    if not settled["resolution"].isdigit() or settled["resize_mode"] not in ("squash", "pad", "crop"):
-        fail(
-            f"{next(iter(tables.values()))}: resolution {settled['resolution']!r} or resize_mode {settled['resize_mode']!r} is none of sample.py's"
-        )
+        if not asked and not re.fullmatch(form, settled[column]):
+            csv = next(csv for csv, own in found.items() if settled[column] in own)
+            fail(f"{csv}: the {column} {settled[column]!r} in its rows is none of sample.py's; mend the column or take it out")
     return int(settled["resolution"]), settled["resize_mode"]
 
 
@@ -576,16 +588,19 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
     """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
     try:
         opened = Image.open(image if isinstance(image, str) else image.open())
+        frames = getattr(opened, "n_frames", 1)
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
     if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
-    if getattr(opened, "n_frames", 1) > 1:
-        raise BadImage(f"{image}: {opened.n_frames} frames; a still image is needed")
+    if frames > 1:
+        raise BadImage(f"{image}: {frames} frames; a still image is needed")
     return opened
 
 
@@ -596,7 +611,9 @@ def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -
     try:
         with open_image(image) as opened:
             rgb = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # as in open_image
         raise BadImage(f"{image}: cannot be decoded ({' '.join(str(error).split())})") from None
     if resize_mode == "squash":
         return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
@@ -723,22 +740,41 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
     Ends with exit status 2 where the two do not belong together.
     """
     path = Path(folder) / "classifier.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         fail(f"{path}: cannot be read, no such file; pass a classifier folder of eval_downstream.py")
     form = {
         "arch": str, "labels": list, "resolution": int, "source_resolution": int, "resize_mode": str, "normalisation": dict, "thresholds": dict,
-        "split": dict, "real_test_auroc": dict, "model_sha256": str, "spec_sha256": str,
+        "split": dict, "real_test_auroc": dict, "train_on": str, "model_sha256": str, "spec_sha256": str,
     }  # fmt: skip
     spec = read_json(path, "save the classifier anew with eval_downstream.py", **form)
+
+    def number(value, low: float, high: float) -> bool:
+        # Python counts true as a number; NaN and Infinity, which its JSON reader lets pass, are in no range.
+        return type(value) in (int, float) and low <= value <= high
+
+    labels, thresholds, patients, aurocs = spec["labels"], spec["thresholds"], spec["split"].get("patients"), spec["real_test_auroc"].values()
+    scale = [(spec["normalisation"].get(key), low) for key, low in (("mean", -1e6), ("std", 1e-6))]
+    sound = {
+        # Not any network of torchvision, since building some downloads weights.
+        "arch": spec["arch"] in ("efficientnet_b0", "resnet18", "resnet50", "densenet121"),
+        "labels": labels and all(label in LABELS for label in labels),
+        "thresholds": labels == list(thresholds) and all(value is None or number(value, 0, 1) for value in thresholds.values()),
+        "resolution": number(spec["resolution"], 1, 4096), "source_resolution": number(spec["source_resolution"], 1, 99_999),
+        "resize_mode": spec["resize_mode"] in ("squash", "pad", "crop"),
+        "normalisation": all(isinstance(values, list) and len(values) == 3 and all(number(v, low, 1e6) for v in values) for values, low in scale),
+        "split": isinstance(patients, list) and all(isinstance(patient, str) for patient in patients),
+        "real_test_auroc": all(isinstance(of, dict) and all(of[key] is None or number(of[key], 0, 1e9) for key in of if key != "note") for of in aurocs),
+    }  # fmt: skip
     weights = path.with_name("model.safetensors")
     try:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != spec["model_sha256"]:
             raise ValueError("it is not the file that classifier.json was written for")
-        if spec_digest(spec) != spec["spec_sha256"] or not isinstance(spec["split"].get("patients"), list):
+        if spec_digest(spec) != spec["spec_sha256"]:
             raise ValueError("classifier.json has been changed since it was written")
-        if not set(spec["labels"]) <= set(LABELS) or spec["labels"] != list(spec["thresholds"]) or not 1 <= spec["resolution"] <= 4096 or not {"mean", "std"} <= set(spec["normalisation"]):
-            raise ValueError("its labels, thresholds, resolution or normalisation are not as eval_downstream.py writes them")
-        model = build_classifier(spec["arch"], len(spec["labels"]))
+        wrong = [name for name, right in sound.items() if not right]
+        if wrong:
+            fail(f"{path}: {wrong[0]!r} is not as these scripts write it; save the classifier anew with eval_downstream.py")
+        model = build_classifier(spec["arch"], len(labels))
         model.load_state_dict(load_file(weights))
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise ValueError("weights that are not finite")
@@ -777,7 +813,7 @@ class XRVNetwork:
         self.columns = [heads.index(XRV_NAMES.get(label, label)) for label in self.labels]
         operating = model.op_threshs
         self.thresholds = {
-            label: None if operating is None or bool(operating[column].isnan()) else float(operating[column])
+            label: float(operating[column]) if operating is not None and operating[column].isfinite() else None
             for label, column in zip(self.labels, self.columns)
         }
 
@@ -834,7 +870,7 @@ def load_xrv(source: str):
             raise ValueError("weights that are not finite")
         if operating is not None and operating.shape != (len(model.targets),):
             raise ValueError("op_threshs of another length than the heads")
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever the libraries make of somebody's file
         convert = "import torch, safetensors.torch as s; s.save_file(torch.load('IN.pt', weights_only=True), 'OUT.safetensors')"
         fail(
             f"--features {source}: not a safetensors file of torchxrayvision's DenseNet-121 ({' '.join(str(error).split())[:200]}); "
@@ -900,11 +936,14 @@ class ThroughVAE:
                 raise ValueError(f"no weights for {min(report['missing_keys'])}")
             if not all(tensor.isfinite().all() for tensor in self.vae.parameters()):
                 raise ValueError("weights that are not finite")
-        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+            self.vae, self.device, self.one_at_a_time = self.vae.eval().to(device, torch.float32), device, threading.Lock()
+            # Settings that do not fit the weights show here, before any work.
+            if self(np.zeros((64, 64, 3), np.uint8)).shape != (64, 64, 3):
+                raise ValueError("what it decodes is no RGB image of the same size")
+        except Exception as error:  # whatever the libraries make of somebody's files
             fail(
                 f"--vae {name}: no VAE can be loaded from it ({' '.join(str(error).split())[:200]}); pass a run of a training script or a pipeline{pickle_advice(source)}"
             )
-        self.vae, self.device, self.one_at_a_time = self.vae.eval().to(device, torch.float32), device, threading.Lock()
         self.key = fingerprint(self.vae)
 
     @torch.no_grad()
@@ -923,36 +962,56 @@ class ThroughVAE:
 
 
 class FeatureStore:
-    """Arrays by image content in safetensors files of up to SHARD_IMAGES images, one folder per network and geometry."""
+    """Arrays by image content in safetensors files of up to SHARD_IMAGES images, one folder per network and geometry.
+
+    A file is named by the hash of its bytes, so one that is not as it was written is passed over, and its images are computed
+    again.
+    """
 
     def __init__(self, directory: Path, key: str):
         self.folder = directory / hashlib.sha256(key.encode()).hexdigest()[:32]
-        self.where = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        self.where, self.sound, self.damaged = {}, set(), []
+        self.read()
+
+    def read(self) -> None:
+        """Takes in the files that have come since the last time."""
+        self.damaged = []
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.sound):
             try:
-                with safe_open(path, "numpy") as file:
-                    self.where.update({bytes(row).hex(): (path, i) for i, row in enumerate(file.get_tensor("hashes"))})
-            except SafetensorError as error:
-                fail(f"{path}: not a readable file of features ({error}); delete it")
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest()[:32] != path.stem:
+                    raise ValueError("not as it was written")
+                self.where.update({bytes(row).hex(): (path, i) for i, row in enumerate(load(content)["hashes"])})
+                self.sound.add(path)
+            except Exception:  # whatever is made of a file that these scripts did not write
+                self.damaged.append(path)
 
     def add(self, hashes: list[str], arrays: dict[str, np.ndarray]) -> None:
-        """Writes beside and renames into place; the name is of the content, so two processes cannot collide."""
+        """Writes beside and renames into place; two processes cannot collide, since the name is of the content."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob("*.part"):
             # An hour is longer than any file takes that another run may be writing; another may also have taken it away.
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - stale.stat().st_mtime > 3600:
                     stale.unlink()
-        path = self.folder / f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()[:32]}.safetensors"
-        part = path.with_suffix(f".{os.getpid()}.part")
         rows = np.array([list(bytes.fromhex(key)) for key in hashes], np.uint8)
         # Not save_file, which writes to a name of its own that a kill would leave behind.
-        part.write_bytes(save({"hashes": rows, **arrays}))
-        os.replace(part, path)
+        content = save({"hashes": rows, **arrays})
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            part.write_bytes(content)
+            os.replace(part, path)
+        except OSError:
+            # On a full disk, half a file would take the room of another.
+            part.unlink(missing_ok=True)
+            raise
 
     def get(self, hashes: list[str], name: str) -> np.ndarray:
         """An array's rows for these images, (n, ...); one file of the store is open at a time."""
         wanted, result = {}, None
+        if not self.where.keys() >= set(hashes):
+            fail(f"{self.folder}: a file of features was damaged or taken away while this ran; start again")
         for row, key in enumerate(hashes):
             path, i = self.where[key]
             wanted.setdefault(path, []).append((row, i))
@@ -969,12 +1028,12 @@ class FeatureStore:
 
 
 def hash_images(paths: list[str]) -> dict[str, str]:
-    """SHA-256 of each file's bytes; a file that is not there has none, which `check_images` then says."""
+    """SHA-256 of each file's bytes; a file that cannot be read has none, which `check_images` then says."""
 
     def digest(path: str) -> str:
         try:
             return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        except OSError:
+        except (OSError, ValueError):  # a ValueError where a NUL is in the path
             return ""
 
     with ThreadPoolExecutor(8) as pool:
@@ -1013,10 +1072,11 @@ def compute_share(jobs: list[tuple], stores: list[tuple], geometry: tuple[int, s
         flush(network, store, 1)
 
 
-def compute_features(
-    args, accelerator: Accelerator, plan: Plan, networks: list, vae: ThroughVAE | None, directory: Path
-) -> dict[str, FeatureStore]:
-    """Fills the cache with what it lacks of the plan's images, by all processes, and sets each source's `hashes`."""
+def find_jobs(accelerator: Accelerator, plan: Plan, networks: list, vae: ThroughVAE | None, directory: Path) -> tuple[list[tuple], list[tuple]]:
+    """What the cache lacks of the plan's images, (key, path, whether through the VAE), and each network with its store.
+
+    Sets each source's `hashes`; images that cannot be read end with exit status 2.
+    """
     geometry = (plan.resolution, plan.resize_mode)
     paths = list(dict.fromkeys(path for source in plan.sources.values() for path in source.table["image"]))
     hashes = broadcast_object_list([hash_images(paths) if accelerator.is_main_process else None])[0]
@@ -1029,17 +1089,30 @@ def compute_features(
             key = hashlib.sha256(f"{hashes[path]}{suffix}".encode()).hexdigest() if through_vae else hashes[path]
             source.hashes.append(key)
             if any(key not in store.where for _, store in stores):
-                jobs[key] = (key, path, through_vae)
+                # Those without a hash are told one by one.
+                jobs[key or path] = (key, path, through_vae)
     # What is in the cache has been read before; a file without a hash is not there.
     check_images(accelerator, list(dict.fromkeys(path for _, path, _ in jobs.values())))
-    mine = list(jobs.values())[accelerator.process_index :: accelerator.num_processes]
+    unread = [path for path in paths if not hashes[path]]
+    if unread:
+        fail(f"{unread[0]}: could not be read at first, and now can; start again")
     if accelerator.is_main_process:
+        damaged = [path for _, store in stores for path in store.damaged]
+        if damaged:
+            print(f"  passed over  {len(damaged)} files of the cache that are not as they were written, to be deleted: {', '.join(map(str, damaged[:5]))}")
         print(f"{len(paths):,} image files, {len(jobs):,} not in the cache {directory}")
+    return list(jobs.values()), stores
+
+
+def compute_features(args, accelerator: Accelerator, plan: Plan, jobs: list[tuple], stores: list[tuple], vae: ThroughVAE | None) -> None:
+    """Fills the cache with what it lacks, by all processes."""
+    mine = jobs[accelerator.process_index :: accelerator.num_processes]
     # The main process counts for itself; the others are at about the same place.
     with tqdm(total=len(mine), desc="computing features", unit="image", disable=not (mine and accelerator.is_main_process)) as progress:
-        compute_share(mine, stores, geometry, vae, args, progress)
+        compute_share(mine, stores, (plan.resolution, plan.resize_mode), vae, args, progress)
     accelerator.wait_for_everyone()
-    return {network.key: FeatureStore(directory, f"{network.key}/{geometry}") for network in networks}
+    for _, store in stores:
+        store.read()
 
 
 def fill_sources(plan: Plan, stores: dict[str, FeatureStore], features, classifier) -> None:
@@ -1744,6 +1817,16 @@ def name_of(synthetic: str) -> str:
     return path.resolve().parent.name if path.name == "metadata.csv" else path.stem if path.suffix == ".csv" else path.resolve().name
 
 
+def one_line(text: str) -> str:
+    """Text of somebody's file on one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def escape(text: str) -> str:
+    """Text of somebody's file as Markdown that ends no cell of a table and is no link, picture or HTML."""
+    return re.sub(r"([\\`\[\]<>&|])", r"\\\1", one_line(text))
+
+
 def short(label: str) -> str:
     return ABBREVIATIONS.get(label, label)
 
@@ -1879,7 +1962,7 @@ def report(results: Results, plan: Plan, name: str) -> str:
         f"# {name}\n",
         "Intervals in brackets are at 95 %. FID and Vendi change with n, so compare them at equal n only.\n",
         table_three(results, plan, name),
-        *(f"- **Warning:** {note}" for note in plan.warnings),
+        *(f"- **Warning:** {escape(note)}" for note in plan.warnings),
         "\n## By label\n",
         label_tables(results, plan),
         matrix_tables(results, plan),
@@ -1992,7 +2075,7 @@ def write_results(args, plan: Plan, networks: tuple, vae: ThroughVAE | None, sco
         row for row in rows if any(isinstance(row[key], float) and not math.isfinite(row[key]) for key in ("value", "low", "high", "floor"))
     ]
     assert not broken, broken[0]
-    results, name = Results(rows), name_of(args.synthetic)
+    results, name = Results(rows), escape(name_of(args.synthetic))
     for picture in ("consistency.png", "fid.png", "nearest_neighbours.png"):
         # One of an earlier evaluation does not belong to these figures.
         (output_dir / picture).unlink(missing_ok=True)
@@ -2061,17 +2144,19 @@ def main(args: argparse.Namespace) -> None:
         plan.sources["through the VAE"] = Source("through the VAE", real.table, real.rows_of, real.pool)
     output_dir = Path(args.output_dir or Path("evaluations") / name_of(args.synthetic))
     cache_dir = Path(args.feature_cache_dir or output_dir.parent / "feature_cache")
+    unique = list({network.key: network for network in (Appearance(), *networks)}.values())
+    jobs, stores = find_jobs(accelerator, plan, unique, vae, cache_dir)
+    # Not before all that may be refused has been looked at.
     try:
         for directory in (output_dir, cache_dir):
             directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"{error.filename}: cannot be written ({error.strerror}); pass another --output_dir or --feature_cache_dir")
-    unique = list({network.key: network for network in (Appearance(), *networks)}.values())
-    stores = compute_features(args, accelerator, plan, unique, vae, cache_dir)
+    compute_features(args, accelerator, plan, jobs, stores, vae)
     if accelerator.is_main_process:
-        fill_sources(plan, stores, *networks)
+        fill_sources(plan, {network.key: store for network, store in stores}, *networks)
         for note in plan.warnings:
-            print(f"  warning  {note}", flush=True)
+            print(f"  warning  {one_line(note)}", flush=True)
         write_results(args, plan, networks, vae, score_sources(args, plan, networks[1]), output_dir)
     accelerator.wait_for_everyone()
 

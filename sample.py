@@ -54,7 +54,7 @@ from diffusers import (
 )
 from diffusers.utils import make_image_grid
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -84,6 +84,8 @@ SCHEDULERS = {
     "unipc": (UniPCMultistepScheduler, {}),
 }
 CONTACT_SHEET_IMAGES = 32
+# Beyond it memory is not asked for and refused, but miscounted.
+MAX_RESOLUTION = 2**14
 # tqdm's own, but images a second however slow they are.
 PROGRESS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 # --batch_size auto: at most what a kill may cost on a GPU, and on a CPU as many pixels as make eight images of 256x256.
@@ -124,9 +126,12 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
         return text.splitlines()[-1].split("BadImage: ")[-1]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"out of memory ({text[:150]}); {smaller}"
-    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
-    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
+        return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "exited unexpectedly" in text:
+        return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
     if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
     return None
@@ -235,7 +240,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--labels names a finding twice; name each once, and raise --images_per_label for more of it")
     if args.labels and args.like_csv:
         parser.error("--labels and --like_csv exclude each other; pass one")
-    if args.like_csv and not Path(args.like_csv).is_file():
+    # Unlike Path.is_file, this does not raise where a folder above is closed or a name too long.
+    if args.like_csv and not os.path.isfile(args.like_csv):
         parser.error(f"--like_csv {args.like_csv}: no such file; pass the path of an image table")
     if args.prompt_template and args.prompt_template.count("{}") != 1:
         parser.error(f"--prompt_template {args.prompt_template!r} needs {{}} exactly once, where the findings go")
@@ -272,7 +278,7 @@ def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> l
     """
     roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
     for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
-        if (root / Path(*Path(path).parts[skip:])).is_file():
+        if os.path.isfile(root / Path(*Path(path).parts[skip:])):
             return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
     return [str((roots[0] / p).absolute()) for p in paths]
 
@@ -288,7 +294,7 @@ def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
         with warnings.catch_warnings():
             # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False, compression=None)
     except pd.errors.EmptyDataError:
         fail(f"{csv}: the file is empty; an image table needs a header and rows")
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
@@ -415,6 +421,8 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
 
     ValueError where weights are missing, which the libraries would fill with random numbers and a warning.
     """
+    if os.path.isfile(Path(name) / "text_encoder" / "adapter_config.json"):
+        raise ValueError("text_encoder has an adapter, whose file names a further model to load; merge it first")
     parts = {}
     for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
         parts[part], report = model_class.from_pretrained(
@@ -425,10 +433,17 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
         broken = [name for name, tensor in parts[part].named_parameters() if not tensor.isfinite().all()]
         if broken:
             raise ValueError(f"{part} has weights that are not finite in {len(broken)} tensors, such as {broken[0]}")
-    # All that could hold weights is given or left out, so that no pickle is opened for it.
-    parts["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **{k: v for k, v in options.items() if k == "revision"})
-    checkers = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, use_safetensors=True, **options)
+    revision = {"revision": options.get("revision")}
+    parts["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **revision)
+    # Part by part and not by the pipeline's own loader, which imports the modules that model_index.json names and opens
+    # what pickles lie in further folders.
+    config = diffusers.DDPMScheduler.load_config(name, subfolder="scheduler", **revision)
+    scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+        raise ValueError(f"scheduler_config.json names {config.get('_class_name')!r}, which is no scheduler of diffusers")
+    scheduler_class.from_config(config).set_timesteps(2)  # settings of wrong types show here
+    parts["scheduler"] = scheduler_class.from_config(config)
+    pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     return pipeline.to(torch.float32)
 
 
@@ -528,9 +543,17 @@ def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffu
             raise ValueError(f"its base model {source} has other weights than it was trained on; pass --base_model to take them all the same")
         if adapter:
             merge_adapter(pipeline, folder)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever the libraries make of somebody's files
         fail(f"--model {model}: cannot be loaded ({' '.join(str(error).split())[:300]}){pickle_advice(source)}")
     return pipeline
+
+
+def resolution_of(model: str, pipeline: StableDiffusionPipeline) -> int:
+    """Side in pixels of the images that the U-Net is for."""
+    side = pipeline.unet.config.sample_size
+    if not isinstance(side, int) or side < 1:
+        fail(f"--model {model}: its U-Net's sample_size is {side!r}, no number of latents; pass --resolution")
+    return side * pipeline.vae_scale_factor
 
 
 # Copied from train_full.to_channels_last
@@ -544,7 +567,10 @@ def set_up_pipeline(args: argparse.Namespace, pipeline: StableDiffusionPipeline,
     """Sampler, type and device, as the flags ask."""
     if args.scheduler:
         scheduler, options = SCHEDULERS[args.scheduler]
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+        try:
+            pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+        except Exception as error:  # whatever it makes of another sampler's settings
+            fail(f"--scheduler {args.scheduler}: cannot take over the model's scheduler_config.json ({' '.join(str(error).split())[:300]}); pass another")
     precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     pipeline.to(device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
     for component in (pipeline.unet, pipeline.vae):
@@ -563,10 +589,10 @@ def embed_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict
 
 
 @torch.no_grad()
-def denoise(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddings: dict, batch: pd.DataFrame, resolution: int, steps: int) -> torch.Tensor:
+def denoise(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddings: dict, batch: pd.DataFrame, resolution: int, only: int | None = None) -> torch.Tensor:
     """Latents of a batch of rows, (B, C, h, w); the noise of each is drawn for itself, so they do not depend on the batch.
 
-    The loop of StableDiffusionPipeline, but the schedulers look at timesteps on the CPU and so never wait for a GPU.
+    With `only`, a trial that ends after so many of the steps. The loop of StableDiffusionPipeline, but the schedulers look at timesteps on the CPU and so never wait for a GPU.
     """
     scheduler, side = pipeline.scheduler, resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
@@ -575,13 +601,13 @@ def denoise(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddi
     # Ancestral samplers go on drawing from them.
     noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     # Of some schedulers the first noise's size is a matter of the steps, so these are set before.
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(args.num_inference_steps)
     latents = latents.to(pipeline.device, pipeline.dtype) * scheduler.init_noise_sigma
     encoder_hidden_states = torch.stack([embeddings[prompt] for prompt in batch["prompt"]])
     guided = args.guidance_scale > 1
     if guided:
         encoder_hidden_states = torch.cat([torch.stack([embeddings[""]] * len(batch)), encoder_hidden_states])
-    for timestep, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(pipeline.device)):
+    for timestep, on_device in zip(scheduler.timesteps[:only], scheduler.timesteps.to(pipeline.device)):
         model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
         model_pred = pipeline.unet(model_input, on_device, encoder_hidden_states).sample
         if guided:
@@ -600,6 +626,20 @@ def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> tuple[to
     return pixels, images.isfinite().flatten(1).all(1)
 
 
+def try_pipeline(args: argparse.Namespace, pipeline: StableDiffusionPipeline) -> None:
+    """Begins a small image; ends with exit status 2 where the model's settings do not fit its weights, each other or the flags."""
+    try:
+        if pipeline.tokenizer.model_max_length > pipeline.text_encoder.config.max_position_embeddings:
+            raise ValueError("its tokenizer makes prompts longer than its text encoder takes")
+        embeddings, row = embed_prompts(pipeline, ["", "X-ray"]), pd.DataFrame({"prompt": ["X-ray"], "index": [0]})
+        decode(pipeline, denoise(args, pipeline, embeddings, row, 8 * pipeline.vae_scale_factor, only=2))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the libraries make of somebody's settings
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        fail(f"--model {args.model}: cannot draw an image ({told}); see its JSON files, --num_inference_steps and --scheduler")
+
+
 def find_batch_size(args, pipeline, embeddings, rows: pd.DataFrame, resolution: int) -> int:
     """The largest batch that fits a GPU, from the peak memory of one image and of two; on a CPU one of a fixed size in pixels."""
     if pipeline.device.type != "cuda":
@@ -607,7 +647,7 @@ def find_batch_size(args, pipeline, embeddings, rows: pd.DataFrame, resolution: 
     peaks = []
     for size in (1, 2):
         torch.cuda.reset_peak_memory_stats()
-        decode(pipeline, denoise(args, pipeline, embeddings, rows.iloc[[0] * size], resolution, steps=2))
+        decode(pipeline, denoise(args, pipeline, embeddings, rows.iloc[[0] * size], resolution, only=2))
         peaks.append(torch.cuda.max_memory_allocated())
     # What is held back is for fragments; where it is not enough, `sample` halves the batch.
     usable = 0.85 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
@@ -654,7 +694,7 @@ def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, outp
             # A compiled U-Net is compiled anew for each size, so the last batch is filled up.
             filled = batch.iloc[list(range(len(batch))) + [0] * (size - len(batch) if args.compile else 0)]
             try:
-                images, finite = decode(pipeline, denoise(args, pipeline, embeddings, filled, resolution, args.num_inference_steps))
+                images, finite = decode(pipeline, denoise(args, pipeline, embeddings, filled, resolution))
             except torch.OutOfMemoryError:
                 images = None
             if images is None:
@@ -697,7 +737,8 @@ def check_settings(output_dir: Path, settings: dict, planned: set[str]) -> None:
         others = [p for p in output_dir.glob("*/[!.]*.png") if p.parent.name[0] != "." and f"{p.parent.name}/{p.name}" not in planned]
         if others:
             fail(f"{output_dir} holds {len(others):,} images that this command does not make, such as {others[0].name} of {others[0].parent.name}; pass another --output_dir")
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
+    # A start that found no room for sampling.json, or was killed over it, has left no more than its beginning.
+    elif output_dir.is_dir() and any(found.name != f".{path.name}.part" for found in output_dir.iterdir()):
         fail(f"--output_dir {output_dir}: not empty and not a folder of samples; pass another")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -706,11 +747,20 @@ def check_settings(output_dir: Path, settings: dict, planned: set[str]) -> None:
         fail(f"--output_dir {output_dir}: cannot be written ({error.strerror})")
 
 
+def open_small(path: Path) -> Image.Image:
+    """A sample as it stands on a contact sheet."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB").resize((128, 128))
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
+        raise BadImage(f"{path}: cannot be read ({' '.join(str(error).split())}); delete it and start again") from None
+
+
 def write_contact_sheets(samples: pd.DataFrame, output_dir: Path) -> list[Path]:
     """A picture of the first images of each prompt, in a hidden folder that imagefolder passes over."""
     sheets = []
     for _, rows in samples.groupby("prompt", sort=False):
-        pictures = [Image.open(output_dir / name).convert("RGB").resize((128, 128)) for name in rows["file_name"][:CONTACT_SHEET_IMAGES]]
+        pictures = [open_small(output_dir / name) for name in rows["file_name"][:CONTACT_SHEET_IMAGES]]
         columns = min(8, len(pictures))
         pictures += [Image.new("RGB", (128, 128))] * (-len(pictures) % columns)
         sheets.append(output_dir / ".contact_sheets" / f"{Path(rows['file_name'].iloc[0]).parent.name}.png")
@@ -725,15 +775,18 @@ def main(args: argparse.Namespace) -> None:
     silence_known_noise()
     # Without the argument, processes that torchrun starts on a machine without a GPU would each sample everything.
     state = PartialState(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
+    if args.mixed_precision == "fp16" and state.device.type == "cpu":
+        fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
     summary = read_summary(args.model)
     template = args.prompt_template or summary.get("prompt_template", PROMPT_TEMPLATE)
     samples = plan_samples(args, template)
     pipeline = load_model(args.model, args.base_model, summary)
-    resolution = args.resolution or summary.get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    if resolution % pipeline.vae_scale_factor:
-        fail(f"--resolution {resolution}: this VAE takes multiples of {pipeline.vae_scale_factor}")
+    resolution = args.resolution or summary.get("resolution") or resolution_of(args.model, pipeline)
+    if resolution % pipeline.vae_scale_factor or resolution > MAX_RESOLUTION:
+        fail(f"--resolution {resolution}: this VAE takes multiples of {pipeline.vae_scale_factor}, here up to {MAX_RESOLUTION:,}")
     weights = pipeline_fingerprint(pipeline)
     set_up_pipeline(args, pipeline, state.device)
+    try_pipeline(args, pipeline)
 
     settings = {
         "model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale,
@@ -755,8 +808,9 @@ def main(args: argparse.Namespace) -> None:
     if state.is_main_process:
         for part in output_dir.rglob(".*.part"):
             part.unlink(missing_ok=True)
-        write_text(output_dir / "metadata.csv", samples.assign(**settings).to_csv(index=False))
         sheets = write_contact_sheets(samples, output_dir)
+        # The last, since it says that the folder is complete.
+        write_text(output_dir / "metadata.csv", samples.assign(**settings).to_csv(index=False))
         print(f"{output_dir / 'metadata.csv'}: {len(samples):,} images; contact sheets in {sheets[0].parent}")
     state.wait_for_everyone()
 

@@ -127,9 +127,12 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
         return text.splitlines()[-1].split("BadImage: ")[-1]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"out of memory ({text[:150]}); {smaller}"
-    closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
-    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return f"cannot write ({text[:300]}); make room or pass another folder, and start again: what is there already stays"
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
+        return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "exited unexpectedly" in text:
+        return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
     if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
     return None
@@ -289,14 +292,15 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error("--data_csv and --dataset_name exclude each other; pass one")
     for flag in ("data_csv", "validation_csv"):
         value = getattr(args, flag)
-        if value and not Path(value).is_file():
+        # Unlike Path.is_file, this does not raise where a folder above is closed or a name too long.
+        if value and not os.path.isfile(value):
             parser.error(f"--{flag} {value}: no such file; pass the path of a CheXpert-style CSV")
-    if not args.data_csv and not args.dataset_name and not any(Path(p).is_file() for p in DEFAULT_TABLES):
+    if not args.data_csv and not args.dataset_name and not any(map(os.path.isfile, DEFAULT_TABLES)):
         parser.error(
             f"no image table: looked for {' and '.join(DEFAULT_TABLES)} in {Path.cwd()}; pass --data_csv FILE or "
             "--dataset_name NAME, or run the offline demo with 'bash launch/demo.sh'"
         )
-    if args.image_root and not Path(args.image_root).is_dir():
+    if args.image_root and not os.path.isdir(args.image_root):
         parser.error(f"--image_root {args.image_root}: no such folder")
     if args.report_to == "wandb":
         try:
@@ -304,7 +308,7 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         except ImportError:
             parser.error("--report_to wandb needs the package: pip install wandb")
     resume = args.resume_from_checkpoint
-    if resume and resume != "latest" and not (Path(resume) / "state.json").is_file():
+    if resume and resume != "latest" and not os.path.isfile(Path(resume) / "state.json"):
         parser.error(f"--resume_from_checkpoint {resume}: no checkpoint there (no state.json); pass its folder or 'latest'")
 
 
@@ -366,7 +370,7 @@ def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> l
     """
     roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
     for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
-        if (root / Path(*Path(path).parts[skip:])).is_file():
+        if os.path.isfile(root / Path(*Path(path).parts[skip:])):
             return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
     return [str((roots[0] / p).absolute()) for p in paths]
 
@@ -381,7 +385,7 @@ def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
         with warnings.catch_warnings():
             # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False, compression=None)
     except pd.errors.EmptyDataError:
         fail(f"{csv}: the file is empty; an image table needs a header and rows")
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
@@ -534,16 +538,19 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
     """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
     try:
         opened = Image.open(image if isinstance(image, str) else image.open())
+        frames = getattr(opened, "n_frames", 1)
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
     if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
-    if getattr(opened, "n_frames", 1) > 1:
-        raise BadImage(f"{image}: {opened.n_frames} frames; a still image is needed")
+    if frames > 1:
+        raise BadImage(f"{image}: {frames} frames; a still image is needed")
     return opened
 
 
@@ -553,7 +560,9 @@ def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -
     try:
         with open_image(image) as opened:
             rgb = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # as in open_image
         raise BadImage(f"{image}: cannot be decoded ({' '.join(str(error).split())})") from None
     if resize_mode == "squash":
         return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
@@ -712,7 +721,10 @@ def rank_batches(first_sample: int, num_batches: int, batch_size: int, rank: int
 def image_key(image: "str | DatasetImage") -> str:
     """What is known of an image without decoding it: the hash of its path, size and time, or of its bytes."""
     if isinstance(image, str):
-        stat = os.stat(image)
+        try:
+            stat = os.stat(image)
+        except OSError as error:
+            raise BadImage(f"{image}: cannot be read any more ({error.strerror})") from None
         return hashlib.sha256(f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     return hashlib.sha256(image.open().getvalue()).hexdigest()[:32]
 
@@ -870,6 +882,8 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
 
     ValueError where weights are missing, which the libraries would fill with random numbers and a warning.
     """
+    if os.path.isfile(Path(name) / "text_encoder" / "adapter_config.json"):
+        raise ValueError("text_encoder has an adapter, whose file names a further model to load; merge it first")
     parts = {}
     for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
         parts[part], report = model_class.from_pretrained(
@@ -880,10 +894,17 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
         broken = [name for name, tensor in parts[part].named_parameters() if not tensor.isfinite().all()]
         if broken:
             raise ValueError(f"{part} has weights that are not finite in {len(broken)} tensors, such as {broken[0]}")
-    # All that could hold weights is given or left out, so that no pickle is opened for it.
-    parts["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **{k: v for k, v in options.items() if k == "revision"})
-    checkers = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline.from_pretrained(name, **parts, **checkers, use_safetensors=True, **options)
+    revision = {"revision": options.get("revision")}
+    parts["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **revision)
+    # Part by part and not by the pipeline's own loader, which imports the modules that model_index.json names and opens
+    # what pickles lie in further folders.
+    config = diffusers.DDPMScheduler.load_config(name, subfolder="scheduler", **revision)
+    scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+        raise ValueError(f"scheduler_config.json names {config.get('_class_name')!r}, which is no scheduler of diffusers")
+    scheduler_class.from_config(config).set_timesteps(2)  # settings of wrong types show here
+    parts["scheduler"] = scheduler_class.from_config(config)
+    pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     return pipeline.to(torch.float32)
 
 
@@ -907,7 +928,7 @@ def load_base_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
             fail(f"{flag}: the model folder has no {', '.join(parts)}; a complete diffusers pipeline is needed")
     try:
         pipeline = load_pipeline(name, revision=args.revision, variant=args.variant)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever the libraries make of somebody's files
         fail(f"{flag}: cannot be loaded, pass a hub id or the folder of a complete diffusers pipeline ({' '.join(str(error).split())[:300]}){pickle_advice(name)}")
     if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{flag}: predicts {pipeline.scheduler.config.prediction_type!r}; only epsilon and v_prediction are trained")
@@ -1178,6 +1199,10 @@ def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Pat
         fail(f"{folder}: cannot be written ({error}); make room and go on with --resume_from_checkpoint latest (checkpoints there: {kept})")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
+    # So that the new name is on the disk too before older ones go.
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
     # Later ones are of a branch that was left behind. The new one is whole and on the disk, so the last good one stays.
     earlier = [path for path in list_checkpoints(output_dir) if int(path.name[11:]) <= state.step]
     for old in earlier[:-limit]:
@@ -1256,12 +1281,14 @@ def find_checkpoint(args: argparse.Namespace, output_dir: Path, notes: list[str]
     if base.is_dir() and base.resolve() == output_dir.resolve():
         fail(f"--output_dir {output_dir} is the base model's own folder; pass another")
     existing, finished = list_checkpoints(output_dir), (output_dir / "training_summary.json").exists()
-    if args.resume_from_checkpoint not in (None, "latest"):
-        problem = checkpoint_problem(Path(args.resume_from_checkpoint))
+    named = None if args.resume_from_checkpoint in (None, "latest") else Path(args.resume_from_checkpoint)
+    if named:
+        problem = checkpoint_problem(named)
         if problem:
-            fail(f"{args.resume_from_checkpoint}: a file is missing or damaged ({problem}); resume from another checkpoint or from the latest")
-        return Path(args.resume_from_checkpoint)
-    if existing and args.resume_from_checkpoint:
+            fail(f"{named}: a file is missing or damaged ({problem}); resume from another checkpoint or from the latest")
+        if named.resolve().parent == output_dir.resolve():
+            return named
+    elif existing and args.resume_from_checkpoint:
         for checkpoint in reversed(existing):
             problem = checkpoint_problem(checkpoint)
             if not problem:
@@ -1274,13 +1301,16 @@ def find_checkpoint(args: argparse.Namespace, output_dir: Path, notes: list[str]
     foreign = [name for name in RUN_FILES if (output_dir / name).exists()]
     if foreign and not (existing or finished):
         fail(f"{output_dir} is no run's folder, and {', '.join(foreign)} would be overwritten; pass another --output_dir")
-    return None
+    return named
 
 
 def read_state(checkpoint: Path) -> dict:
     """The counters of a checkpoint."""
     form = {"identity": dict, "step": int, "samples_seen": int, "seconds": (int, float), "optimizer": dict}
-    return read_json(checkpoint / "state.json", "resume from another checkpoint", **form)
+    found = read_json(checkpoint / "state.json", "resume from another checkpoint", **form)
+    if found["step"] < 0 or found["samples_seen"] < 0 or not isinstance(found.get("ema_steps"), (int, type(None))):
+        fail(f"{checkpoint / 'state.json'}: not as these scripts write it; resume from another checkpoint")
+    return found
 
 
 def check_identity(checkpoint: Path, identity: dict, total_steps: int) -> list[str]:
@@ -1311,12 +1341,13 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
         shadow = load_file(checkpoint / "ema.safetensors") if state.ema else {}
     except (OSError, SafetensorError) as error:
         fail(f"{checkpoint}: a file is missing or damaged ({error}); resume from another checkpoint")
-    if saved.keys() != parameters.keys():
-        difference = sorted(saved.keys() ^ parameters.keys())
-        fail(f"{checkpoint}: {len(difference)} parameters do not match what trains, such as {difference[0]}")
-    for name, parameter in parameters.items():
-        if saved[name].shape != parameter.shape or not saved[name].isfinite().all():
-            fail(f"{checkpoint}: {name} has another shape than what trains, or is not finite; resume from another checkpoint")
+    for tensors in (saved, *([shadow] if state.ema else [])):
+        difference = sorted(tensors.keys() ^ parameters.keys())
+        if difference:
+            fail(f"{checkpoint}: {len(difference)} parameters do not match what trains, such as {difference[0]}")
+        for name, parameter in parameters.items():
+            if tensors[name].shape != parameter.shape or not tensors[name].isfinite().all():
+                fail(f"{checkpoint}: {name} has another shape than what trains, or is not finite; resume from another checkpoint")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
@@ -1326,6 +1357,9 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
         optimizer = unflatten(moments | scalars["optimizer"])
         state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
         for parameter, values in state.optimizer.state.items():
+            pair = [values[name] for name in (("exp_avg", "exp_avg_sq") if "exp_avg" in values else ("state1", "state2"))]
+            if "step" not in values or any(moment.shape != parameter.shape or not moment.isfinite().all() for moment in pair):
+                raise ValueError("moments of another shape, or not finite")
             # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
             shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == parameter.shape}
             values.update({name: torch.empty_like(parameter, dtype=value.dtype).copy_(value) for name, value in shaped.items()})

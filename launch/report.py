@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -264,7 +264,7 @@ def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> l
     """
     roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
     for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
-        if (root / Path(*Path(path).parts[skip:])).is_file():
+        if os.path.isfile(root / Path(*Path(path).parts[skip:])):
             return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
     return [str((roots[0] / p).absolute()) for p in paths]
 
@@ -280,7 +280,7 @@ def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
         with warnings.catch_warnings():
             # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False, compression=None)
     except pd.errors.EmptyDataError:
         fail(f"{csv}: the file is empty; an image table needs a header and rows")
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
@@ -327,7 +327,7 @@ def assign_splits(patients: pd.Series, seed: int) -> pd.Series:
 
 Number = (int, float)
 Nothing = type(None)
-# The fields that the report reads, and their types; a field ending in ? may be absent.
+# The fields that the report reads, and their types.
 FORMS = {
     "row": {"metric": str, "label": str, "value": (*Number, Nothing), "low": (*Number, Nothing), "high": (*Number, Nothing),
             "n": (int, Nothing), "floor": (*Number, Nothing), "note": (str, Nothing)},
@@ -336,6 +336,12 @@ FORMS = {
     "evaluations": {"name": str, "arguments": dict, "features": dict, "classifier": dict, "resolution": int, "resize_mode": str, "pool": str,
                     "images": dict, "versions": dict, "warnings": list, "results": list},
     "downstream": {"train_on": str, "settings": dict, "versions": dict, "images": dict, "notes": list, "results": list},
+}  # fmt: skip
+# The same of fields within these; they may be absent or null.
+NESTED = {
+    "runs": {"arguments": {"split_seed": int}},
+    "evaluations": {"arguments": {"real_csv": str, "image_root": str, "real_split": str, "split_seed": int}, "images": {"real": dict, "synthetic": dict}},
+    "downstream": {"settings": {"split_seed": int}},
 }  # fmt: skip
 
 
@@ -352,7 +358,7 @@ def check_form(found: object, form: dict, where: str) -> None:
 
 def read_result(path: Path, kind: str) -> dict | None:
     """One JSON file of a study, its form checked; None where there is none. Ends with exit status 2 on any other content."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
 
     def not_a_number(text: str) -> NoReturn:
@@ -370,9 +376,13 @@ def read_result(path: Path, kind: str) -> dict | None:
             f"{path}: of {found['script'][:60]!r}, not of {' or '.join(FILES[kind][1])}; each script's results have a folder of their own in the study"
         )
     check_form(found, FORMS[kind], str(path))
+    for name, form in NESTED[kind].items():
+        there = {key: kinds for key, kinds in form.items() if found[name].get(key) is not None}
+        check_form(found[name], there, f"{path}: {name}")
     for number, row in enumerate(found["results"], 1):
         check_form(row, FORMS["row"], f"{path}: row {number} of results")
-        if any(isinstance(row[key], float) and not math.isfinite(row[key]) for key in ("value", "low", "high", "floor")):
+        # A whole number of JSON may be too long for a float.
+        if any(row[key] is not None and not abs(row[key]) < 1e300 for key in ("value", "low", "high", "floor")):
             fail(f"{path}: row {number} of results holds an infinite number; remove the file and run the step again")
     if kind == "runs" and found["method"] != path.parent.name:
         fail(f"{path}: a run of {found['method'][:60]!r} in the folder of {path.parent.name!r}; name run folders after their method")
@@ -427,7 +437,7 @@ class Study:
 
 def read_study(args: argparse.Namespace) -> Study:
     """Reads and checks all JSON files of a study. Ends with exit status 2 where there is none, or one is bad."""
-    if not args.study.is_dir():
+    if not os.path.isdir(args.study):
         fail(f"--study {args.study}: no such folder; pass the one that launch/sweep.sh filled")
     strategies = [row for row in STRATEGIES if row in args.rows]
     extra = {"runs": [], "evaluations": ["base"], "downstream": ["base", "real"]}
@@ -1043,7 +1053,7 @@ def table_3(study: Study) -> Table:
                 [
                     Cell(""),
                     Cell("real images through the VAE"),
-                    Cell(f"{source.get('fid_vae')['n']:,}"),
+                    Cell(shown(source.get("fid_vae")["n"])),
                     *through,
                     *(number_cell(source.get("class_consistency_vae", label), 1, 100) for label in labels),
                 ]
@@ -1229,13 +1239,23 @@ def single_label(table: pd.DataFrame) -> pd.Series:
     return positive.idxmax(axis=1).where(positive.sum(axis=1) == 1, "")
 
 
+def read_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
+    """An image table; one that cannot be read ends with exit status 2 too."""
+    try:
+        return load_image_table(csv, image_root)
+    except OSError as error:
+        fail(f"{csv}: cannot be read ({error.strerror})")
+
+
 def sampled_images(study: Study, row: str) -> dict[str, list[str]]:
     """The first samples of each condition by index, and notes the samples' settings in the study."""
     path = study.folder / "samples" / row / "metadata.csv"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
-    table = load_image_table(str(path))
-    settings = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = read_table(str(path))
+    # As load_image_table reads it, so that the rows are the same.
+    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True, "index_col": False, "compression": None}
+    settings = pd.read_csv(path, **form)
     names = ("seed", "guidance_scale", "num_inference_steps", "scheduler", "resolution")
     study.settings[row] = {name: ", ".join(settings[name].unique()) for name in names if name in settings} | {
         "images": f"{len(settings):,}"
@@ -1251,14 +1271,14 @@ def real_images(study: Study, args: argparse.Namespace, conditions: list[str]) -
     Ends with exit status 2 on a --real_csv that is unusable; a table that an evaluation names and that is gone is said.
     """
     arguments = study.first("evaluations").found.get("arguments", {})
-    table_path = args.real_csv or arguments.get("real_csv") or next((path for path in DEFAULT_TABLES if Path(path).is_file()), None)
+    table_path = args.real_csv or arguments.get("real_csv") or next(filter(os.path.isfile, DEFAULT_TABLES), None)
     if not table_path:
         return {}, "no evaluation names a table of real images; pass --real_csv"
-    if not Path(table_path).is_file():
+    if not os.path.isfile(table_path):
         if args.real_csv:
             fail(f"--real_csv {args.real_csv}: no such file")
         return {}, "the evaluations' table of real images is not on this machine; pass --real_csv"
-    table = load_image_table(str(table_path), args.image_root or (None if args.real_csv else arguments.get("image_root")))
+    table = read_table(table_path, args.image_root or (None if args.real_csv else arguments.get("image_root")))
     table = table[table["frontal"]].drop_duplicates("image")
     split, seed = arguments.get("real_split") or "test", arguments.get("split_seed") or 0
     if split != "all":
@@ -1275,11 +1295,14 @@ def real_images(study: Study, args: argparse.Namespace, conditions: list[str]) -
 
 
 def tile(path: str) -> Image.Image:
-    """A picture in one tile; ends with exit status 2 on a file that is not an image."""
+    """A picture in one tile; ends with exit status 2 on a file that is not an 8-bit still image."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            # Without a window 16 bits would come out white, and of an animation the first frame alone would be seen.
+            if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"{getattr(image, 'n_frames', 1)} frames of type {image.mode}, and an 8-bit still image is needed")
+            return ImageOps.exif_transpose(image).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
         fail(f"{path}: not a readable image ({' '.join(str(error).split())[:100]}); put it back, or draw the samples again if it is one of them")
 
 
@@ -1304,11 +1327,13 @@ def draw_figure(study: Study, args: argparse.Namespace) -> Figure2 | None:
         for column, label in enumerate(labels):
             for i in range(SAMPLES):
                 x = left + column * (SAMPLES * step + 2 * GAP) + i * step
-                if i < len(images.get(label, [])):
-                    picture.paste(tile(images[label][i]), (x, y))
+                paths = images.get(label, [])[i : i + 1]
+                if paths and os.path.isfile(paths[0]):
+                    picture.paste(tile(paths[0]), (x, y))
                 else:
                     pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), "#eeeeee")
-                    pen.text((x + 6, y + TILE // 2 - 12), "not available" if row == "real" else "no sample", "#555555", font)
+                    why = "file missing" if paths else "not available" if row == "real" else "no sample"
+                    pen.text((x + 6, y + TILE // 2 - 12), why, "#555555", font)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     have = [name_of_row(row) for row, images in rows.items() if images]
@@ -1674,7 +1699,7 @@ def csv_report(study: Study) -> str:
 
 
 def write_report(output_dir: Path, files: dict[str, str | bytes]) -> None:
-    """Writes all files beside and renames them into place together."""
+    """Writes all files beside and renames them into place together; a figure of an earlier report does not belong to this one."""
     parts = {output_dir / name: output_dir / f".{name}.part" for name in files}
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -1682,11 +1707,13 @@ def write_report(output_dir: Path, files: dict[str, str | bytes]) -> None:
             part.write_bytes(content if isinstance(content, bytes) else content.encode())
         for path, part in parts.items():
             os.replace(part, path)
+        if "figure2.png" not in files:
+            (output_dir / "figure2.png").unlink(missing_ok=True)
     except OSError as error:
         for part in parts.values():
             with contextlib.suppress(OSError):
                 part.unlink()
-        fail(f"--output_dir {output_dir}: cannot be written ({error.strerror}); pass another")
+        fail(f"--output_dir {output_dir}: cannot be written ({error.strerror}); make room or pass another")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -1699,9 +1726,6 @@ def main(args: argparse.Namespace) -> None:
         "report.csv": csv_report(study),
     }
     write_report(output_dir, ({"figure2.png": figure.png} if figure else {}) | files)
-    if not figure:
-        # One of an earlier report does not belong to this one.
-        (output_dir / "figure2.png").unlink(missing_ok=True)
     print(summary)
     for name in (*files, *(["figure2.png"] if figure else [])):
         print(output_dir / name)

@@ -1,17 +1,22 @@
 """eval_downstream.py: exact metrics, intervals that cover, splits without shared patients, and results that repeat."""
 
+import errno
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from common import ROOT, launch, phantoms
 from PIL import Image
@@ -40,6 +45,16 @@ def run(output_dir, *more, **changes) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     eval_downstream.main(eval_downstream.parse_args(arguments(output_dir, *more, **changes)))
     return json.loads((output_dir / "downstream_metrics.json").read_text())
+
+
+def said(capsys, output_dir, *more, **changes) -> str:
+    """The one sentence that a run ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(output_dir, *more, **changes)
+    error = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert ended.value.code == 2 and len(error) == 1, error
+    return error[0]
 
 
 def row(summary: dict, metric: str, label: str = "all") -> dict:
@@ -435,11 +450,8 @@ def test_real_radiographs(tmp_path):
 
 def test_bad_input(samples, tmp_path, capsys, monkeypatch):
     def refused(words, *more, folder="refused", **changes):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run(tmp_path / folder, *more, **changes)
-        error = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
-        assert ended.value.code == 2 and len(error) == 1 and words in error[0], error
+        error = said(capsys, tmp_path / folder, *more, **changes)
+        assert words in error, error
         assert folder != "refused" or not (tmp_path / folder).exists()
 
     synthetic = f"--synthetic={samples}"
@@ -483,11 +495,16 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
     refused("cannot be written", synthetic, f"--image_cache_dir={tmp_path / 'image_cache'}", folder="file/x")
     refused("--image_cache_dir", synthetic, f"--image_cache_dir={tmp_path / 'file' / 'cache'}")
     refused("names a finding twice", synthetic, "--labels", "Edema", "Edema")
-    for text, words in (("", "the file is empty"), ("file_name,Edema,resize_mode\n000.png,1,stretch\n", "'stretch', which is none of sample.py's")):
-        (tmp_path / "s.csv").write_text(text)
+    sides = ((f"file_name,Edema,resolution\n000.png,1,{side}\n", f"{side!r}, which is none of sample.py's") for side in ("0", "²", "-1", "9" * 5000))
+    for text, words in (("", "the file is empty"), ("file_name,Edema,resize_mode\n000.png,1,stretch\n", "'stretch', which is none of sample.py's"), *sides):
+        (tmp_path / "s.csv").write_text(text, encoding="utf-8")
         refused(words, f"--synthetic={tmp_path / 's.csv'}")
     of_split(phantoms(), "test").to_csv(tmp_path / "test_only.csv", index=False)
     refused("no real images for training in the split by patient", synthetic, real_csv=tmp_path / "test_only.csv")
+
+    with zipfile.ZipFile(tmp_path / "samples.zip", "w") as file:
+        file.writestr("metadata.csv", "file_name,Edema\n000.png,1\n")
+    refused("samples.zip: ", f"--synthetic={tmp_path / 'samples.zip'}")
 
     classifier = tmp_path / "done" / "classifier"
     spec = json.loads((classifier / "classifier.json").read_text())
@@ -509,3 +526,163 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval_downstream, "get_model", lambda *args, **options: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.setattr(eval_downstream, "build_classifier", lambda arch, n: torch.nn.Linear(2, n))
     refused("cannot be loaded (no network); pass --weights FILE or --weights none", synthetic, weights="imagenet", folder="offline")
+
+
+def test_types_within_classifier_json_are_checked(tmp_path, capsys):
+    """Its digest is right, which anybody can compute."""
+    eval_downstream.save_tensors(eval_downstream.build_classifier("resnet18", 1).state_dict(), tmp_path / "model.safetensors")
+    sound = {
+        "arch": "resnet18", "labels": ["Edema"], "resolution": 32, "source_resolution": 64, "resize_mode": "squash", "train_on": "real",
+        "normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3}, "thresholds": {"Edema": 0.5}, "split": {"patients": ["0" * 16]},
+        "real_test_auroc": {"Edema": {"value": 0.7, "low": None, "high": 0.9, "n": 90, "note": "a note"}},
+        "model_sha256": hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest(),
+    }  # fmt: skip
+
+    def write(**changes):
+        spec = sound | changes
+        (tmp_path / "classifier.json").write_text(json.dumps(spec | {"spec_sha256": eval_downstream.spec_digest(spec)}))
+
+    wrong = [("arch", "maskrcnn_resnet50_fpn"), ("labels", []), ("labels", [["Edema"]]), ("resize_mode", "stretch"), ("split", {"patients": [7]}), ("split", {"patients": "all"})]
+    wrong += [("thresholds", {"Edema": value}) for value in ("0.5", [0.5], True, float("nan"), float("inf"), 1.5, 10**400)]
+    wrong += [("thresholds", {}), ("resolution", True), ("resolution", 0), ("source_resolution", -1), ("source_resolution", 10**9)]
+    wrong += [("normalisation", {"mean": [0.5] * 3, "std": std}) for std in ([0, 0, 0], [-1.0] * 3, [float("nan")] * 3, [0.2], 0.2, ["a"] * 3, None)]
+    wrong += [("normalisation", {"mean": mean, "std": [0.2] * 3}) for mean in ([10**400] * 3, [[0.5]] * 3, {"a": 1})]
+    wrong += [("real_test_auroc", {"Edema": figure}) for figure in (0.7, {"value": "0.7"}, {"value": float("nan")}, {"low": [0.1]})]
+    for field, value in wrong:
+        write(**{field: value})
+        error = said(capsys, tmp_path / "out", f"--classifier={tmp_path}")
+        assert f"classifier.json: {field!r} is not as these scripts write it; save the classifier anew" in error, (field, value)
+    for arch in eval_downstream.ARCHITECTURES:
+        write(arch=arch)
+        assert arch == "resnet18" or "does not match classifier.json" in said(capsys, tmp_path / "out", f"--classifier={tmp_path}")
+    assert not (tmp_path / "out").exists()
+    write()
+    assert eval_downstream.load_classifier(str(tmp_path))[1]["labels"] == ["Edema"]
+    write(thresholds={"Edema": None}, real_test_auroc={})
+    assert eval_downstream.load_classifier(str(tmp_path))[1]["thresholds"] == {"Edema": None}
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert f"{name} is not supported" in said(capsys, tmp_path / "out", train_on="real")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU has fp16")
+def test_half_precision_on_a_cpu_is_refused(tmp_path, capsys):
+    assert "fp16 needs a GPU; pass bf16 or no" in said(capsys, tmp_path / "out", train_on="real", mixed_precision="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_are_read_alike(tmp_path):
+    (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbfresolution, file_name, Edema, resize_mode\n 64, 0.png, 1, pad\n")
+    assert len(train_full.load_image_table(str(tmp_path / "s.csv"))) == 1
+    assert eval_downstream.read_geometry(str(tmp_path / "s.csv")) == {"resize_mode": ["pad"], "resolution": ["64"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad images, damaged files, a full disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def spoil(folder: Path) -> list[str]:
+    """One image missing, one cut short, one of 16 bits, one animated; their names."""
+    names = [f"{i:03d}.png" for i in range(4)]
+    missing, short, deep, animated = (folder / name for name in names)
+    missing.unlink()
+    short.write_bytes(short.read_bytes()[:100])
+    Image.new("I;16", (64, 64), 3000).save(deep)
+    frames = [Image.new("L", (64, 64), level) for level in (0, 255)]
+    frames[0].save(animated, format="GIF", save_all=True, append_images=frames[1:])
+    return names
+
+
+def test_bad_images_stop_or_are_skipped(samples, tmp_path, capsys):
+    names, synthetic = spoil(Path(samples)), f"--synthetic={samples}"
+    error = said(capsys, tmp_path / "out", synthetic)
+    assert "4 of " in error and all(error.count(name) == 1 for name in names), error
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+    # Left out before the tables are equalised, so a run on the other table trains on as many.
+    real = run(tmp_path / "real", synthetic, "--on_bad_image=skip", train_on="real")
+    out = capsys.readouterr().out
+    assert out.count("  skipped  ") == 4 and all(out.count(name) == 1 for name in names)
+    summary = run(tmp_path / "out", synthetic, "--on_bad_image=skip", f"--reference={tmp_path / 'real'}")
+    assert summary["images"]["left_out"]["unreadable"] == real["images"]["left_out"]["unreadable"] == 4
+    assert summary["images"]["train"] == real["images"]["train"] and row(summary, "auroc_of_reference")["value"] is not None
+    for name in names:
+        (Path(samples) / name).unlink(missing_ok=True)
+    frame = pd.read_csv(Path(samples) / "metadata.csv", dtype=str, keep_default_na=False)
+    frame[~frame["file_name"].isin(names)].to_csv(Path(samples) / "metadata.csv", index=False)
+    without = run(tmp_path / "without", synthetic)
+    assert without["results"] == [figure for figure in summary["results"] if not figure["metric"].endswith("_of_reference")]
+
+
+@pytest.mark.parametrize("answer", ["stop", "skip"])
+def test_an_image_that_goes_after_the_check_ends_with_a_sentence(answer, samples, tmp_path, capsys, monkeypatch):
+    load = eval_downstream.load_image
+
+    def load_and_lose(image, resolution, resize_mode):
+        pixels = load(image, resolution, resize_mode)
+        if resolution == 64 and image.endswith("000.png"):
+            os.unlink(image)
+        return pixels
+
+    monkeypatch.setattr(eval_downstream, "load_image", load_and_lose)
+    error = said(capsys, tmp_path / "out", f"--synthetic={samples}", f"--on_bad_image={answer}")
+    assert error.endswith("000.png: no such file") and not (tmp_path / "out").exists()
+    assert not list((tmp_path / "image_cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "no json", "old json", "json"])
+def test_a_damaged_image_cache_is_made_again(damage, tmp_path, capsys, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    images, accelerator = list(of_split(phantoms(), "val")["Path"])[:3], Accelerator()
+
+    def cached():
+        (pixels,), sizes = eval_downstream.cache_pixels(accelerator, [images], 64, "squash", 32, tmp_path)
+        return np.array(pixels), dict(sizes)
+
+    pixels, sizes = cached()
+    (path,) = tmp_path.glob("*.npy")
+    index = path.with_suffix(".json")
+    whole = path.read_bytes(), index.read_bytes()
+    if damage == "short":
+        path.write_bytes(whole[0][:-100])
+    elif damage == "flipped":
+        path.write_bytes(whole[0][:-1] + bytes([whole[0][-1] ^ 1]))
+    elif damage == "no json":
+        index.unlink()
+    else:
+        index.write_text(json.dumps(sizes) if damage == "old json" else "[")
+    again = cached()
+    assert "damaged, computed again" in capsys.readouterr().err
+    assert (again[0] == pixels).all() and again[1] == sizes and sum(sizes.values()) == 3
+    assert (path.read_bytes(), index.read_bytes()) == whole and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(eval_downstream, "load_image", None)
+    assert (cached()[0] == pixels).all() and not capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_the_next_start_goes_on(samples, tmp_path, capsys, monkeypatch):
+    full = None
+
+    def until_full(write):
+        def write_half(path, content, *options, **more):
+            if path.name != f".{full}.part":
+                return write(path, content, *options, **more)
+            write(path, content[: len(content) // 2], *options, **more)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        return write_half
+
+    monkeypatch.setattr(Path, "write_text", until_full(Path.write_text))
+    monkeypatch.setattr(Path, "write_bytes", until_full(Path.write_bytes))
+    names = ["settings.json", "progress.safetensors", "predictions.safetensors", "classifier.json", "downstream_table.md", "downstream_metrics.json"]
+    for full in names:
+        error = said(capsys, tmp_path / "out", f"--synthetic={samples}", num_train_epochs=1)
+        assert "No space left on device" in error and not list((tmp_path / "out").rglob(full)), error
+        assert full.startswith("downstream") == (tmp_path / "out" / "classifier").exists()
+    full = None
+    summary = run(tmp_path / "out", f"--synthetic={samples}", num_train_epochs=1)
+    assert summary == run(tmp_path / "whole", f"--synthetic={samples}", num_train_epochs=1)
+    assert not list((tmp_path / "out").rglob(".*part")) and eval_downstream.load_classifier(str(tmp_path / "out" / "classifier"))

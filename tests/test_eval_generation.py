@@ -1,9 +1,13 @@
 """eval_generation.py: each figure against an independent reference, the whole on phantoms, and every kind of bad input."""
 
+import errno
 import hashlib
 import json
+import os
+import re
 import shutil
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -351,7 +355,7 @@ def test_pixels_are_those_of_torchxrayvision(film):
         assert pixels.shape == (1, 224, 224) and pixels.dtype == np.float32 and -1024 <= pixels.min() < -255 and 255 < pixels.max() <= 1024
 
 
-def test_features_are_those_of_torchxrayvision(film, xrv_file):
+def test_features_are_those_of_torchxrayvision(film, xrv_file, tmp_path):
     network = evaluation.XRVNetwork(evaluation.load_xrv(str(xrv_file)), torch.device("cpu"))
     model = evaluation.xrv.models.DenseNet(weights=None)
     weights = load_file(xrv_file)
@@ -370,6 +374,8 @@ def test_features_are_those_of_torchxrayvision(film, xrv_file):
     assert np.array_equal(found["probabilities"], probabilities[:, heads])
     assert "No Finding" not in network.labels and set(evaluation.CONDITIONS) - set(network.labels) == {"No Finding"}
     assert network.thresholds["Edema"] == pytest.approx(0.2)
+    save_file(load_file(xrv_file) | {"op_threshs": torch.full((18,), torch.inf)}, tmp_path / "endless.safetensors")
+    assert set(evaluation.XRVNetwork(evaluation.load_xrv(str(tmp_path / "endless.safetensors")), torch.device("cpu")).thresholds.values()) == {None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -546,7 +552,7 @@ def test_real_images_of_two_findings_are_further_apart_than_two_halves(tmp_path,
 
 @pytest.fixture
 def refused(tmp_path, samples, classifier, cache, capsys):
-    def check(words: str, *flags):
+    def check(words: str, *flags) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             run(tmp_path / "refused", samples, classifier, cache, *flags)
@@ -554,6 +560,7 @@ def refused(tmp_path, samples, classifier, cache, capsys):
         error = capsys.readouterr().err.split("\r")[-1].strip().splitlines()[-1]
         assert ended.value.code == 2 and words in error, error
         assert not list((tmp_path / "refused").glob("generation_metrics*"))
+        return error
 
     return check
 
@@ -562,6 +569,10 @@ def test_bad_flags_and_tables(tmp_path, samples, refused):
     refused("no such file", "--real_csv=absent.csv")
     refused("no such file", "--train_csv=absent.csv")
     refused("'Oedema' is none of", "--labels", "Oedema")
+    refused("--labels names a finding twice", "--labels", "Edema", "Edema")
+    refused("--image_root absent: no such folder", "--image_root=absent")
+    for flag in ("real_csv", "train_csv", "features", "image_root"):
+        refused(f"--{flag}", f"--{flag}={'x' * 5000}")
     refused("no metadata.csv in it", f"--synthetic={tmp_path}")
     refused("no such folder or CSV", "--synthetic=absent")
     refused("--baseline absent: no metadata.csv", "--baseline=absent")
@@ -572,6 +583,10 @@ def test_bad_flags_and_tables(tmp_path, samples, refused):
     refused("no frontal row", f"--real_csv={tmp_path / 'laterals.csv'}")
     (tmp_path / "file").write_text("")
     refused("cannot be written", f"--output_dir={tmp_path / 'file' / 'e'}")
+    with zipfile.ZipFile(tmp_path / "table.zip", "w") as file:
+        file.write(samples / "metadata.csv", "metadata.csv")
+    refused("table.zip", f"--synthetic={tmp_path / 'table.zip'}")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_tables_of_other_geometry(tmp_path, samples, classifier, cache, refused):
@@ -583,6 +598,34 @@ def test_tables_of_other_geometry(tmp_path, samples, classifier, cache, refused)
     summary = run(tmp_path / "e", samples, classifier, cache, f"--baseline={padded}", "--mixed_geometry")
     assert summary["resize_mode"] == "squash" and any("in spite of different resize_mode" in note for note in summary["warnings"])
     refused("the classifier saw images made with --resize_mode squash", f"--synthetic={padded}")
+
+
+@pytest.mark.parametrize("column, text", [("resolution", "0"), ("resolution", "²"), ("resolution", "-64"), ("resolution", "9" * 5000), ("resize_mode", "evil")])
+def test_a_geometry_that_is_none_is_refused(column, text, tmp_path, samples, refused):
+    shutil.copytree(samples, tmp_path / "s")
+    pd.read_csv(samples / "metadata.csv", dtype=str).assign(**{column: text}).to_csv(tmp_path / "s" / "metadata.csv", index=False)
+    refused(f"{tmp_path / 's' / 'metadata.csv'}: the {column} {text[:300]!r}"[:200], f"--synthetic={tmp_path / 's'}")
+    # Of two tables, the one that says it is named.
+    pd.read_csv(samples / "metadata.csv", dtype=str).drop(columns=column).to_csv(tmp_path / "plain.csv", index=False)
+    shutil.copytree(samples, tmp_path / "plain")
+    (tmp_path / "plain.csv").replace(tmp_path / "plain" / "metadata.csv")
+    refused(f"{tmp_path / 's' / 'metadata.csv'}: the {column} ", f"--synthetic={tmp_path / 'plain'}", f"--baseline={tmp_path / 's'}")
+
+
+def test_what_a_table_says_cannot_break_the_report(tmp_path, samples, classifier, cache, capsys):
+    evil = "a|b\n| c | <script>[x](y)</script> `d`\x1b[2J"
+    for name in ("base", "odd | <b>name"):
+        shutil.copytree(samples, tmp_path / name)
+    pd.read_csv(samples / "metadata.csv").assign(resize_mode=evil).to_csv(tmp_path / "base" / "metadata.csv", index=False)
+    summary = run(tmp_path / "e", tmp_path / "odd | <b>name", classifier, cache, f"--baseline={tmp_path / 'base'}", "--mixed_geometry")
+    # As it was found in the JSON, whose own rules quote it.
+    assert any(evil in note for note in summary["warnings"]) and summary["name"] == "odd | <b>name"
+    shown, text = capsys.readouterr().out, (tmp_path / "e" / "generation_metrics.md").read_text()
+    assert "\x1b" not in text + shown and len([line for line in shown.splitlines() if line.startswith("  warning  ")]) == len(summary["warnings"])
+    bare = re.sub(r"\\.", "", text)
+    assert not set("<>`") & set(bare.replace(" < 1,024]", "")) and "](" not in bare
+    cells = [line.count("|") for line in bare.splitlines() if line.startswith("|") and "odd" in line]
+    assert cells == [2 + 5, 2 + 5, 5] and len([line for line in text.splitlines() if "- **Warning:**" in line]) == len(summary["warnings"])
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "16-bit", "float"])
@@ -602,6 +645,129 @@ def test_bad_images(kind, tmp_path, samples, refused):
     elif kind == "float":
         Image.fromarray(np.zeros((64, 64), np.float32)).save(path, format="TIFF")
     refused(name, f"--synthetic={folder}")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_every_bad_image_is_told_or_skipped_and_counted(tmp_path, samples, classifier, cache, refused, capsys):
+    folder = tmp_path / "samples"
+    shutil.copytree(samples, folder)
+    table = pd.read_csv(folder / "metadata.csv")
+    names = list(table["file_name"][[0, 2, 5, 7]])
+    for name in names[:2]:
+        (folder / name).unlink()
+    (folder / names[2]).write_bytes((folder / names[2]).read_bytes()[:200])
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(folder / names[3])
+    # A name that no file can have.
+    names.append("nul\0byte.png")
+    pd.concat([table, table.iloc[[0]].assign(file_name=names[-1])]).to_csv(folder / "metadata.csv", index=False)
+    told = [name.replace("\0", " ") for name in names]
+    error = refused(": error: 5 of ", f"--synthetic={folder}")
+    assert all(name in error for name in told) and "no such file" in error and "pixels of type I;16" in error and not (tmp_path / "refused").exists()
+    summary = run(tmp_path / "e", folder, classifier, cache, "--on_bad_image=skip", f"--baseline={samples}")
+    assert summary["unreadable"] == {"synthetic": 5}
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  skipped  ")]
+    assert len(skipped) == 5 and all(sum(name in line for line in skipped) == 1 for name in names[:4])
+    counts = [sum(summary["images"][source][label] for label in LABELS) for source in ("base model", "synthetic")]
+    assert counts == [len(table), len(table) - 4]
+
+
+def full_disk(monkeypatch, ending: str) -> None:
+    def full(source, target, replace=os.replace):
+        if str(target).endswith(ending):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", "consistency.png", "generation_metrics.json"])
+def test_a_full_disk_ends_in_a_sentence_and_the_next_start_goes_on(ending, tmp_path, samples, classifier, refused, monkeypatch):
+    more = ["--max_per_label=4", f"--feature_cache_dir={tmp_path / 'cache'}"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        full_disk(patch, ending)
+        run(tmp_path / "e", samples, classifier, tmp_path / "cache", *more)
+    assert ended.value.code == 2 and not (tmp_path / "e" / "generation_metrics.json").exists()
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    kept = [path.read_bytes() for path in sorted((tmp_path / "cache").rglob("*.safetensors"))]
+    assert bool(kept) == (ending != ".safetensors")
+    run(tmp_path / "e", samples, classifier, tmp_path / "cache", *more)
+    assert not list(tmp_path.rglob("*.part"))
+    with monkeypatch.context() as patch:
+        full_disk(patch, ".safetensors")
+        refused("No space left on device", *more, f"--feature_cache_dir={tmp_path / 'other'}")
+
+
+def test_a_damaged_feature_cache_is_computed_again(tmp_path, samples, classifier, capsys):
+    first = run(tmp_path / "e", samples, classifier, tmp_path / "cache", "--max_per_label=4")
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    for path in files:
+        content = bytearray(path.read_bytes())
+        # In the last number of the last array, where nothing but its value shows it.
+        content[-3] ^= 1
+        path.write_bytes(content)
+    capsys.readouterr()
+    assert run(tmp_path / "e", samples, classifier, tmp_path / "cache", "--max_per_label=4") == first
+    assert f"passed over  {len(files)} files" in capsys.readouterr().out
+    # They were written anew.
+    run(tmp_path / "e", samples, classifier, tmp_path / "cache", "--max_per_label=4")
+    shown = capsys.readouterr().out
+    assert "passed over" not in shown and ", 0 not in the cache" in shown
+
+
+def named(folder: Path, content: bytes) -> Path:
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "other network's", "text", "wrong types", "other arrays", "folder"])
+def test_a_file_of_features_that_is_not_as_it_was_written_is_passed_over(damage, tmp_path, capsys):
+    keys = [hashlib.sha256(bytes([i])).hexdigest() for i in range(4)]
+    arrays = {"features": np.arange(8, dtype=np.float32).reshape(2, 4)}
+    store = evaluation.FeatureStore(tmp_path, "network")
+    store.add(keys[:2], arrays)
+    store.add(keys[2:], {"features": arrays["features"] + 1})
+    store.read()
+    path = store.where[keys[0]][0]
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[:-4])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "flipped":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "other network's":
+        shutil.copy(store.where[keys[2]][0], path)
+    else:
+        path.unlink()
+        header = json.dumps({"hashes": {"dtype": 7, "shape": "two", "data_offsets": None}}).encode()
+        forged = {"text": b"{}", "wrong types": len(header).to_bytes(8, "little") + header, "other arrays": evaluation.save({"a": np.zeros(3)})}
+        if damage in forged:
+            path = named(store.folder, forged[damage])
+        else:
+            path = store.folder / "a.safetensors"
+            path.mkdir()
+    again = evaluation.FeatureStore(tmp_path, "network")
+    assert again.damaged == [path] and set(again.where) == set(keys[2:])
+    with pytest.raises(SystemExit) as ended:
+        again.get(keys, "features")
+    assert ended.value.code == 2 and "damaged or taken away" in capsys.readouterr().err
+    again.add(keys[:2], arrays)
+    again.read()
+    assert np.array_equal(again.get(keys, "features"), np.concatenate([arrays["features"], arrays["features"] + 1]))
+
+
+@pytest.mark.parametrize("part", ["wrong form", "wrong values"])
+def test_a_vae_whose_settings_are_wrong_is_refused(part, tmp_path, capsys):
+    shutil.copytree(BASE, tmp_path / "base")
+    path = tmp_path / "base" / "vae" / "config.json"
+    whole = json.loads(path.read_text())
+    changes = [{"block_out_channels": 7}, {"act_fn": "evil"}, {"norm_num_groups": 3}, {"out_channels": 1}, {"in_channels": "3"}, {"latent_channels": None}]
+    for content in [[], None, 7, "text", {"a": 1}] if part == "wrong form" else [whole | change for change in changes]:
+        path.write_text(json.dumps(content))
+        with pytest.raises(SystemExit) as ended:
+            evaluation.ThroughVAE(str(tmp_path / "base"), torch.device("cpu"))
+        assert ended.value.code == 2 and "no VAE can be loaded from it" in capsys.readouterr().err, content
 
 
 def test_networks_that_cannot_be_used(tmp_path, xrv_file, classifier, refused):

@@ -2,12 +2,15 @@
 
 import copy
 import csv
+import errno
 import importlib.util
 import io
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -519,6 +522,14 @@ def changed(found: dict, *path, value) -> dict:
         ("evaluations", changed(generation("lora"), "results", 1, value=[]), "row 2 of results"),
         ("evaluations", json.dumps(changed(generation("lora"), "results", 0, "value", value=float("nan"))), "NaN is not a number"),
         ("evaluations", json.dumps(generation("lora")).replace("10.0", "1e999", 1), "infinite"),
+        ("evaluations", changed(generation("lora"), "results", 0, "value", value=10**400), "infinite"),
+        ("evaluations", changed(generation("lora"), "images", "synthetic", value=[1]), "images: 'synthetic' is list"),
+        ("evaluations", changed(generation("lora"), "images", "real", value="all"), "images: 'real' is str"),
+        ("evaluations", changed(generation("lora"), "arguments", "real_csv", value=5), "arguments: 'real_csv' is int"),
+        ("evaluations", changed(generation("lora"), "arguments", "image_root", value=["a"]), "arguments: 'image_root' is list"),
+        ("evaluations", changed(generation("lora"), "arguments", "real_split", value=True), "arguments: 'real_split' is bool"),
+        ("runs", changed(training("lora"), "arguments", "split_seed", value=[0]), "arguments: 'split_seed' is list"),
+        ("downstream", changed(downstream(), "settings", "split_seed", value={}), "settings: 'split_seed' is dict"),
         ("downstream", {key: value for key, value in downstream().items() if key != "settings"}, "no 'settings'"),
     ],
 )  # fmt: skip
@@ -550,3 +561,73 @@ def test_bad_flags_and_folders_end_with_one_sentence(three, tmp_path, capsys):
     with pytest.raises(SystemExit):
         make(three)
     assert "2.png: not a readable image" in capsys.readouterr().err and not (three / "report").exists()
+
+
+def test_a_figure_without_a_number_of_images_is_shown(three):
+    judged = generation("unet", 5.0)
+    judged["results"].append(row("fid_vae", 3.0, half=1.0, n=None))
+    write_study(three, evaluations={"unet": judged})
+    assert "3.00" in Page(make(three)[0]).table("FID ↓")["real images through the VAE"]["FID ↓"][0]
+
+
+def ended(capsys, study, *flags) -> str:
+    """The one sentence that the script ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        make(study, *flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1, said
+    return said
+
+
+def test_pictures_that_are_no_still_image_of_8_bits(three, tmp_path, capsys):
+    table = add_samples(three, tmp_path)
+    picture = three / "samples" / "lora" / "2.png"
+    picture.write_bytes(picture.read_bytes()[:45])
+    assert "2.png: not a readable image" in ended(capsys, three, "--real_csv", table)
+    Image.new("I;16", (16, 16), 3000).save(picture)
+    assert "2.png: not a readable image (1 frames of type I;16" in ended(capsys, three, "--real_csv", table)
+    frames = [Image.new("L", (16, 16), level) for level in (0, 255)]
+    frames[0].save(picture, format="GIF", save_all=True, append_images=frames[1:])
+    assert "2.png: not a readable image (2 frames" in ended(capsys, three, "--real_csv", table)
+    assert not (three / "report").exists()
+    picture.unlink()
+    make(three, "--rows", "unet", "lora", "--real_csv", table)
+    figure, top = Image.open(three / "report" / "figure2.png"), 34 + 3 * (report.TILE + report.GAP)
+    assert [figure.getpixel((280 + i * (report.TILE + report.GAP) + 2, top + 2))[0] for i in (0, 1)] == [0xEE, 145]
+
+
+def test_a_samples_table_with_spaces_is_read_as_the_scripts_read_it(three, tmp_path):
+    add_samples(three, tmp_path)
+    make(three)
+    figure = (three / "report" / "figure2.png").read_bytes()
+    for path in three.glob("samples/*/metadata.csv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b",", b", "))
+    make(three)
+    assert (three / "report" / "figure2.png").read_bytes() == figure
+
+
+def test_a_table_that_cannot_be_read_ends_with_one_sentence(three, tmp_path, capsys, monkeypatch):
+    add_samples(three, tmp_path)
+
+    def closed(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(report.pd, "read_csv", closed)
+    assert "metadata.csv: cannot be read (Permission denied)" in ended(capsys, three)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_the_report_before_stays_where_the_new_one_cannot_be_written(three, tmp_path, capsys, monkeypatch, number):
+    make(three, "--real_csv", add_samples(three, tmp_path))
+    before = {path.name: path.read_bytes() for path in (three / "report").iterdir()}
+    write = Path.write_bytes
+
+    def write_half(path, content):
+        write(path, content[: len(content) // 2])
+        if path.name == ".report.md.part":
+            raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    assert f"cannot be written ({os.strerror(number)})" in ended(capsys, three, "--title", "Another")
+    assert {path.name: path.read_bytes() for path in (three / "report").iterdir()} == before

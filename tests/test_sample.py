@@ -1,12 +1,14 @@
 """sample.py: images that depend on seed, prompt and index alone, complete metadata, and every kind of run."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,6 +205,9 @@ def test_bad_input(tmp_path, capsys):
     refused("names a finding twice", "--labels", "Edema", "Edema")
     refused("no such file", "--like_csv", "absent.csv")
     refused("multiples of 8", "--resolution=60")
+    refused("up to 16,384", "--resolution=800000000000")
+    refused("fp16 needs a GPU; pass bf16 or no", "--mixed_precision=fp16")
+    refused("cannot draw an image (ValueError: `num_inference_steps`: 5000 cannot be larger", "--scheduler=ddim", "--num_inference_steps=5000")
     (tmp_path / "empty").mkdir()
     refused("neither a finished run nor a pipeline", model=tmp_path / "empty")
     refused("no such folder", model="./absent")
@@ -236,16 +241,16 @@ def test_auto_halves_the_batch_until_it_fits(tmp_path, monkeypatch, capsys):
     whole = pixels(tmp_path / "whole", run(tmp_path / "whole", *LABELS, "--batch_size=1")["file_name"])
     sizes, denoise = [], sample.denoise
 
-    def limited(args, pipeline, embeddings, batch, *rest):
+    def limited(args, pipeline, embeddings, batch, *rest, **trial):
         sizes.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError
-        return denoise(args, pipeline, embeddings, batch, *rest)
+        return denoise(args, pipeline, embeddings, batch, *rest, **trial)
 
     monkeypatch.setattr(sample, "denoise", limited)
     table = run(tmp_path / "auto", *LABELS)
-    # Six images are left to draw, so six are tried at first.
-    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    # One to try the pipeline; six images are left to draw, so six are tried at first.
+    assert sizes == [1, 6, 3, 1, 1, 1, 1, 1, 1]
     assert furthest(whole, pixels(tmp_path / "auto", table["file_name"])) <= 2
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "three", *LABELS, "--batch_size=3")
@@ -279,19 +284,104 @@ def test_a_compiled_unet_sees_one_size_of_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: shapes.add(dynamic))
     monkeypatch.setattr(UNet2DConditionModel, "forward", lambda self, x, *rest: shapes.add(x.shape) or forward(self, x, *rest))
     run(tmp_path / "compiled", *LABELS, "--batch_size=4", "--compile")
-    # Two for each image, with and without the prompt.
-    assert shapes == {False, torch.Size((8, 4, 8, 8))}
+    # Two for each image, with and without the prompt; one image to try the pipeline, before it is compiled.
+    assert shapes == {False, torch.Size((2, 4, 8, 8)), torch.Size((8, 4, 8, 8))}
     assert furthest(pixels(tmp_path / "plain", table["file_name"]), pixels(tmp_path / "compiled", table["file_name"])) <= 2
 
 
-def test_an_image_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
-    def full(image, path):
-        raise OSError("no space left on device")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return pixels(folder, run(folder, *LABELS)["file_name"])
 
-    monkeypatch.setattr(sample, "save_image", full)
-    with pytest.raises(OSError, match="no space left"):
+
+@pytest.mark.parametrize("name", ["sampling.json", "000002.png", "no_finding.png", "metadata.csv"])
+def test_a_full_disk_ends_in_a_sentence_and_the_next_start_goes_on(name, undisturbed, tmp_path, monkeypatch, capsys):
+    def full(source, target, replace=os.replace):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(os, "replace", full)
         run(tmp_path / "s", *LABELS, "--batch_size=1")
+    error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert ended.value.code == 2 and "error: " in error and "No space left on device" in error, error
     assert not (tmp_path / "s" / "metadata.csv").exists()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*/[!.]*.png") if path.parent.name[0] != "."}
+    least, most = {"sampling.json": (0, 0), "000002.png": (2, 4)}.get(name, (6, 6))
+    assert least <= len(times) <= most and all(Image.open(path).convert("RGB") for path in times)
+    table = run(tmp_path / "s", *LABELS)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items()) and not list((tmp_path / "s").rglob("*.part"))
+    assert furthest(undisturbed, pixels(tmp_path / "s", table["file_name"])) <= 2
+
+
+def test_an_image_that_was_damaged_later_is_named(tmp_path, capsys):
+    table = run(tmp_path / "s", *LABELS)
+    path = tmp_path / "s" / table["file_name"][1]
+    path.write_bytes(path.read_bytes()[:200])
+    (tmp_path / "s" / "metadata.csv").unlink()
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "s", *LABELS)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and f"{path}: cannot be read" in error and not (tmp_path / "s" / "metadata.csv").exists()
+    path.unlink()
+    assert run(tmp_path / "s", *LABELS).equals(table)
+
+
+# What is wrong with a model's JSON beside another form: values of another type or of no meaning.
+WRONG = {
+    "unet/config.json": {
+        "sample_size": ["text", [64, 64], None, 0], "norm_eps": [None], "act_fn": [7], "class_embed_type": ["identity"], "in_channels": ["4", 5],
+        "addition_embed_type": ["text", "evil"], "attention_head_dim": [[], "x", 3], "time_embedding_type": ["evil"], "cross_attention_dim": [None],
+        "block_out_channels": [7, []], "down_block_types": ["x"], "center_input_sample": ["x"], "encoder_hid_dim_type": ["text_proj"],
+    },
+    "vae/config.json": {
+        "scaling_factor": ["text", None, 0, float("nan")], "block_out_channels": [7, []], "latent_channels": [None, 3], "act_fn": ["evil"],
+        "norm_num_groups": [3, "8"], "force_upcast": ["x"], "out_channels": [1], "sample_size": ["x"],
+    },
+    "text_encoder/config.json": {
+        "hidden_act": ["evil", 7], "num_attention_heads": [3, "4", 0], "layer_norm_eps": [None, "x"], "max_position_embeddings": ["77", 8], "eos_token_id": ["x", None],
+        "dtype": ["evil", 7], "vocab_size": [None], "model_type": ["evil", 7], "hidden_size": [32], "architectures": [7], "attention_dropout": ["x"],
+    },
+    "tokenizer/tokenizer_config.json": {
+        "model_max_length": ["77", None, 10**9, -1, 0], "pad_token": [7, None, {"a": 1}], "tokenizer_class": ["evil", 7], "bos_token": [[]], "backend": ["evil"],
+    },
+    "scheduler/scheduler_config.json": {
+        "prediction_type": ["evil", 7, None], "num_train_timesteps": ["1000", 0, -1, None], "beta_start": ["x", None], "beta_schedule": ["evil"], "trained_betas": ["evil", {"a": 1}],
+        "timestep_spacing": ["evil"], "steps_offset": ["1", 10**6], "skip_prk_steps": ["x", False], "_class_name": [7, "evil"], "_diffusers_version": [7],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_model_whose_settings_are_wrong_is_refused_or_drawn(name, tmp_path, capsys):
+    shutil.copytree(BASE, tmp_path / "base")
+    path = tmp_path / "base" / name
+    whole, refusals = json.loads(path.read_text()), 0
+    for content in ([], None, 7, "text", {"a": 1}, *(whole | {field: value} for field, values in WRONG[name].items() for value in values)):
+        path.write_text(json.dumps(content))
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
+        try:
+            assert len(run(tmp_path / "s", "--labels", "Edema", "--images_per_label=1", model=tmp_path / "base", steps=2)) == 1
+        except SystemExit as ended:
+            error = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in line]
+            assert ended.code == 2 and len(error) == 1 and str(tmp_path) in error[0], error
+            refusals += 1
+        except Exception as error:
+            raise AssertionError(f"{name}: {content}") from error
+    assert refusals >= 6
+
+
+def test_a_sampler_that_does_not_know_what_the_model_predicts_is_refused(tmp_path, capsys):
+    shutil.copytree(BASE, tmp_path / "base")
+    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "evil"}))
+    for flags in ([], *([f"--scheduler={name}"] for name in sample.SCHEDULERS)):
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path / "s", *LABELS, *flags, model=tmp_path / "base")
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert ended.value.code == 2 and "cannot draw an image" in error and "evil" in error and not (tmp_path / "s").exists(), error
 
 
 def kill_and_start_again(folder, processes: int, kills: int, seed: int) -> int:

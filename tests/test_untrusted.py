@@ -226,6 +226,28 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path, capsy
     assert not (tmp_path / "crater").exists()
 
 
+@pytest.mark.parametrize("script", [train_peft, sample], ids=lambda script: script.__name__)
+def test_no_code_of_a_model_folder_runs(script, tmp_path, capsys, monkeypatch):
+    """Modules beside the weights, named where diffusers' own loader would look for them, and in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    flag = "model" if script is sample else "pretrained_model_name_or_path"
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'crater')!r}).mkdir()\nfrom diffusers import {{}} as Evil\n"
+    shutil.copytree(BASE, tmp_path / "base")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    for folder, name in ((".", "StableDiffusionPipeline"), ("base", "StableDiffusionPipeline"), ("base/scheduler", "DDPMScheduler"), ("base/unet", "UNet2DConditionModel")):
+        (tmp_path / folder / "evil.py").write_text(code.format(name))
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | {"_class_name": ["evil", "Evil"], "scheduler": ["evil", "Evil"], "unet": ["evil", "Evil"]}))
+    run(script, command_of(script, tmp_path) | {flag: str(tmp_path / "base")})
+    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    for name in ("evil", ["evil", "Evil"], "StableDiffusionPipeline", "logging", None):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
+        assert "no scheduler of diffusers" in said(capsys, script, command_of(script, tmp_path) | {flag: str(tmp_path / "base"), "output_dir": str(tmp_path / "other")})
+    shutil.copytree(BASE, tmp_path / "adapted")
+    (tmp_path / "adapted" / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    assert "has an adapter" in said(capsys, script, command_of(script, tmp_path) | {flag: str(tmp_path / "adapted"), "output_dir": str(tmp_path / "other")})
+    assert not (tmp_path / "crater").exists() and not (tmp_path / "other").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Safetensors and JSON
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,6 +356,27 @@ def test_json_of_another_form_is_refused(content, adapters, tmp_path, capsys):
         assert "sampling.json" in said(capsys, sample, command_of(sample, tmp_path) | {"output_dir": str(tmp_path / "samples")})
 
 
+PART_FILES = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize("name", PART_FILES)
+def test_a_model_whose_json_is_of_another_form_is_refused_or_loads(name, tmp_path, capsys):
+    """Whatever the libraries raise, it comes out as a sentence."""
+    shutil.copytree(BASE, tmp_path / "base")
+    path, refusals = next((p for p in (tmp_path / "base" / name, tmp_path / "base" / "tokenizer" / "tokenizer.json") if p.exists())), 0
+    whole = json.loads(path.read_text())
+    fields = [whole | {field: value} for field in list(whole)[:12] for value in ("evil", [7], {"a": None})]
+    for content in ([], None, 7, "text", {"a": 1}, *fields):
+        path.write_text(json.dumps(content))
+        try:
+            train_peft.load_base_pipeline(train_peft.parse_args(arguments("lora", tmp_path / "run", f"--pretrained_model_name_or_path={tmp_path / 'base'}")))
+        except SystemExit as ended:
+            lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in line]
+            assert ended.code == 2 and len(lines) == 1 and str(tmp_path / "base") in lines[0], lines
+            refusals += 1
+    assert refusals >= 3
+
+
 def test_no_field_of_a_file_leads_out_of_the_output_folder(adapters, tmp_path):
     """Labels and conditions are of a fixed list, and what a run's files say is used for no name."""
     shutil.copytree(adapters / "lora", tmp_path / "lora")
@@ -364,6 +407,19 @@ def test_tables_in_every_dress(line_end, mark, tmp_path):
     assert list(table["name"]) == names and (table["Edema"] == 1).all()
     assert all(Path(image).is_file() for image in table["image"]) and not any(map(train_full.image_problem, table["image"]))
     assert len(table) == 7 and table["image"].nunique() == 6
+
+
+def test_what_only_looks_like_a_table_or_a_path(tmp_path, capsys):
+    """An archive is not opened, and a name longer than any file's is a missing image."""
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as file:
+        file.writestr("t.csv", "Path,Edema\na.jpg,1\n")
+    for suffix in ("zip", "gz", "xz", "bz2"):
+        (tmp_path / f"t.{suffix}").write_bytes((tmp_path / "t.zip").read_bytes())
+        assert f"t.{suffix}" in said(capsys, train_peft, command_of(train_peft, tmp_path) | {"data_csv": str(tmp_path / f"t.{suffix}")})
+    (tmp_path / "t.csv").write_text(f"Path,Edema\n{'x' * 5000}.jpg,1\n")
+    assert "1 of 1 images cannot be used" in said(capsys, train_peft, command_of(train_peft, tmp_path) | {"data_csv": str(tmp_path / "t.csv"), "split": "all"})
+    for flag in ("data_csv", "image_root", "resume_from_checkpoint"):
+        assert f"--{flag}" in said(capsys, train_peft, command_of(train_peft, tmp_path) | {flag: "x" * 5000})
 
 
 def test_a_table_of_a_million_rows(tmp_path):
@@ -434,6 +490,12 @@ def test_images_of_every_kind(tmp_path):
         frames = [Image.new("RGB", (4, 4), value) for value in ("black", "white")]
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
         assert "2 frames" in train_full.image_problem(str(tmp_path / name))
+    # What Pillow's readers raise on these is neither an OSError nor a ValueError.
+    size = struct.pack("<7I", 124, 0x1007, 4, 4, 0, 0, 0)
+    (tmp_path / "unknown.dds").write_bytes(b"DDS " + size + b"\0" * 44 + struct.pack("<II4s10I", 32, 4, b"ZZZZ", *[0] * 10))
+    (tmp_path / "empty.tif").write_bytes(b"II*\0" + struct.pack("<IHI", 8, 0, 0))
+    for name in ("unknown.dds", "empty.tif"):
+        assert "not a readable image" in train_full.image_problem(str(tmp_path / name))
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     assert "decompression bomb" in train_full.image_problem(str(tmp_path / "bomb.png"))
     for kind in ("png", "jpg"):

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from common import ROOT, ROWS, arguments, phantoms, script_of, train, trained_weights
+from common import ROOT, arguments, phantoms, script_of, train, trained_weights
+from safetensors.torch import load_file, save_file
 from test_bad_input import change_weights, small_table
 
 import train_full
@@ -224,6 +225,53 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_resumed_from(damage, thre
     assert ended.value.code == 2 and "is missing or damaged" in capsys.readouterr().err
 
 
+SPOILT = {
+    "moments of another shape": ("optimizer", lambda tensors: tensors.update({name: torch.zeros(3, 5) for name in [n for n in tensors if n.endswith("exp_avg")][:1]})),
+    "moments that are not finite": ("optimizer", lambda tensors: next(t for n, t in tensors.items() if n.endswith("exp_avg_sq")).fill_(float("nan"))),
+    "moments that are gone": ("optimizer", lambda tensors: [tensors.pop(n) for n in list(tensors) if n.endswith("exp_avg_sq")]),
+    "an average without a name": ("ema", lambda tensors: tensors.pop(next(iter(tensors)))),
+    "an average that is not finite": ("ema", lambda tensors: next(iter(tensors.values())).fill_(float("inf"))),
+    "weights of another shape": ("trainable", lambda tensors: tensors.update({next(iter(tensors)): torch.zeros(3, 5)})),
+    "a negative step": ("state", lambda state: state.update(step=-1)),
+    "a wrong count": ("state", lambda state: state.update(ema_steps="three")),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_checkpoint_that_was_made_up_is_refused(what, three_checkpoints, tmp_path, capsys):
+    """Its manifest fits, as whoever makes up the files can make up that too."""
+    run = tmp_path / "run"
+    shutil.copytree(three_checkpoints[0], run)
+    part, spoil = SPOILT[what]
+    folder = run / "checkpoint-3"
+    if part == "state":
+        state = json.loads((folder / "state.json").read_text())
+        spoil(state)
+        (folder / "state.json").write_text(json.dumps(state))
+    else:
+        tensors = load_file(folder / f"{part}.safetensors")
+        spoil(tensors)
+        save_file(tensors, folder / f"{part}.safetensors")
+    files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    (folder / "manifest.json").write_text(json.dumps({"files": {path.name: train_full.describe_file(path) for path in files}}))
+    sentence = refused("bitfit", run, "--use_ema", "--resume_from_checkpoint=latest", capsys=capsys, steps=4)
+    assert "checkpoint-3" in sentence and "resume from another checkpoint" in sentence or "do not match what trains" in sentence
+
+
+def test_a_checkpoint_from_elsewhere_overwrites_no_finished_run(three_checkpoints, tmp_path, capsys):
+    """Going on from another folder's checkpoint is a start in this one."""
+    resume = f"--resume_from_checkpoint={three_checkpoints[0] / 'checkpoint-3'}"
+    train("bitfit", tmp_path / "done")
+    before = (tmp_path / "done" / "unet_delta.safetensors").read_bytes()
+    assert "already holds a run" in refused("bitfit", tmp_path / "done", "--use_ema", resume, capsys=capsys, steps=4)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    assert "README.md would be overwritten" in refused("bitfit", tmp_path / "mine", "--use_ema", resume, capsys=capsys, steps=4)
+    assert (tmp_path / "done" / "unet_delta.safetensors").read_bytes() == before and (tmp_path / "mine" / "README.md").read_text() == "mine"
+    train("bitfit", tmp_path / "new", "--use_ema", resume, steps=4)
+    assert equal(trained_weights("bitfit", tmp_path / "new"), three_checkpoints[1])
+
+
 def test_pruning_leaves_the_last_good_checkpoint_and_the_run_ends_the_same(three_checkpoints, tmp_path, capsys):
     """With a later checkpoint that is damaged and room for one: what is written is not pruned in its favour."""
     run, weights = tmp_path / "run", three_checkpoints[1]
@@ -367,6 +415,20 @@ def test_bad_images_are_skipped_told_once_and_counted(tmp_path, capsys):
     for image in images:
         image.unlink(missing_ok=True)
     assert "none of 12 images can be used" in refused("bitfit", tmp_path / "none", "--split=all", "--on_bad_image=skip", capsys=capsys, csv=table)
+
+
+def test_an_image_that_vanishes_before_it_is_encoded_ends_with_a_sentence(tmp_path, capsys, monkeypatch):
+    table = small_table(tmp_path)
+    gone = sorted((tmp_path / "images").rglob("*.jpg"))[5]
+
+    def check(*args, check_images=train_peft.check_images):
+        found = check_images(*args)
+        gone.unlink()
+        return found
+
+    monkeypatch.setattr(train_peft, "check_images", check)
+    sentence = refused("bitfit", tmp_path / "run", "--split=all", capsys=capsys, csv=table)
+    assert str(gone) in sentence and "cannot be read any more" in sentence and not (tmp_path / "run").exists()
 
 
 def test_an_image_that_vanishes_in_training_has_the_next_in_its_place(tmp_path, capsys, monkeypatch):
