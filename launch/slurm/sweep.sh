@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One task of launch/slurm/submit.sh: launch/sweep.sh for the row of this task, on the four GPUs of one machine. Five minutes
-# before the time limit it is told so, saves what it has, and queues up again.
+# before the time limit it is told so, saves what it has, and queues up again. Tried with stand-ins for SLURM, not on a cluster.
 #SBATCH --nodes 1
 #SBATCH --gpus-per-node 4
 #SBATCH --cpus-per-task 32
