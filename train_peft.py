@@ -948,9 +948,10 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
     # Part by part and not by the pipeline's own loader, which imports the modules that model_index.json names and opens
     # what pickles lie in further folders.
     config = diffusers.DDPMScheduler.load_config(name, subfolder="scheduler", **revision)
-    scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
+    class_name = str(StableDiffusionPipeline.load_config(name, **revision)["scheduler"][1])
+    scheduler_class = getattr(diffusers, class_name, None)
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
-        raise ValueError(f"scheduler_config.json names {config.get('_class_name')!r}, which is no scheduler of diffusers")
+        raise ValueError(f"model_index.json names {class_name!r}, which is no scheduler of diffusers")
     scheduler_class.from_config(config).set_timesteps(2)  # settings of wrong types show here
     parts["scheduler"] = scheduler_class.from_config(config)
     pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

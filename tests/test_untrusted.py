@@ -236,11 +236,13 @@ def test_no_code_of_a_model_folder_runs(script, tmp_path, capsys, monkeypatch):
     index = json.loads((tmp_path / "base" / "model_index.json").read_text())
     for folder, name in ((".", "StableDiffusionPipeline"), ("base", "StableDiffusionPipeline"), ("base/scheduler", "DDPMScheduler"), ("base/unet", "UNet2DConditionModel")):
         (tmp_path / folder / "evil.py").write_text(code.format(name))
-    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | {"_class_name": ["evil", "Evil"], "scheduler": ["evil", "Evil"], "unet": ["evil", "Evil"]}))
-    run(script, command_of(script, tmp_path) | {flag: str(tmp_path / "base")})
+    index |= {"_class_name": ["evil", "Evil"], "unet": ["evil", "Evil"]}
     config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
-    for name in ("evil", ["evil", "Evil"], "StableDiffusionPipeline", "logging", None):
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "evil"}))
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    run(script, command_of(script, tmp_path) | {flag: str(tmp_path / "base")})
+    for name in (["evil", "Evil"], ["diffusers", "StableDiffusionPipeline"], ["diffusers", "logging"], ["evil", ["evil"]]):
+        (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | {"scheduler": name}))
         assert "no scheduler of diffusers" in said(capsys, script, command_of(script, tmp_path) | {flag: str(tmp_path / "base"), "output_dir": str(tmp_path / "other")})
     shutil.copytree(BASE, tmp_path / "adapted")
     (tmp_path / "adapted" / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
