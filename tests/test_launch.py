@@ -186,6 +186,8 @@ def check(line: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("is_file", "is_dir", "exists"):
             patch.setattr(Path, name, lambda self: True)
+        for name in ("isfile", "isdir", "exists"):
+            patch.setattr(f"os.path.{name}", lambda path: True)
         if hasattr(module, "version"):
             patch.setattr(module, "version", lambda package: "0")
         args = parse(module, argv)
