@@ -229,6 +229,14 @@ def test_old_names_of_the_vaes_attention_are_not_missing_weights(tmp_path):
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
+def test_a_scheduler_with_its_first_runge_kutta_steps_is_taken(tmp_path):
+    """diffusers' own default of PNDM, which cannot do with fewer than four steps."""
+    shutil.copytree(BASE, tmp_path / "base")
+    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"skip_prk_steps": False}))
+    assert train_full.load_pipeline(str(tmp_path / "base")).scheduler.config.skip_prk_steps is False
+
+
 def test_a_model_that_predicts_the_sample_is_refused(refused, tmp_path):
     shutil.copytree(BASE, tmp_path / "base")
     config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
