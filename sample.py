@@ -645,14 +645,20 @@ def find_batch_size(args, pipeline, embeddings, rows: pd.DataFrame, resolution: 
     """The largest batch that fits a GPU, from the peak memory of one image and of two; on a CPU one of a fixed size in pixels."""
     if pipeline.device.type != "cuda":
         return max(1, min(CPU_BATCH_PIXELS // resolution**2, MAX_BATCH_SIZE, len(rows)))
-    peaks = []
-    for size in (1, 2):
+
+    def peak(function, *inputs, **options) -> int:
         torch.cuda.reset_peak_memory_stats()
-        decode(pipeline, denoise(args, pipeline, embeddings, rows.iloc[[0] * size], resolution, only=2))
-        peaks.append(torch.cuda.max_memory_allocated())
+        function(*inputs, **options)
+        return torch.cuda.max_memory_allocated()
+
+    one, two = (peak(denoise, args, pipeline, embeddings, rows.iloc[[0] * size], resolution, only=2) for size in (1, 2))
+    side = resolution // pipeline.vae_scale_factor
+    latents = torch.zeros(DECODED_TOGETHER, pipeline.unet.config.in_channels, side, side, device=pipeline.device, dtype=pipeline.dtype)
+    # The VAE decodes a batch while the U-Net draws the next, so both need their memory at once.
+    decoding = peak(decode, pipeline, latents) - torch.cuda.memory_allocated()
     # What is held back is for fragments; where it is not enough, `sample` halves the batch.
-    usable = 0.85 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
-    return max(1, min(1 + int((usable - peaks[0]) / max(peaks[1] - peaks[0], 1)), MAX_BATCH_SIZE, len(rows)))
+    usable = 0.85 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) - decoding
+    return max(1, min(1 + int((usable - one) / max(two - one, 1)), MAX_BATCH_SIZE, len(rows)))
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -677,11 +683,13 @@ def save_images(images: torch.Tensor, finite: torch.Tensor, ready: "torch.cuda.E
 
 
 def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, output_dir: Path, state: PartialState) -> None:
-    """Samples this process's share of what is left to do; a batch is written while the next one is drawn."""
+    """Samples this process's share of what is left to do; a batch is decoded and written while the U-Net draws the next one."""
     mine = todo.iloc[state.process_index :: state.num_processes]
     size = args.batch_size if args.batch_size != "auto" else find_batch_size(args, pipeline, embeddings, mine, resolution) if len(mine) else 1
     if args.compile:
         pipeline.unet.compile(dynamic=False)
+    # The VAE's own stream on a GPU; a CPU has no cores to spare for both.
+    stream = torch.cuda.Stream() if pipeline.device.type == "cuda" else None
     done, writing = 0, deque()
     with ThreadPoolExecutor(2) as pool, tqdm(total=len(todo), desc="sampling", unit="image", bar_format=PROGRESS, disable=not state.is_main_process) as progress:
         while done < len(mine) or writing:
@@ -695,7 +703,14 @@ def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, outp
             # A compiled U-Net is compiled anew for each size, so the last batch is filled up.
             filled = batch.iloc[list(range(len(batch))) + [0] * (size - len(batch) if args.compile else 0)]
             try:
-                images, finite = decode(pipeline, denoise(args, pipeline, embeddings, filled, resolution))
+                latents = denoise(args, pipeline, embeddings, filled, resolution)[: len(batch)]
+                if stream:
+                    stream.wait_stream(torch.cuda.current_stream())
+                    latents.record_stream(stream)
+                # Into pinned memory, without waiting: the GPU goes on with the next batch.
+                with torch.cuda.stream(stream):
+                    images, finite = (found.to("cpu", non_blocking=True) for found in decode(pipeline, latents))
+                ready = stream.record_event() if stream else None
             except torch.OutOfMemoryError:
                 images = None
             if images is None:
@@ -704,12 +719,6 @@ def sample(args, pipeline, embeddings, todo: pd.DataFrame, resolution: int, outp
                 size //= 2
                 torch.cuda.empty_cache()
                 continue
-            # Copied into pinned memory without waiting: the GPU goes on with the next batch.
-            images, finite = (found[: len(batch)].to("cpu", non_blocking=True) for found in (images, finite))
-            ready = None
-            if pipeline.device.type == "cuda":
-                ready = torch.cuda.Event()
-                ready.record()
             writing.append(pool.submit(save_images, images, finite, ready, [output_dir / name for name in batch["file_name"]]))
             done += len(batch)
 

@@ -3,8 +3,8 @@
     python launch/benchmark.py                                                      # the eleven rows and sampling
     python launch/benchmark.py --device cpu --resolution 256 --steps 3 --methods lora unet sample
     python launch/benchmark.py --device cpu --methods lora --repeats 3 --steps 3
-    python launch/benchmark.py --device cpu --base launch/demo/base --resolution 64 --batch_size 4 --steps 200 --methods lora unet --start
-    python launch/benchmark.py --methods lora --resolutions 256 512 768 --batch_sizes 1 2 4 8 --processes 1 2 --rows 1000 10000 100000
+    python launch/benchmark.py --device cpu --base launch/demo/base --resolution 64 --batch_size 4 --steps 200 --repeats 3 --methods lora unet --start
+    python launch/benchmark.py --methods lora --growth                  # with resolution, batch, processes and rows of the table
 
 The weights are random and the images noise, so nothing is downloaded. Each measurement runs in a process of its own: the plain
 loop encodes every image and caption at every step, runs eagerly and reads the loss at every step; the other is the real script.
@@ -51,6 +51,7 @@ METHODS = {
     "bitfit": ("train_peft", ["--method", "bitfit"]),
     "difffit": ("train_peft", ["--method", "difffit"]),
 }
+GROWTH = {"resolutions": [256, 512, 768], "batch_sizes": [1, 2, 4], "processes": [1, 2], "rows": [1_000, 10_000, 100_000]}
 PARTS = ["data", "VAE", "text encoder", "U-Net forward", "backward", "optimizer", "rest"]
 COLOURS = ["#8c8c8c", "#c44e52", "#dd8452", "#4c72b0", "#55a868", "#8172b3", "#d0d0d0"]
 # Stable Diffusion v1.5: 859,520,964, 123,060,480 and 83,653,863 parameters.
@@ -120,10 +121,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--num_inference_steps", type=positive_int, help="denoising steps of a sampled image (default: 50 on a GPU, 2 on a CPU)")
     group.add_argument("--start", action="store_true", help="also the time from accelerate launch to the first step, beside that of importing the libraries")
     group = parser.add_argument_group("how cost grows, by the first of --methods that trains")
-    group.add_argument("--resolutions", nargs="+", type=positive_int, default=[], help="sides of the images, such as 256 512 768")
-    group.add_argument("--batch_sizes", nargs="+", type=positive_int, default=[], help="images per step, such as 1 2 4 8")
-    group.add_argument("--processes", nargs="+", type=positive_int, default=[], help="numbers of processes, such as 1 2 4")
-    group.add_argument("--rows", nargs="+", type=positive_int, default=[], help="rows of the table, such as 1000 10000 100000, on the demo's tiny base at 64x64")
+    group.add_argument("--growth", action="store_true", help="all four below, with the values that stand there as examples where none are given")
+    group.add_argument("--resolutions", nargs="+", type=positive_int, default=[], help=f"sides of the images, such as {' '.join(map(str, GROWTH['resolutions']))}")
+    group.add_argument("--batch_sizes", nargs="+", type=positive_int, default=[], help=f"images per step, such as {' '.join(map(str, GROWTH['batch_sizes']))}")
+    group.add_argument("--processes", nargs="+", type=positive_int, default=[], help=f"numbers of processes, such as {' '.join(map(str, GROWTH['processes']))}")
+    group.add_argument("--rows", nargs="+", type=positive_int, default=[], help=f"rows of the table, such as {' '.join(map(str, GROWTH['rows']))}, on the demo's tiny base at 64x64")
     group = parser.add_argument_group("how it is measured")
     group.add_argument("--steps", type=positive_int, help="steps measured (default: 30 on a GPU, 3 on a CPU)")
     group.add_argument("--warmup_steps", type=positive_int, help="steps before them (default: 10 on a GPU, 1 on a CPU)")
@@ -133,6 +135,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.base and not (args.base / "model_index.json").is_file():
         parser.error(f"--base {args.base}: no pipeline there (no model_index.json)")
+    if args.growth:
+        for name, values in GROWTH.items():
+            setattr(args, name, getattr(args, name) or values)
     return args
 # fmt: on
 
@@ -463,7 +468,24 @@ def time_sampling(job: dict) -> Clock:
     return clock
 
 
-def count_flops(job: dict) -> float:
+def count_sampling_flops(job: dict) -> float:
+    """Operations of one sampled image on the meta device: the U-Net twice at every step, for the guidance, and the VAE's decoder."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    script = load_script("sample")
+    args = script.parse_args(job["argv"])
+    pipeline = script.load_model(args.model, None, {}).to("meta")
+    side = args.resolution // pipeline.vae_scale_factor
+    latents = torch.empty(2, 4, side, side, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as unet:
+        pipeline.unet(latents, torch.tensor(0, device="meta"), torch.empty(2, 77, pipeline.unet.config.cross_attention_dim, device="meta"))
+    with torch.no_grad(), FlopCounterMode(display=False) as vae:
+        pipeline.vae.decode(latents[:1])
+    return args.num_inference_steps * unet.get_total_flops() + vae.get_total_flops()
+
+
+def count_training_flops(job: dict) -> float:
     """Operations of one image's step on the meta device: forward and backward of what the project's loop runs, by the real loss.
 
     What is cached is not in it, so it is what training cannot do without, for both loops the same.
@@ -542,7 +564,7 @@ def run_job(path: Path) -> None:
     elif job["kind"] == "images":
         outcome = {"csv": str(make_images(Path(job["folder"]), job["rows"], tuple(job["size"])))}
     elif job["kind"] == "flops":
-        outcome = {"flops": count_flops(job)}
+        outcome = {"flops": count_sampling_flops(job) if job["script"] == "sample" else count_training_flops(job)}
     else:
         import torch
 
@@ -650,8 +672,8 @@ class Bench:
             *(["--mixed_precision", self.machine["mixed_precision"]] if self.machine["device"] == "cpu" else []),
         ]  # fmt: skip
         job = {
-            "kind": "sample", "variant": variant, "device": self.machine["device"], "images": images, "batch_size": self.batch_size,
-            "argv": [str(word) for word in argv],
+            "kind": "flops" if variant == "flops" else "sample", "script": "sample", "variant": variant, "device": self.machine["device"],
+            "images": images, "batch_size": self.batch_size, "argv": [str(word) for word in argv],
         }  # fmt: skip
         outcome = self.start(job)
         shutil.rmtree(output_dir, ignore_errors=True)
@@ -680,11 +702,10 @@ def compare_loops(bench: Bench, method: str) -> dict:
         rates = [[outcome["images_per_second"] for outcome in found[variant]] for variant in ("plain", "project")]
         both["ratio"] = statistics.median(project / plain for plain, project in zip(*rates))
         both["cpu_ratio"] = statistics.median(o["cpu_seconds_per_step"] for o in found["plain"]) / statistics.median(o["cpu_seconds_per_step"] for o in found["project"])
-    if method != "sample":
-        both["flops_per_image"] = bench.training(method, "flops")["flops"]
-        for outcome in (both["plain"], both["project"]):
-            if "note" not in outcome:
-                outcome["matmul_share"] = both["flops_per_image"] * outcome["images_per_second"] / bench.machine["matmul_flops"]
+    both["flops_per_image"] = (bench.sampling("flops") if method == "sample" else bench.training(method, "flops"))["flops"]
+    for outcome in (both["plain"], both["project"]):
+        if "note" not in outcome:
+            outcome["matmul_share"] = both["flops_per_image"] * outcome["images_per_second"] / bench.machine["matmul_flops"]
     return both
 
 
@@ -713,7 +734,7 @@ def measure_start(bench: Bench) -> dict:
     """Seconds from accelerate launch to the end of the first step, and of importing the libraries alone, on the demo's base."""
     importing = "import torch, diffusers, transformers, peft, accelerate; from diffusers import StableDiffusionPipeline; from transformers import CLIPTextModel"
     method, imports, steps = next((name for name in bench.args.methods if name != "sample"), "lora"), [], []
-    for _ in range(3):
+    for _ in range(bench.args.repeats):
         print(f"{method}, start ...", flush=True)
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", importing], check=True, capture_output=True)
@@ -761,7 +782,7 @@ def format_tables(summary: dict) -> str:
                 continue
             cells = [f"{outcome['images_per_second']:.3g}", f"{both['ratio']:.2f}" if variant == "project" and "ratio" in both else "", f"{outcome['seconds_per_step']:.3g}"]
             cells += [f"{outcome['parts'][part]:.3g}" for part in PARTS]
-            cells += [f"{outcome['cpu_seconds_per_step']:.3g}", f"{outcome['peak_bytes'] / 2**30:.2f}", f"{100 * outcome['matmul_share']:.0f} %" if "matmul_share" in outcome else ""]
+            cells += [f"{outcome['cpu_seconds_per_step']:.3g}", f"{outcome['peak_bytes'] / 2**30:.2f}", f"{100 * outcome['matmul_share']:.0f} %"]
             lines.append(f"| {method} | {variant} | " + " | ".join(cells) + " |")
     for name, outcomes in summary["growth"].items():
         lines += ["", f"| {name} | images/s | s/step | s to the first step | of that uncached | peak GiB |", "|---:|---:|---:|---:|---:|---:|"]

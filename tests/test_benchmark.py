@@ -70,7 +70,7 @@ def bench(tmp_path_factory):
     """The output folder and the summary of a run on the tiny pipeline."""
     folder = tmp_path_factory.mktemp("benchmark")
     command = ["--device", "cpu", "--base", BASE, "--resolution", 64, "--batch_size", 2, "--steps", 3, "--repeats", 1, "--output_dir", folder]
-    command += ["--methods", "lora", "unet_vae", "sample", "--batch_sizes", 1, "--rows", 20, "--processes", 2]
+    command += ["--methods", "lora", "unet_vae", "sample", "--batch_sizes", 1, "--rows", 20, "--processes", 2, "--start"]
     done = subprocess.run([sys.executable, ROOT / "launch/benchmark.py", *map(str, command)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, json.loads((folder / "benchmark.json").read_text())
@@ -104,10 +104,15 @@ def test_operations_are_those_of_the_model(bench):
     from torch.utils.flop_counter import FlopCounterMode
 
     _, summary = bench
-    unet = pipeline_of(BASE).unet
-    with FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.zeros(1, 77, 64))
+    # On the meta device, since attention's kernel for CPUs is not counted.
+    pipeline = pipeline_of(BASE).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        pipeline.unet(torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.zeros(1, 77, 64))
     forward, both = counter.get_total_flops(), summary["methods"]["lora"]
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        pipeline.vae.decode(torch.zeros(1, 4, 8, 8))
+    # A sampled image is denoised with and without its prompt, at each of two steps on a CPU, and decoded.
+    assert summary["methods"]["sample"]["flops_per_image"] == 4 * forward + counter.get_total_flops()
     # With all but the adapter frozen, the backward pass has the gradients of what flows, and hardly any of weights.
     assert 1.8 * forward < both["flops_per_image"] < 2.4 * forward
     assert summary["methods"]["unet_vae"]["flops_per_image"] > 3 * forward
@@ -123,6 +128,22 @@ def test_growth_is_measured(bench):
     # 20 latents of 8x8x8 numbers in half precision, and embeddings of five captions.
     assert growth["rows"][0]["cache_bytes"] > 20 * 8 * 8 * 8 * 2 + 5 * 77 * 64 * 4
     assert growth["rows"][0]["seconds_to_first_step_uncached"] > 0
+
+
+def test_the_start_is_measured_beside_the_imports_alone(bench):
+    folder, summary = bench
+    start = summary["start"]
+    assert len(start["import_seconds"]) == len(start["first_step_seconds"]) == 1
+    # Which of the two is longer is for a quiet machine to say.
+    assert start["import_seconds"][0] > 1 and start["first_step_seconds"][0] > 1
+    assert start["ratio"] == pytest.approx(start["first_step_seconds"][0] / start["import_seconds"][0])
+    assert f"importing the libraries alone {start['import_seconds'][0]:.1f} s: {start['ratio']:.2f} times" in (folder / "benchmark.md").read_text()
+
+
+def test_growth_stands_for_the_values_that_are_not_given():
+    args = benchmark.parse_args(["--growth", "--rows", "50"])
+    assert (args.resolutions, args.batch_sizes, args.processes, args.rows) == ([256, 512, 768], [1, 2, 4], [1, 2], [50])
+    assert benchmark.parse_args([]).rows == []
 
 
 def test_table_and_plot_are_written(bench):

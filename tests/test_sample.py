@@ -260,21 +260,24 @@ def test_auto_halves_the_batch_until_it_fits(tmp_path, monkeypatch, capsys):
 def test_auto_finds_the_size_of_a_batch(monkeypatch):
     args, rows = sample.parse_args(["--model=x"]), pd.DataFrame({"prompt": ["p"] * 100, "index": range(100)})
     assert args.batch_size == "auto"
-    on = {name: SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda")}
+    unet = SimpleNamespace(config=SimpleNamespace(in_channels=4))
+    on = {name: SimpleNamespace(device=torch.device(name), vae_scale_factor=8, unet=unet, dtype=torch.float16) for name in ("cpu", "cuda")}
     sizes = {side: sample.find_batch_size(args, on["cpu"], {}, rows, side) for side in (64, 256, 512, 1024)}
     assert sizes == {64: 64, 256: 8, 512: 2, 1024: 1}
     assert sample.find_batch_size(args, on["cpu"], {}, rows[:5], 64) == 5
-    # A GPU on which a model takes 4 GiB and each image one more.
-    drawn = []
+    # A GPU on which a model takes 4 GiB, each image one more in the U-Net, and four together three more in the VAE.
+    drawn, zeros = [], torch.zeros
     monkeypatch.setattr(sample, "denoise", lambda args, pipeline, embeddings, batch, *rest, **options: drawn.append(len(batch)))
-    monkeypatch.setattr(sample, "decode", lambda pipeline, latents: None)
+    monkeypatch.setattr(sample, "decode", lambda pipeline, latents: drawn.append(tuple(latents.shape)))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, dtype: zeros(*shape, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (4 + drawn[-1]) * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (4 + (drawn[-1] if isinstance(drawn[-1], int) else 3)) * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 6 * 2**30)
-    for free, size in ((74, 64), (34, 30), (4, 4), (0, 1)):
+    for free, size in ((80, 64), (34, 27), (6, 3), (0, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
         drawn.clear()
-        assert sample.find_batch_size(args, on["cuda"], {}, rows, 512) == size and drawn == [1, 2]
+        assert sample.find_batch_size(args, on["cuda"], {}, rows, 512) == size and drawn == [1, 2, (4, 4, 64, 64)]
 
 
 def test_a_compiled_unet_sees_one_size_of_batch(tmp_path, monkeypatch):
