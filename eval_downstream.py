@@ -680,7 +680,7 @@ def is_whole(path: Path) -> bool:
     try:
         index = json.loads(path.with_suffix(".json").read_text())
         return index["seal"] == seal_of(path, index["keys"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -968,7 +968,7 @@ def load_tensors(path: Path, way_out: str) -> tuple[dict[str, torch.Tensor], dic
         tensors = load_file(path)
         if header["sha256"] != tensors_digest(tensors, header["notes"]):
             raise ValueError("not what was written")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"{path}: damaged ({error}); {way_out}")
     return tensors, header["notes"]
 

@@ -790,7 +790,7 @@ def is_whole(path: Path) -> bool:
     try:
         index = json.loads(path.with_suffix(".json").read_text())
         return index["seal"] == seal_of(path, index["keys"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -1300,7 +1300,7 @@ def checkpoint_problem(folder: Path) -> str | None:
                 return f"{name} is not as it was written"
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is damaged"
     return None
 

@@ -94,6 +94,7 @@ DAMAGE = {
     "without its seal": lambda path: path.with_suffix(".json").unlink(),
     "half a seal": lambda path: path.with_suffix(".json").write_text(path.with_suffix(".json").read_text()[:20]),
     "other JSON": lambda path: path.with_suffix(".json").write_text("[1]"),
+    "endlessly nested JSON": lambda path: path.with_suffix(".json").write_text("[" * 100_000),
     "keys exchanged": lambda path: path.with_suffix(".json").write_text(
         json.dumps((index := json.loads(path.with_suffix(".json").read_text())) | {"keys": index["keys"][::-1]})
     ),

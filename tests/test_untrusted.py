@@ -338,6 +338,7 @@ def test_broken_weights_are_refused_wherever_they_come_from(how, adapters, tmp_p
 @pytest.mark.parametrize("content", ["[]", "null", "7", '"text"', "{", "{}", '{"base_model": 3}', "[" * 100_000, "\xff"], ids=lambda text: text[:12])
 def test_json_of_another_form_is_refused(content, adapters, tmp_path, capsys):
     def put(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode("latin-1"))
 
     shutil.copytree(adapters / "lora", tmp_path / "lora")
@@ -347,12 +348,27 @@ def test_json_of_another_form_is_refused(content, adapters, tmp_path, capsys):
     put(tmp_path / "sound" / "classifier.json")
     flags = {"classifier": str(tmp_path / "sound"), "real_csv": str(phantoms()), "output_dir": str(tmp_path / "out")}
     assert "classifier.json" in said(capsys, eval_downstream, flags)
+    assert "classifier.json" in said(capsys, eval_generation, command_of(eval_generation, tmp_path) | {"features": str(tmp_path / "sound")})
+    vae = {"features": good_classifier(tmp_path / "good"), "vae": str(tmp_path / "lora")}
+    assert "training_summary.json" in said(capsys, eval_generation, command_of(eval_generation, tmp_path) | vae)
+    put(tmp_path / "reference" / "downstream_metrics.json")
+    assert "no finished run" in said(capsys, eval_downstream, command_of(eval_downstream, tmp_path) | {"reference": str(tmp_path / "reference")})
+    save_file({"weight": torch.zeros(1)}, tmp_path / "progress.safetensors", {"notes": content})
+    with pytest.raises(SystemExit) as ended:
+        eval_downstream.load_tensors(tmp_path / "progress.safetensors", "delete it")
+    assert ended.value.code == 2 and "progress.safetensors: damaged" in capsys.readouterr().err
+    for name in ("runs/lora/training_summary.json", "evaluations/lora/generation_metrics.json", "downstream/lora/downstream_metrics.json"):
+        put(tmp_path / "study" / name)
+        assert name in said(capsys, report, {"study": str(tmp_path / "study"), "output_dir": str(tmp_path / "out")})
+        (tmp_path / "study" / name).unlink()
     checkpoint = tmp_path / "lora" / "checkpoint-2"
     put(checkpoint / "state.json")
     names = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
     (checkpoint / "manifest.json").write_text(json.dumps({"files": {path.name: train_full.describe_file(path) for path in names}}))
     assert "state.json" in said(capsys, train_peft, command_of(train_peft, tmp_path) | {"resume_from_checkpoint": str(checkpoint)})
-    (tmp_path / "samples").mkdir()
+    put(checkpoint / "manifest.json")
+    for script in (train_full, train_peft):
+        assert "missing or damaged" in said(capsys, script, command_of(script, tmp_path) | {"resume_from_checkpoint": str(checkpoint)})
     put(tmp_path / "samples" / "sampling.json")
     if content not in ("{}", '{"base_model": 3}'):
         assert "sampling.json" in said(capsys, sample, command_of(sample, tmp_path) | {"output_dir": str(tmp_path / "samples")})
