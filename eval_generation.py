@@ -134,16 +134,16 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
     text = str(error).strip()
     if isinstance(error, BadImage):
         # From a loader's worker the message comes with the worker's traceback in front of it.
-        return text.splitlines()[-1].split("BadImage: ")[-1]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return text.rsplit("BadImage: ", 1)[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(told in text for told in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
         return f"out of memory ({text[:150]}); {smaller}"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
     if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
         return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "exited unexpectedly" in text:
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and any(told in text for told in ("exited unexpectedly", "killed by signal")):
         return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
-    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+    if isinstance(error, RuntimeError) and any(told in text for told in ("closed by peer", "reset by peer", "Broken pipe")):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
     return None
 

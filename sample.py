@@ -123,16 +123,16 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
     text = str(error).strip()
     if isinstance(error, BadImage):
         # From a loader's worker the message comes with the worker's traceback in front of it.
-        return text.splitlines()[-1].split("BadImage: ")[-1]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return text.rsplit("BadImage: ", 1)[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(told in text for told in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
         return f"out of memory ({text[:150]}); {smaller}"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
     if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
         return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "exited unexpectedly" in text:
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and any(told in text for told in ("exited unexpectedly", "killed by signal")):
         return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
-    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+    if isinstance(error, RuntimeError) and any(told in text for told in ("closed by peer", "reset by peer", "Broken pipe")):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
     return None
 
@@ -425,8 +425,10 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
         raise ValueError("text_encoder has an adapter, whose file names a further model to load; merge it first")
     parts = {}
     for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
+        # Or the config.json could name a kernel on the hub, which is code.
+        attention = {"attn_implementation": "sdpa"} if part == "text_encoder" else {}
         parts[part], report = model_class.from_pretrained(
-            name, subfolder=part, use_safetensors=True, output_loading_info=True, **options
+            name, subfolder=part, use_safetensors=True, output_loading_info=True, **attention, **options
         )
         if report["missing_keys"]:
             raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
@@ -593,7 +595,7 @@ def embed_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict
 def denoise(args: argparse.Namespace, pipeline: StableDiffusionPipeline, embeddings: dict, batch: pd.DataFrame, resolution: int, only: int | None = None) -> torch.Tensor:
     """Latents of a batch of rows, (B, C, h, w); the noise of each is drawn for itself, so they do not depend on the batch.
 
-    With `only`, a trial that ends after so many of the steps. The loop of StableDiffusionPipeline, but the schedulers look at timesteps on the CPU and so never wait for a GPU.
+    With `only`, a trial that ends after so many of the steps. The loop of StableDiffusionPipeline, but the schedulers look at timesteps on the CPU and so most of them do not wait for a GPU.
     """
     scheduler, side = pipeline.scheduler, resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
@@ -651,11 +653,14 @@ def find_batch_size(args, pipeline, embeddings, rows: pd.DataFrame, resolution: 
         function(*inputs, **options)
         return torch.cuda.max_memory_allocated()
 
-    one, two = (peak(denoise, args, pipeline, embeddings, rows.iloc[[0] * size], resolution, only=2) for size in (1, 2))
     side = resolution // pipeline.vae_scale_factor
-    latents = torch.zeros(DECODED_TOGETHER, pipeline.unet.config.in_channels, side, side, device=pipeline.device, dtype=pipeline.dtype)
-    # The VAE decodes a batch while the U-Net draws the next, so both need their memory at once.
-    decoding = peak(decode, pipeline, latents) - torch.cuda.memory_allocated()
+    try:
+        one, two = (peak(denoise, args, pipeline, embeddings, rows.iloc[[0] * size], resolution, only=2) for size in (1, 2))
+        latents = torch.zeros(DECODED_TOGETHER, pipeline.unet.config.in_channels, side, side, device=pipeline.device, dtype=pipeline.dtype)
+        # The VAE decodes a batch while the U-Net draws the next, so both need their memory at once.
+        decoding = peak(decode, pipeline, latents) - torch.cuda.memory_allocated()
+    except torch.OutOfMemoryError:
+        return 1
     # What is held back is for fragments; where it is not enough, `sample` halves the batch.
     usable = 0.85 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) - decoding
     return max(1, min(1 + int((usable - one) / max(two - one, 1)), MAX_BATCH_SIZE, len(rows)))
@@ -676,7 +681,7 @@ def save_images(images: torch.Tensor, finite: torch.Tensor, ready: "torch.cuda.E
         ready.synchronize()
     if not finite.all():
         # Such an image would be black, and looked at by nobody.
-        fail(f"{paths[int((~finite).to(torch.int).argmax())]}: not a number in the image; pass --mixed_precision no or bf16, and look at the run's losses")
+        raise BadImage(f"{paths[int((~finite).to(torch.int).argmax())]}: not a number in the image; pass --mixed_precision no or bf16, and look at the run's losses")
     for image, path in zip(images.numpy(), paths):
         save_image(Image.fromarray(image), path)
     return len(paths)

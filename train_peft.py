@@ -19,6 +19,7 @@ validation pictures, logs and checkpoints.
 """
 
 import argparse
+import contextlib
 import datetime
 import errno
 import functools
@@ -100,6 +101,10 @@ TOLD_SETTINGS = [
 ]  # fmt: skip
 # Copied from train_full.STOPPED
 STOPPED = 75
+# Copied from train_full.COUNTERS
+COUNTERS = ["step", "samples_seen", "seconds", "train_loss", "loss_sum", "norm_sum", "counted"]
+# Copied from train_full.SMALLEST_SCALE
+SMALLEST_SCALE = 1e-4
 # Copied from train_full.MAX_CACHED_CAPTIONS
 MAX_CACHED_CAPTIONS = 4096
 # Copied from train_full.CACHE_FILE_ROWS
@@ -138,16 +143,16 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
     text = str(error).strip()
     if isinstance(error, BadImage):
         # From a loader's worker the message comes with the worker's traceback in front of it.
-        return text.splitlines()[-1].split("BadImage: ")[-1]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return text.rsplit("BadImage: ", 1)[-1]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(told in text for told in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
         return f"out of memory ({text[:150]}); {smaller}"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
     if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
         return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "exited unexpectedly" in text:
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and any(told in text for told in ("exited unexpectedly", "killed by signal")):
         return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
-    if isinstance(error, RuntimeError) and ("closed by peer" in text or "reset by peer" in text):
+    if isinstance(error, RuntimeError) and any(told in text for told in ("closed by peer", "reset by peer", "Broken pipe")):
         return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
     return None
 
@@ -817,8 +822,14 @@ def write_cache_file(folder: Path, keys: list[str], rows: np.ndarray) -> None:
     """Adds a file to a cache: a name that no other has, the seal first, since a file without one counts as damaged."""
     name = uuid.uuid4().hex
     part = folder / f"{name}.part"
-    with part.open("wb") as file:
-        np.save(file, rows, allow_pickle=False)
+    # Not straight into the file, since NumPy does not say then that the disk is full.
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    try:
+        part.write_bytes(buffer.getbuffer())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     write_text(folder / f"{name}.json", json.dumps({"seal": seal_of(part, keys), "keys": keys}))
     os.replace(part, folder / f"{name}.npy")
 
@@ -835,8 +846,10 @@ def cache_rows(accelerator: Accelerator, folder: Path, keys: list[str], encode, 
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.part"):
-            if accelerator.is_main_process and time.time() - stale.stat().st_mtime > 3600:
-                stale.unlink(missing_ok=True)
+            # Another run may have put it in its place meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if accelerator.is_main_process and time.time() - stale.stat().st_mtime > 3600:
+                    stale.unlink()
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         progress = tqdm(total=len(mine), desc=f"encoding {unit}s", unit=unit, leave=False, disable=not accelerator.is_main_process)
         allow_tf32(accelerator, False)
@@ -935,8 +948,10 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
         raise ValueError("text_encoder has an adapter, whose file names a further model to load; merge it first")
     parts = {}
     for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
+        # Or the config.json could name a kernel on the hub, which is code.
+        attention = {"attn_implementation": "sdpa"} if part == "text_encoder" else {}
         parts[part], report = model_class.from_pretrained(
-            name, subfolder=part, use_safetensors=True, output_loading_info=True, **options
+            name, subfolder=part, use_safetensors=True, output_loading_info=True, **attention, **options
         )
         if report["missing_keys"]:
             raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
@@ -1202,6 +1217,11 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
+    # The mean loss of the last logging window; the sums of losses and gradient norms since, over so many batches.
+    train_loss: float | None = None
+    loss_sum: float = 0.0
+    norm_sum: float = 0.0
+    counted: int = 0
 
 
 # Copied from train_full.flatten
@@ -1268,7 +1288,7 @@ def write_checkpoint(accelerator: Accelerator, state: TrainState, folder: Path) 
         shadow = {name: p.detach().cpu().contiguous() for name, p in zip(parameters, state.ema.shadow_params)}
         save_file(shadow, folder / "ema.safetensors")
     scalars = {
-        "identity": state.identity, "step": state.step, "samples_seen": state.samples_seen, "seconds": state.seconds,
+        "identity": state.identity, **{name: getattr(state, name) for name in COUNTERS},
         "optimizer": {name: value for name, value in optimizer.items() if not torch.is_tensor(value)},
         "ema_steps": state.ema.optimization_step if state.ema else None,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -1276,15 +1296,17 @@ def write_checkpoint(accelerator: Accelerator, state: TrainState, folder: Path) 
     (folder / "state.json").write_text(json.dumps(scalars, indent=2))
     files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"files": files}, indent=2))
-    describe_file(folder / "manifest.json")
+    for path in folder.iterdir():
+        # So that it is on the disk afterwards, not only on its way there.
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 # Copied from train_full.describe_file
 def describe_file(path: Path) -> dict:
-    """Size and SHA-256 of a file, which is on the disk afterwards, not only on its way there."""
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        os.fsync(file.fileno())
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
@@ -1299,7 +1321,8 @@ def checkpoint_problem(folder: Path) -> str | None:
             if Path(name).name != name or files.get(name) != describe_file(folder / name):
                 return f"{name} is not as it was written"
     except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
+        # A disk that fails while it is read names no file.
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is damaged"
     return None
@@ -1346,8 +1369,9 @@ def find_checkpoint(args: argparse.Namespace, output_dir: Path, notes: list[str]
             if not problem:
                 return checkpoint
             notes.append(f"{checkpoint} is passed over: a file is missing or damaged ({problem})")
-        notes.append(f"no checkpoint in {output_dir} is whole, so the run starts anew")
-        return None
+        if not finished:
+            notes.append(f"no checkpoint in {output_dir} is whole, so the run starts anew")
+            return None
     if (existing or finished) and not args.overwrite_output_dir:
         fail(f"{output_dir} already holds a run; go on from its checkpoints with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or pass another --output_dir")
     foreign = [name for name in RUN_FILES if (output_dir / name).exists()]
@@ -1360,8 +1384,9 @@ def find_checkpoint(args: argparse.Namespace, output_dir: Path, notes: list[str]
 def read_state(checkpoint: Path) -> dict:
     """The counters of a checkpoint."""
     form = {"identity": dict, "step": int, "samples_seen": int, "seconds": (int, float), "optimizer": dict}
+    form |= {"train_loss": (int, float, type(None)), "loss_sum": (int, float), "norm_sum": (int, float), "counted": int}
     found = read_json(checkpoint / "state.json", "resume from another checkpoint", **form)
-    if found["step"] < 0 or found["samples_seen"] < 0 or not isinstance(found.get("ema_steps"), (int, type(None))):
+    if found["step"] < 0 or found["samples_seen"] < 0 or not isinstance(found.get("ema_steps"), int if found["identity"].get("use_ema") else type(None)):
         fail(f"{checkpoint / 'state.json'}: not as these scripts write it; resume from another checkpoint")
     return found
 
@@ -1427,9 +1452,10 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
     if state.ema:
         state.ema.shadow_params = [shadow[name].to(p.device) for name, p in parameters.items()]
         state.ema.optimization_step = scalars["ema_steps"]
-    if accelerator.scaler and scalars["scaler"]:
+    if accelerator.scaler and scalars.get("scaler"):
         accelerator.scaler.load_state_dict(scalars["scaler"])
-    state.step, state.samples_seen, state.seconds = scalars["step"], scalars["samples_seen"], scalars["seconds"]
+    for name in COUNTERS:
+        setattr(state, name, scalars[name])
     if accelerator.is_main_process:
         # The branch that is left behind would be the latest again.
         for later in list_checkpoints(checkpoint.parent):
@@ -1661,8 +1687,8 @@ def validate(accelerator, state, pipeline, heldout, prompts, args, output_dir) -
 
 
 # Copied from train_full.train
-def train(args, accelerator, state, stream, total_steps, parameters, validate_now, output_dir) -> float | None:
-    """Runs the optimizer steps that are left; returns the mean training loss of the last ones, None if none was left."""
+def train(args, accelerator, state, stream, total_steps, parameters, validate_now, output_dir) -> None:
+    """Runs the optimizer steps that are left."""
     batches = rank_batches(
         state.samples_seen, (total_steps - state.step) * args.gradient_accumulation_steps, args.train_batch_size,
         accelerator.process_index, accelerator.num_processes,
@@ -1673,7 +1699,7 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     state.model.train()
     # Sums of the losses and of the gradients' norms, which also say whether all of them were finite.
-    running, counted, loss, stop = torch.zeros(2, device=accelerator.device), 0, None, 0
+    running, counted, stop = torch.tensor([state.loss_sum, state.norm_sum], device=accelerator.device), state.counted, 0
     began = window_began = time.perf_counter()
     bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=not accelerator.is_main_process, smoothing=0.05)
     with bar as progress, StopVote() as vote:
@@ -1709,18 +1735,22 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
             validation = args.validation_steps and state.step % args.validation_steps == 0 and not last
             logging_step = state.step % args.logging_steps == 0 or last
             if logging_step or checkpoint:
-                window_loss, norm = accelerator.reduce(running / counted, "mean").tolist()
+                state.loss_sum, state.norm_sum, state.counted = *accelerator.reduce(running, "mean").tolist(), counted
+                window_loss, norm = state.loss_sum / counted, state.norm_sum / counted
+                if accelerator.scaler and accelerator.scaler.get_scale() < SMALLEST_SCALE:
+                    norm = math.inf
                 if not math.isfinite(window_loss + norm):
                     progress.clear()
                     stop_diverged(window_loss, norm, state, output_dir)
                 tell_bad_images(accelerator, stream)
             if logging_step:
-                loss, now = window_loss, time.perf_counter()
+                state.train_loss, now = window_loss, time.perf_counter()
                 rate = counted * args.train_batch_size * accelerator.num_processes / (now - window_began)
                 learning_rate = state.lr_scheduler.get_last_lr()[0]
-                progress.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.1e}, {rate:.3g} images/s")
-                accelerator.log({"loss": loss, "gradient_norm": norm, "lr": learning_rate, "images_per_second": rate}, step=state.step)
+                progress.set_postfix_str(f"loss {window_loss:.4f}, lr {learning_rate:.1e}, {rate:.3g} images/s")
+                accelerator.log({"loss": window_loss, "gradient_norm": norm, "lr": learning_rate, "images_per_second": rate}, step=state.step)
                 running, counted, window_began = torch.zeros_like(running), 0, now
+                state.loss_sum, state.norm_sum, state.counted = 0.0, 0.0, 0
             if checkpoint or validation or last:
                 state.seconds += time.perf_counter() - began
                 if checkpoint:
@@ -1736,7 +1766,6 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
                 began = window_began = time.perf_counter()
     if stop and state.step < total_steps:
         stop_run(accelerator, state, stop)
-    return loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2035,7 +2064,7 @@ def main(args: argparse.Namespace) -> None:
     before = validate_now()
     if checkpoint:
         load_checkpoint(accelerator, state, checkpoint, output_dir)
-    loss = train(args, accelerator, state, stream, total_steps, list(parameters.values()), validate_now, output_dir)
+    train(args, accelerator, state, stream, total_steps, list(parameters.values()), validate_now, output_dir)
 
     if ema:
         ema.copy_to(parameters.values())
@@ -2046,8 +2075,7 @@ def main(args: argparse.Namespace) -> None:
         save_adapter(args, pipeline.unet, output_dir)
         if args.save_merged:
             save_merged(args, hashes, output_dir)
-        note = "mean of the last logging window" if loss is not None else "no step was left to train"
-        rows = [result_row("train_loss", loss, note=note), *heldout_rows(before, after)]
+        rows = [result_row("train_loss", state.train_loss, note="mean of the last logging window"), *heldout_rows(before, after)]
         summary = {"script": "train_peft.py", "method": args.method, "trainable_parameters": trainable, "results": rows}
         finish_run(args, accelerator, state, data, summary, usage_example(args, output_dir), output_dir)
     accelerator.end_training()

@@ -432,6 +432,9 @@ def time_sampling(job: dict) -> Clock:
     clock = Clock(job["device"], 1, 1)
     if job["variant"] == "project":
         original, embed = script.sample, clock.timed("text encoder", script.embed_prompts)
+        # The size of a batch is found in the first round only.
+        find, sizes = script.find_batch_size, []
+        script.find_batch_size = lambda *inputs: sizes[0] if sizes else sizes.append(find(*inputs)) or sizes[0]
         for name, part in (("denoise", "U-Net forward"), ("decode", "VAE")):
             clock.patch(script, name, part)
 
@@ -469,7 +472,7 @@ def time_sampling(job: dict) -> Clock:
 
 
 def count_sampling_flops(job: dict) -> float:
-    """Operations of one sampled image on the meta device: the U-Net twice at every step, for the guidance, and the VAE's decoder."""
+    """Operations of one sampled image on the meta device: the U-Net twice at every timestep, for the guidance, and the VAE's decoder."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -482,7 +485,9 @@ def count_sampling_flops(job: dict) -> float:
         pipeline.unet(latents, torch.tensor(0, device="meta"), torch.empty(2, 77, pipeline.unet.config.cross_attention_dim, device="meta"))
     with torch.no_grad(), FlopCounterMode(display=False) as vae:
         pipeline.vae.decode(latents[:1])
-    return args.num_inference_steps * unet.get_total_flops() + vae.get_total_flops()
+    # PNDM has one more than there are steps.
+    pipeline.scheduler.set_timesteps(args.num_inference_steps)
+    return len(pipeline.scheduler.timesteps) * unet.get_total_flops() + vae.get_total_flops()
 
 
 def count_training_flops(job: dict) -> float:
@@ -539,6 +544,7 @@ def describe_machine(job: dict) -> dict:
         best = max(best, (10 if device == "cuda" else 1) * 2 * side**3 / (clock.wall() - start))
     return {
         "device": device, "mixed_precision": precision, "matmul_flops": best, "threads": torch.get_num_threads(),
+        "processes": torch.cuda.device_count() if device == "cuda" else os.cpu_count(),
         "name": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
     }  # fmt: skip
 
@@ -661,15 +667,15 @@ class Bench:
         return outcome
 
     def sampling(self, variant: str) -> dict:
-        """Times two batches of the plain loop, or as many images in the batches that sample.py finds."""
-        images = 2 * max(self.batch_size, 32 if self.machine["device"] == "cuda" else 1)
+        """Times some batches of the plain loop, or as many images in the batches that sample.py finds."""
+        images = max(2 * self.batch_size, 256 if self.machine["device"] == "cuda" else 1)
         output_dir = self.folder / "samples"
         shutil.rmtree(output_dir, ignore_errors=True)
         argv = [
             "--model", self.base, "--labels", "Edema", "--images_per_label", 2 * images, "--resolution", self.args.resolution,
             "--num_inference_steps", self.num_inference_steps, "--output_dir", output_dir,
             *(["--compile"] if self.args.compile and variant == "project" else []),
-            *(["--mixed_precision", self.machine["mixed_precision"]] if self.machine["device"] == "cpu" else []),
+            "--mixed_precision", self.machine["mixed_precision"],
         ]  # fmt: skip
         job = {
             "kind": "flops" if variant == "flops" else "sample", "script": "sample", "variant": variant, "device": self.machine["device"],
@@ -716,7 +722,9 @@ def measure_growth(bench: Bench, growth: dict[str, list[dict]], save) -> None:
     for name, setting, values in (("resolution", "resolution", args.resolutions), ("batch size", "batch_size", args.batch_sizes), ("processes", "processes", args.processes)):
         for value in values:
             print(f"{method}, {name} {value} ...", flush=True)
-            growth.setdefault(name, []).append({"value": value, "method": method, **bench.training(method, **{setting: value})})
+            fits = setting != "processes" or value <= bench.machine["processes"]
+            outcome = bench.training(method, **{setting: value}) if fits else {"note": "more than this machine has"}
+            growth.setdefault(name, []).append({"value": value, "method": method, **outcome})
             save()
     for rows in args.rows:
         print(f"{method}, {rows:,} rows ...", flush=True)

@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+export REPORT_TITLE="The demo: which fine-tuning strategy for procedural phantoms?"
 export STUDY=${STUDY:-demo} METHODS=${METHODS:-lora dora unet} MODEL=launch/demo/base
 STEPS=${STEPS:-500}
 # Larger rates than at full size: the base is small and the runs are short.

@@ -471,7 +471,7 @@ def dig(found: dict, *path: str) -> object:
 def shown(value: object) -> str:
     """A setting for a reader: fingerprints shortened, numbers with thousands."""
     if isinstance(value, str) and len(value) >= 40:
-        return value.removeprefix("xrv-")[:8]
+        return value.removeprefix("xrv-").removeprefix("classifier-")[:8]
     if isinstance(value, list):
         return ", ".join(map(shown, value))
     if isinstance(value, dict):
@@ -730,7 +730,7 @@ def some(rows: list[str], of: list[str]) -> str:
     others = [row for row in of if row not in rows]
     if not rows or not others:
         return "none" if not rows else "both" if len(of) == 2 else "all"
-    return names(rows) if len(rows) <= 3 else f"all but {names(others)}" if len(others) <= 2 else f"{len(rows)} of {len(of)}"
+    return f"all but {names(others)}" if len(others) <= 2 < len(rows) else names(rows)
 
 
 def sentence_of(one: Comparison) -> str:
@@ -927,8 +927,10 @@ def table_1(study: Study) -> Table:
             notes=["difffit"] if row == "difffit" else [],
         )
         parameters = Cell(f"{sum(run.found['trainable_parameters'].values()):,}" if run.there else "")
-        parameters.paper = "83.7 to 98.3 million" if full else "1.59 million" if row == "lora" else "not reported"
-        parameters.notes = ["parameters"] if full else []
+        # The paper says it of "full U-Net training".
+        with_unet = full and "unet" in row_components(row)
+        parameters.paper = "83.7 to 98.3 million" if with_unet else "1.59 million" if row == "lora" else "not reported"
+        parameters.notes = ["parameters"] if with_unet else []
         seconds = number_cell(run.get("seconds_per_epoch"), 1, why="" if not run.there else run.why_not("seconds_per_epoch"))
         seconds.paper, seconds.notes = "77 to 177" if full else "61 to 70", ["seconds"]
         if not run.there:
@@ -975,7 +977,7 @@ def table_2(study: Study) -> tuple[Table, list[str]]:
             cell.paper, cell.notes = ("" if value is None else f"{value:,}"), ([] if value is None else ["split"])
             cells.append(cell)
         rows.append(cells)
-    lead = "Images with each finding in the split that was used. An image can have several."
+    lead = "Images with each finding in the split that was used. An image can have several. In training and validation, images without a positive finding are left out, since they have no prompt."
     return Table("Table 2. The split", ["finding", *(title for _, title in SPLIT_PARTS.values())], rows, lead), problems
 
 
@@ -1060,7 +1062,7 @@ def table_3(study: Study) -> Table:
             )
     return Table(
         "Table 3. Are the images like real ones, varied, and what the prompt says?",
-        ["#", "images", "n", "FID ↓", "FID at half of n", "Vendi ↑", *(f"{ABBREVIATIONS.get(label, label)}, % ↑" for label in labels)], rows,
+        ["#", "images", "n of FID", "FID ↓", "FID at half of n", "Vendi ↑", *(f"{ABBREVIATIONS.get(label, label)}, % ↑" for label in labels)], rows,
         "Class consistency: the share of a prompt's images for which the classifier's head fires at 0.5. 95 % intervals below each figure.",
         [
             "no lower than the base model (grey): the FID is not below the untouched base model's, beyond the interval of the difference, which is taken over the same images and so is narrower than the two intervals.",
@@ -1118,7 +1120,8 @@ def images_table(study: Study) -> Table:
                 metric.startswith(("memorisation", "colour"))
                 and has_interval(figure)
                 and figure["floor"] is not None
-                and figure["low"] > figure["floor"]
+                # One image of many is not beyond chance, though the interval of a share above 0 never reaches 0.
+                and figure["low"] > max(figure["floor"], 0.005)
             ):
                 cell.flags = ["more than expected"]
             cells.append(cell)
@@ -1183,7 +1186,7 @@ def auroc_table(study: Study) -> Table:
             figure = results.get("auroc", label)
             cell = number_cell(figure, 3, why=results.why_not("auroc", label) if results.there else "")
             if has_interval(figure) and figure["low"] <= 0.5:
-                cell.grey, cell.flags = True, ["at chance"]
+                cell.grey, cell.flags = True, ["not above chance"]
             cells.append(cell)
         ratio = results.get("auroc_of_reference")
         cells.append(
@@ -1332,7 +1335,7 @@ def draw_figure(study: Study, args: argparse.Namespace) -> Figure2 | None:
                     picture.paste(tile(paths[0]), (x, y))
                 else:
                     pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), "#eeeeee")
-                    why = "file missing" if paths else "not available" if row == "real" else "no sample"
+                    why = "file missing" if paths else "not available" if row == "real" else "no sample" if images else "not run"
                     pen.text((x + 6, y + TILE // 2 - 12), why, "#555555", font)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
@@ -1461,7 +1464,7 @@ def build(args: argparse.Namespace, study: Study) -> tuple[list[Part], Figure2 |
         prompts_table(study, "Table 3b. Does the prompt show? By the classifier at 0.5", "class_consistency_margin",
                       "Margin: how much more often the head fires for its own prompt than for the others (recall minus false-fire rate).", 0, "not above 0", 1, 100),
         prompts_table(study, "Table 3c. Does the prompt show? Without a threshold", "class_consistency_auroc",
-                      "AUROC of the head for images of its own prompt against those of the others; 0.5 is chance.", 0.5, "at chance", 3),
+                      "AUROC of the head for images of its own prompt against those of the others; 0.5 is chance.", 0.5, "not above chance", 3),
     ]  # fmt: skip
     parts = [
         top,

@@ -18,7 +18,7 @@ PROCESSES=${PROCESSES:-1}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes $PROCESSES}
 
 # One table, split by patient here; or ready-made tables, used whole.
-TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv}
+TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv} # or CheXpert-v1.0-small/train.csv
 VALIDATION_CSV=${VALIDATION_CSV:-}
 TEST_CSV=${TEST_CSV:-}
 IMAGE_ROOT=${IMAGE_ROOT:-}
@@ -52,6 +52,7 @@ BATCH=${BATCH:-4}
 SAMPLE_FLAGS=(${SAMPLE_FLAGS:---images_per_label 5000 --num_inference_steps 50 --guidance_scale 7.5})
 EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
+REPORT_TITLE=${REPORT_TITLE:-}
 
 refuse() {
   echo "launch/sweep.sh: error: $1" >&2
@@ -65,12 +66,14 @@ done
 for row in "${METHODS[@]}"; do
   [[ " $ALL_METHODS " == *" $row "* ]] || refuse "METHODS: '$row' is none of $ALL_METHODS"
 done
+[ -z "$VALIDATION_CSV" ] || [ -n "$TEST_CSV" ] || refuse "VALIDATION_CSV is set and TEST_CSV is not; set both, for three ready-made tables, or none"
 [[ $BUDGET == equal || $BUDGET == authors ]] || refuse "BUDGET=$BUDGET is neither equal nor authors"
 ((GLOBAL_BATCH % (BATCH * PROCESSES) == 0)) ||
   refuse "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
 for flag in "$@"; do
   case $flag in
-    --split_seed* | --uncertain* | --prompt_template* | --resolution* | --max_train_samples* | --data_csv* | --image_root* | --output_dir*)
+    --split_seed* | --uncertain* | --prompt_template* | --resolution* | --max_train_samples* | --data_csv* | --image_root* | --output_dir* | \
+      --split* | --validation_csv* | --dataset_name* | --pretrained_model_name_or_path* | --train_batch_size*)
       refuse "${flag%%=*} is not for the trainings alone; set the variable at the top of launch/sweep.sh" ;;
     --resize_mode*) refuse "--resize_mode is not for the trainings alone; set RESIZE_MODE" ;;
   esac
@@ -145,4 +148,4 @@ for row in "${METHODS[@]}"; do
   unless "samples/$row/metadata.csv" sample "$STUDY/runs/$row" "$row"
   judge "$row"
 done
-[ "${REPORT:-yes}" = no ] || python launch/report.py --study "$STUDY"
+[ "${REPORT:-yes}" = no ] || python launch/report.py --study "$STUDY" ${REPORT_TITLE:+--title "$REPORT_TITLE"}

@@ -279,6 +279,14 @@ def test_auto_finds_the_size_of_a_batch(monkeypatch):
         drawn.clear()
         assert sample.find_batch_size(args, on["cuda"], {}, rows, 512) == size and drawn == [1, 2, (4, 4, 64, 64)]
 
+    def too_large(args, pipeline, embeddings, batch, *rest, **options):
+        if len(batch) == 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sample, "denoise", too_large)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**30)
+    assert sample.find_batch_size(args, on["cuda"], {}, rows, 512) == 1
+
 
 def test_a_compiled_unet_sees_one_size_of_batch(tmp_path, monkeypatch):
     table = run(tmp_path / "plain", *LABELS, "--batch_size=4")

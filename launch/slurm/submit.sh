@@ -3,6 +3,7 @@
 # other row, then the report. Started again after a time limit it goes on where it was. Flags are passed on to the training scripts.
 #   bash launch/slurm/submit.sh
 #   STUDY=/scratch/study METHODS="unet lora" bash launch/slurm/submit.sh --max_train_steps 20000
+# If the first job fails, those that wait for it never start: cancel them, and start again.
 # Not tried on a cluster: there was none where it was written.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

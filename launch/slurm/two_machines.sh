@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One training on two machines of four GPUs each: sbatch launch/slurm/two_machines.sh [flags of train_full.py]
-# Not tried on a cluster: there was none where it was written.
+# Start it in the repository's folder. Not tried on a cluster: there was none where it was written.
 #SBATCH --nodes 2
 #SBATCH --ntasks-per-node 1
 #SBATCH --gpus-per-node 4
@@ -17,9 +17,12 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 
 requeue() {
   trap '' USR1
-  # To all processes that srun has started; training writes a checkpoint and ends.
+  # To all processes that srun has started; training writes a checkpoint and ends. Before its first step it does not hear.
   scancel --signal USR1 "$SLURM_JOB_ID"
-  wait "$job" || true
+  for ((second = 0; second < ${GRACE:-240}; second++)); do
+    kill -0 "$job" 2>/dev/null || break
+    sleep 1
+  done
   scontrol requeue "$SLURM_JOB_ID"
   exit 75
 }

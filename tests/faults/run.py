@@ -36,7 +36,7 @@ BASE = ROOT / "launch" / "demo" / "base"
 JOBS = ("train_full", "train_peft", "sample", "eval_generation", "eval_downstream", "sweep")
 LABELS = ["Edema", "No Finding", "Pleural Effusion"]
 # What may differ between two runs of the same job: times, memory, and where the results lie.
-FREE = {"seconds", "seconds_per_epoch", "peak_memory_gib", "train_loss", "arguments", "versions", "notes", "resume_from_checkpoint"}
+FREE = {"seconds", "seconds_per_epoch", "peak_memory_gib", "arguments", "versions", "notes", "resume_from_checkpoint"}
 # An undisturbed run that needs longer than this hangs.
 LIMIT = 900
 

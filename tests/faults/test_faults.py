@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from common import BASE, ROOT, arguments, phantoms, pipeline_of, script_of, train, trained_weights, weights_of
+from common import BASE, ROOT, arguments, phantoms, pipeline_of, result, script_of, train, trained_weights, weights_of
 from safetensors.torch import load_file, save_file
 from test_bad_input import change_weights, small_table
 
@@ -235,6 +235,8 @@ SPOILT = {
     "weights of another shape": ("trainable", lambda tensors: tensors.update({next(iter(tensors)): torch.zeros(3, 5)})),
     "a negative step": ("state", lambda state: state.update(step=-1)),
     "a wrong count": ("state", lambda state: state.update(ema_steps="three")),
+    "no count of the average": ("state", lambda state: state.update(ema_steps=None)),
+    "a loss that is no number": ("state", lambda state: state.update(loss_sum="low")),
 }
 
 
@@ -271,6 +273,36 @@ def test_a_checkpoint_from_elsewhere_overwrites_no_finished_run(three_checkpoint
     assert (tmp_path / "done" / "unet_delta.safetensors").read_bytes() == before and (tmp_path / "mine" / "README.md").read_text() == "mine"
     train("bitfit", tmp_path / "new", "--use_ema", resume, steps=4)
     assert equal(trained_weights("bitfit", tmp_path / "new"), three_checkpoints[1])
+
+
+def test_a_finished_run_whose_checkpoints_are_damaged_is_not_begun_anew(three_checkpoints, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(three_checkpoints[0], run)
+    (run / "training_summary.json").write_text("{}")
+    for checkpoint in train_full.list_checkpoints(run):
+        flip_a_bit(checkpoint / "trainable.safetensors")
+    assert "already holds a run" in refused("bitfit", run, "--use_ema", "--resume_from_checkpoint=latest", capsys=capsys, steps=4)
+
+
+def test_a_disk_that_cannot_be_read_is_a_damaged_checkpoint(three_checkpoints, monkeypatch):
+    """Reading from an open file names no file."""
+
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(train_full, "describe_file", failing)
+    assert train_full.checkpoint_problem(three_checkpoints[0] / "checkpoint-3") == f"checkpoint-3: {os.strerror(errno.EIO)}"
+
+
+def test_the_training_loss_survives_interruptions(tmp_path):
+    """In the middle of a logging window, and after the last step."""
+    flags = ["--checkpointing_steps=2", "--checkpoints_total_limit=9", "--logging_steps=50"]
+    whole = result(train("bitfit", tmp_path / "run", *flags, steps=5), "train_loss")
+    for lost in ([], ["checkpoint-5"]):
+        for name in ("training_summary.json", *lost):
+            path = tmp_path / "run" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert result(train("bitfit", tmp_path / "run", *flags, "--resume_from_checkpoint=latest", steps=5), "train_loss") == whole
 
 
 def test_pruning_leaves_the_last_good_checkpoint_and_the_run_ends_the_same(three_checkpoints, tmp_path, capsys):
@@ -322,6 +354,32 @@ def test_a_full_disk_ends_with_a_sentence_and_the_checkpoint_before_it(tmp_path,
         assert [path.name for path in left] == (["checkpoint-1"] if mounted else [])
         assert not any(train_full.checkpoint_problem(path) for path in left)
         assert not list((tmp_path / "small").rglob("*.part"))
+
+
+def test_a_full_disk_while_latents_and_captions_are_cached(tmp_path, capsys):
+    with small_disk(tmp_path / "small", 1) as mounted:
+        if mounted:
+            (tmp_path / "small" / "others").write_bytes(bytes(1_000_000))
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        sentence = refused("bitfit", tmp_path / "run", f"--latent_cache_dir={tmp_path / 'small' / 'cache'}", capsys=capsys)
+        assert "make room" in sentence and "start again" in sentence
+        assert not list((tmp_path / "small").rglob("*.npy")) and not list((tmp_path / "small").rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (train_full.BadImage("Caught BadImage in worker\nTraceback ...\n__main__.BadImage: two\nlines.png: no such file"), "two\nlines.png: no such file"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "lower --dataloader_num_workers"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "lower --dataloader_num_workers"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc] writev: Broken pipe"), "another process of this run has ended"),
+    ],
+)
+def test_errors_that_are_no_fault_of_the_code_have_a_sentence(error, words):
+    assert words in train_full.plain_sentence(error, "lower --train_batch_size")
+    assert train_full.plain_sentence(RuntimeError("size mismatch"), "") is None
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
