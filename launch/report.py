@@ -733,6 +733,22 @@ def some(rows: list[str], of: list[str]) -> str:
     return f"all but {names(others)}" if len(others) <= 2 < len(rows) else names(rows)
 
 
+def beyond_the_best(one: Comparison) -> str:
+    """What differs and what does not where the best is not among the two: each strategy once, with those that it is better than."""
+    others = list(one.figures)[1:]
+    beaten = {row: [worse for better, worse in one.pairs if better == row] for row in others}
+    if len(others) < 2 or not one.pairs:
+        return ""
+    if sum(map(len, beaten.values())) == math.comb(len(others), 2):
+        return f"{names(others)} all differ from each other"
+    if len(others) > 3:
+        return "which of the others differ stands below, pair by pair"
+    told = [f"{name_of_row(row)} from {some(worse, [other for other in others if other != row])}" for row, worse in beaten.items() if worse]
+    if not told:
+        return f"{names(others)} do not differ from each other"
+    return f"of the others these differ, the better first: {'; '.join(told)}; no other pair does"
+
+
 def sentence_of(one: Comparison) -> str:
     """The best, what cannot be told from it, what is behind it, and who beats the base model and chance."""
     if len(one.figures) < 2:
@@ -743,9 +759,10 @@ def sentence_of(one: Comparison) -> str:
     elif not rest:
         text = f"{best}, beyond the intervals of all others"
     else:
-        among = [f"{name_of_row(better)} and {name_of_row(worse)}" for better, worse in one.pairs]
-        behind = f"; behind: {names(one.behind)}" if one.behind else f", nor anything else, though these differ: {'; '.join(among)}"
-        text = f"{best}, not distinguishable from {names(rest)}{behind}"
+        text = f"{best}, not distinguishable from {names(rest)}"
+        text += f"; behind: {names(one.behind)}" if one.behind else ""
+    further = beyond_the_best(one)
+    text += f"; {further}" if further else ""
     if one.base:
         verb = (
             ("is more varied than" if len(one.beat_base) == 1 else "are more varied than")
@@ -1095,6 +1112,24 @@ def prompts_table(study: Study, title: str, metric: str, lead: str, chance: floa
         rows.append(cells)
     unit = ", %" if scale == 100 else ""
     return Table(title, ["#", "images", *(f"{ABBREVIATIONS.get(label, label)}{unit} ↑" for label in labels)], rows, lead)
+
+
+def pairs_table(study: Study, comparisons: tuple) -> Table:
+    """Every pair of strategies: for each figure, which a strategy is better than and which it cannot be told from."""
+
+    def cell(one: Comparison, row: str) -> Cell:
+        if row not in one.figures or len(one.figures) < 2:
+            return Cell("not compared")
+        better = [other for other in study.strategies if (row, other) in one.pairs]
+        level = [other for other in study.strategies if other in one.figures and other != row and not {(row, other), (other, row)} & set(one.pairs)]
+        told = [f"{words} {', '.join(str(NUMBERS[other]) for other in rows)}" for words, rows in (("better than", better), ("level with", level)) if rows]
+        return Cell("; ".join(told) or "worse than all")
+
+    rows = [[Cell(str(NUMBERS[row])), Cell(name_of_row(row)), *(cell(one, row) for one in comparisons)] for row in study.strategies]
+    return Table(
+        "Pair by pair, beyond the 95 % intervals", ["#", "strategy", *(one.measure for one in comparisons)], rows,
+        "By the numbers in the first column. Level with: the intervals overlap. Better in Vendi means more varied.",
+    )  # fmt: skip
 
 
 def images_table(study: Study) -> Table:
@@ -1454,7 +1489,7 @@ def build(args: argparse.Namespace, study: Study) -> tuple[list[Part], Figure2 |
         else []
     )
     top = Part(
-        "", [("answer", lines), *([("problems", problems)] if problems else []), ("list", limits), verdict_table(study, comparisons)]
+        "", [("answer", lines), *([("problems", problems)] if problems else []), ("list", limits), verdict_table(study, comparisons), pairs_table(study, comparisons)]
     )
     context = (
         "The paper's figures stand beside ours as context, not as a target: its FID and Vendi are biased by their own n, over 25,133 images of which 17,032 are "
@@ -1523,6 +1558,7 @@ td.grey .value { color: #57606a; font-weight: 400; }
 .paper { color: #2a5d9f; white-space: nowrap; }
 .key { font-size: .85rem; color: #444b53; padding-left: 1.2rem; margin: .25rem 0; }
 img { display: block; max-width: none; width: 100%; min-width: 900px; height: auto; }
+@media (max-width: 760px) { .scroll:has(.many, img)::before { content: "scrolls sideways \\2192"; position: sticky; left: 0; font-size: .78rem; color: #57606a; } }
 @media (max-width: 600px) { .answer { font-size: 1rem; } h1 { font-size: 1.3rem; } }
 @media print { .scroll { overflow: visible; } }
 """

@@ -3,6 +3,7 @@
 #   bash launch/sweep.sh
 #   METHODS="lora bitfit" STUDY=study/small RESOLUTION=256 bash launch/sweep.sh --max_train_steps 2000
 #   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=/data/xrays bash launch/sweep.sh
+#   BUDGET=authors bash launch/sweep.sh
 # Finished steps are skipped and an interrupted one goes on. Flags are passed on to the training scripts. Relative paths start
 # from the repository's folder.
 set -euo pipefail

@@ -1,8 +1,9 @@
 """Every command line that a reader can copy parses against the script that it calls.
 
-The texts are README.md's bash blocks, the shell scripts and accelerate configurations in launch/, and the docstrings of the
-scripts. Each is run by bash in a copy of the folder where recorders stand in for the launchers, so loops, arrays and defaults
-have the values that they have when a person runs it, and nothing is trained.
+The texts are README.md's bash blocks, launch/demo/README.md's indented lines, the shell scripts in launch/ and the commands in
+their comments and in the accelerate configurations', and the docstrings of the scripts. Each is run by bash in a copy of the
+folder where recorders stand in for the launchers, so loops, arrays and defaults have the values that they have when a person
+runs it, and nothing is trained.
 """
 
 import argparse
@@ -29,13 +30,18 @@ bash "$@" >&2
 echo 1""",
 }
 # What the shell scripts want to be there before they start anything.
-TABLES = ("CheXpert-v1.0/train.csv", "demo/phantoms/CheXpert-phantom/train.csv")
+TABLES = ("CheXpert-v1.0/train.csv", "demo/phantoms/CheXpert-phantom/train.csv", "train.csv", "val.csv", "test.csv")
 # Shell scripts that start none of the scripts.
 WITHOUT_COMMANDS = {"launch/environment.sh"}
 # Writes its own name and arguments, NUL after each, and a line end after all.
 RECORDER = """#!{bash}
 printf '%s\\0' "${{0##*/}}" "$@" >> {record}
 printf '\\n\\0' >> {record}
+"""
+# The bash of a text: a script of launch/ that it starts has the system's commands beside the recorders, and must end well.
+NESTED = """#!{bash}
+[ -f "$1" ] || exit 0
+PATH="{stubs}:{system}" {bash} "$@" || echo "exit status $?: $*" >> {failed}
 """
 
 
@@ -54,9 +60,9 @@ def docstring_commands(source: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines() if line.startswith("    "))
 
 
-def comment_commands(yaml: str) -> str:
-    """A configuration's indented comments."""
-    return "\n".join(line[1:].strip() for line in yaml.splitlines() if line.startswith("#   "))
+def comment_commands(source: str) -> str:
+    """The indented comments of a configuration or a shell script."""
+    return "\n".join(line[1:].strip() for line in source.splitlines() if line.startswith("#   "))
 
 
 def sources() -> dict[str, str]:
@@ -66,29 +72,31 @@ def sources() -> dict[str, str]:
     for path in sorted([*ROOT.glob("*.py"), *launch.rglob("*.py"), *launch.rglob("*.sh"), *launch.rglob("*.yaml")]):
         text = {".py": docstring_commands, ".sh": str, ".yaml": comment_commands}[path.suffix](path.read_text())
         found[str(path.relative_to(ROOT))] = text
-    return found
+    found |= {f"comments of launch/{name}": comment_commands((launch / name).read_text()) for name in ("sweep.sh", "slurm/submit.sh")}
+    demo = (launch / "demo" / "README.md").read_text().splitlines()
+    return found | {"launch/demo/README.md": "\n".join(line for line in demo if line.startswith("    "))}
 
 
 def run_recorded(shell: str, folder: Path, name: str = "") -> list[list[str]]:
     """Runs a shell text in an empty folder and returns the launchers' calls, name first.
 
     A script of the repository (`name`) runs with the system's own commands, in a copy of launch/; any other text has
-    nothing but the recorders.
+    nothing but the recorders, until it starts such a script.
     """
-    bash, record, stubs = shutil.which("bash"), folder / "record", folder / "stubs"
+    bash, record, failed, stubs = shutil.which("bash"), folder / "record", folder / "failed", folder / "stubs"
     stubs.mkdir()
-    for launcher in LAUNCHERS:
-        (stubs / launcher).write_text(RECORDER.format(bash=bash, record=record))
-        (stubs / launcher).chmod(0o755)
-    if name:
-        for command, body in SLURM.items():
-            (stubs / command).write_text(f"#!{bash}\n{body}\n")
-            (stubs / command).chmod(0o755)
+    programs = {launcher: RECORDER.format(bash=bash, record=record) for launcher in LAUNCHERS}
+    programs |= {command: f"#!{bash}\n{body}\n" for command, body in SLURM.items()}
+    if not name:
+        programs["bash"] = NESTED.format(bash=bash, stubs=stubs, system=os.environ["PATH"], failed=failed)
+    for program, body in programs.items():
+        (stubs / program).write_text(body)
+        (stubs / program).chmod(0o755)
     tree = folder / "tree"
     shutil.copytree(ROOT / "launch", tree / "launch", ignore=shutil.ignore_patterns("base", "__pycache__"))
     shutil.copy(ROOT / "requirements.txt", tree)
     for table in TABLES:
-        (tree / table).parent.mkdir(parents=True)
+        (tree / table).parent.mkdir(parents=True, exist_ok=True)
         (tree / table).touch()
     script = tree / (name or "commands.sh")
     script.write_text(shell)
@@ -97,6 +105,7 @@ def run_recorded(shell: str, folder: Path, name: str = "") -> list[list[str]]:
     environment = {"PATH": path, "HOME": str(folder), "VIRTUAL_ENV": str(stubs)}
     done = subprocess.run([bash, script], check=False, cwd=tree, env=environment, capture_output=True, text=True, timeout=60)
     assert not name or done.returncode == 0, f"{name}: exit status {done.returncode}: {done.stderr}"
+    assert not failed.exists(), f"{failed.read_text()}{done.stderr}"
     calls = record.read_text().split("\n\0")[:-1] if record.exists() else []
     return [call.split("\0")[:-1] for call in calls]
 
@@ -111,7 +120,7 @@ def command_lines(shell: str, folder: Path, name: str = "") -> list[list[str]]:
 def commands(tmp_path_factory) -> dict[str, list[list[str]]]:
     """The command lines of every source."""
     return {
-        source: command_lines(shell, tmp_path_factory.mktemp("source"), source if source.endswith(".sh") else "")
+        source: command_lines(shell, tmp_path_factory.mktemp("source"), source if source.endswith(".sh") and (ROOT / source).is_file() else "")
         for source, shell in sources().items()
     }
 
@@ -212,6 +221,20 @@ def test_command_lines_parse(source, commands, capsys):
 def test_every_source_has_commands(source, commands):
     if source not in WITHOUT_COMMANDS and not (source.endswith(".py") and "/" in source):
         assert commands[source], f"no command found in {source}"
+
+
+def test_the_sweeps_of_the_texts_have_their_variables(commands):
+    """What stands before `bash launch/sweep.sh` reaches the scripts."""
+    lines = {" ".join(line) for line in commands["README.md"]} & {" ".join(line) for line in commands["comments of launch/sweep.sh"]}
+    assert any("--output_dir study/small/runs/bitfit" in line and "--resolution 256" in line and line.endswith("--max_train_steps 2000") for line in lines)
+    assert any("--data_csv train.csv --validation_csv val.csv" in line and "--image_root /data/xrays" in line for line in lines)
+    authors = [line for line in commands["comments of launch/sweep.sh"] if "lora" in line and line[line.index("--train_batch_size") + 1] == "8"]
+    assert authors
+
+
+def test_a_script_that_fails_when_a_text_starts_it_is_noticed(tmp_path):
+    with pytest.raises(AssertionError, match="'nothing' is none of"):
+        command_lines("METHODS=nothing bash launch/sweep.sh", tmp_path)
 
 
 def test_readme_starts_every_script(commands):

@@ -319,8 +319,43 @@ def test_the_papers_claims_that_the_footnotes_deny_are_denied_by_its_tables():
 def test_a_winner_beyond_the_intervals_is_named(three):
     markdown = make(three)[1]
     assert "U-Net is ahead of every other strategy, beyond the 95 % intervals, in FID, following the prompt and downstream AUROC." in markdown
-    assert "FID: lowest for U-Net (5.00), beyond the intervals of all others; all beat the base model (40.00)." in markdown
+    assert "FID: lowest for U-Net (5.00), beyond the intervals of all others; LoRA and BitFit do not differ from each other; all beat the base model (40.00)." in markdown
     assert "Vendi score: none of the 3 strategies differ beyond their intervals" in markdown
+
+
+@pytest.mark.parametrize(
+    ("dora", "told"),
+    [
+        (20.0, "of the others these differ, the better first: LoRA from DoRA; BitFit from DoRA; no other pair does"),
+        (12.5, "of the others these differ, the better first: LoRA from DoRA; no other pair does"),
+        (10.5, "LoRA, DoRA and BitFit do not differ from each other"),
+    ],
+)
+def test_what_differs_behind_the_best_is_said(three, dora, told):
+    """Intervals are ± 1: LoRA 10, BitFit 11."""
+    write_study(three, evaluations={"dora": generation("dora", dora)})
+    assert f"FID: lowest for U-Net (5.00), beyond the intervals of all others; {told}; all beat" in make(three)[1]
+    write_study(three, evaluations={"bitfit": generation("bitfit", 14.0), "dora": generation("dora", 17.0)})
+    assert "; LoRA, BitFit and DoRA all differ from each other; all beat" in make(three)[1]
+
+
+def test_every_pair_is_in_a_table(three):
+    write_study(three, evaluations={"dora": generation("dora", 12.5)})
+    page, markdown, _ = make(three, "--rows", "unet", "text_encoder", "lora", "dora", "bitfit")
+    cells = Page(page).table("strategy", "FID", "Vendi score", "Downstream AUROC")
+    fid = {name: row["FID"][0].strip() for name, row in cells.items()}
+    assert fid == {
+        "U-Net": "better than 8, 9, 10",
+        "Text Encoder": "not compared",
+        "LoRA": "better than 9; level with 10",
+        "DoRA": "level with 10",
+        "BitFit": "level with 8, 9",
+    }
+    assert cells["DoRA"]["Downstream AUROC"][0].strip() == "not compared"
+    write_study(three, evaluations={"difffit": generation("difffit", 30.0)})
+    page, markdown, _ = make(three)
+    assert "FID: lowest for U-Net (5.00), beyond the intervals of all others; which of the others differ stands below, pair by pair; all beat" in markdown
+    assert Page(page).table("strategy", "FID", "Vendi score")["DiffFit"]["FID"][0].strip() == "worse than all"
 
 
 @pytest.mark.parametrize(("fid", "tied"), [(7.0, True), (7.01, False)])
