@@ -4,9 +4,11 @@
     python tests/faults/run.py --rounds 4 --jobs train_peft sample --processes 2 --seed 7
 
 A job is a script, or launch/sweep.sh, on a small problem on the CPU, started by `accelerate launch` where it has several
-processes. It is first run undisturbed. Then it is started in a new folder and hit again and again, each a round: SIGKILL or SIGTERM to all its processes,
-or SIGKILL to one of them, which has to end the others within a minute. The moment is random over the job's whole duration, or,
-in half of the rounds, soon after a new file has appeared. After each round every file that has its final name must be whole.
+processes. It is first run undisturbed. Then it is started in a new folder and hit again and again, each a round: SIGKILL or
+SIGTERM to all its processes, or SIGKILL to one of them, which has to end the others within a minute. The moment is random over
+the job's whole duration, or, in half of the rounds, soon after a new file has appeared. After each round every file that has its
+final name must be whole; then, in a third of them, the newest checkpoint loses its end or has a bit flipped where there is
+another to go on from.
 After --kills rounds the job runs to its end, and what it leaves is compared with the undisturbed one's: the same files, no more
 and no fewer, trained weights bit by bit, images and figures. Exit status 1 if anything is found.
 """
@@ -153,6 +155,21 @@ def hit(job: subprocess.Popen, fault: str, processes: int, generator: random.Ran
     return [] if fine else [f"{fault}: processes were left after {time.monotonic() - began:.0f} s"]
 
 
+def damage(folder: Path, generator: random.Random) -> Path | None:
+    """Cuts or flips a bit in one file of the newest checkpoint, where there is an older one; returns the checkpoint."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if len(checkpoints) < 2 or generator.random() > 1 / 3:
+        return None
+    path = generator.choice(sorted(path for path in checkpoints[-1].iterdir() if path.stat().st_size))
+    content = bytearray(path.read_bytes())
+    if generator.random() < 0.5:
+        del content[generator.randrange(len(content)) :]
+    else:
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content)
+    return checkpoints[-1]
+
+
 def is_worker(process: psutil.Process) -> bool:
     """Whether a process is one of the script's own, not a launcher or a shell."""
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
@@ -166,14 +183,19 @@ def is_worker(process: psutil.Process) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Files under their final names that are not whole; what is still being written is hidden or ends in .part."""
+def damaged_files(folder: Path, known: list[str] = []) -> list[str]:
+    """Files under their final names that are not whole; what is still being written is hidden or ends in .part.
+
+    What is in the `known` folders was damaged by this harness.
+    """
     sys.path.insert(0, str(ROOT))
     import train_full
 
     found = []
     for path in folder.parent.rglob("*"):
         if any(part.startswith(".") or part.endswith((".part", ".sizes")) for part in path.relative_to(folder.parent).parts):
+            continue
+        if known and any(str(part) in known for part in (path, path.parent)):
             continue
         try:
             if path.is_dir() and path.name.startswith("checkpoint-"):
@@ -289,6 +311,8 @@ def prepare(folder: Path, jobs: list[str]) -> dict:
 
 def main(args: argparse.Namespace) -> int:
     generator, faults, failures, moments = random.Random(args.seed), Counter(), [], []
+    # Of its own, so that the moments of the kills stay those of the seed.
+    damages, damaged, faults_of_files = random.Random(args.seed), [], Counter()
     root = Path(args.keep or tempfile.mkdtemp(prefix="faults-"))
     root.mkdir(parents=True, exist_ok=True)
     log = root / "log"
@@ -317,10 +341,13 @@ def main(args: argparse.Namespace) -> int:
                     break
                 fault = generator.choice(["SIGKILL", "SIGKILL", "SIGTERM", "one process"])
                 moments.append(round(time.monotonic() - began, 1))
-                found = hit(process, fault, job.processes, generator) + damaged_files(folder)
+                found = hit(process, fault, job.processes, generator) + damaged_files(folder, damaged)
                 failures += [f"{job}, {fault} after {moments[-1]} s: {line}" for line in found]
                 faults[f"{job}, {fault}"] += 1
                 hits += 1
+                if job.name.startswith("train") and not found and (checkpoint := damage(folder, damages)):
+                    damaged.append(str(checkpoint))
+                    faults_of_files[job.name] += 1
             if not ran_out:
                 run_whole(job, folder, log)
             failures += [f"{job}, in the end: {line}" for line in differences(job, whole, folder)]
@@ -334,6 +361,8 @@ def main(args: argparse.Namespace) -> int:
             shutil.rmtree(folder.parent)
     for name, count in sorted(faults.items()):
         print(f"{count:>5}  {name}")
+    for name, count in sorted(faults_of_files.items()):
+        print(f"{count:>5}  {name}, newest checkpoint damaged")
     print(f"{sum(faults.values())} rounds with seed {args.seed}, {finished} jobs brought to their end, {len(failures)} failures")
     print("\n".join(failures))
     if not failures and not args.keep:
