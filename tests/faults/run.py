@@ -4,13 +4,15 @@
     python tests/faults/run.py --rounds 4 --jobs train_peft sample --processes 2 --seed 7
 
 A job is a script, or launch/sweep.sh, on a small problem on the CPU, started by `accelerate launch` where it has several
-processes. It is first run undisturbed. Then it is started in a new folder and hit again and again, each a round: SIGKILL or
+processes. It is first run undisturbed. Then, once, its surroundings fail: a folder that is read-only, a disk that is full, an
+image that vanishes while it runs; each has to end it with a sentence, after which it runs to its end with a clock that jumps.
+Then it is started in a new folder and hit again and again, each a round: SIGKILL or
 SIGTERM to all its processes, or SIGKILL to one of them, which has to end the others within a minute. The moment is random over
 the job's whole duration, or, in half of the rounds, soon after a new file has appeared. After each round every file that has its
 final name must be whole; then, in a third of them, the newest checkpoint loses its end or has a bit flipped where there is
 another to go on from.
-After --kills rounds the job runs to its end, and what it leaves is compared with the undisturbed one's: the same files, no more
-and no fewer, trained weights bit by bit, images and figures. Exit status 1 if anything is found.
+After --kills rounds the job runs to its end. What it leaves is each time compared with the undisturbed one's: the same files, no
+more and no fewer, trained weights bit by bit, images and figures. Exit status 1 if anything is found.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -41,6 +44,15 @@ LABELS = ["Edema", "No Finding", "Pleural Effusion"]
 FREE = {"seconds", "seconds_per_epoch", "peak_memory_gib", "arguments", "versions", "notes", "resume_from_checkpoint"}
 # An undisturbed run that needs longer than this hangs.
 LIMIT = 900
+# A disk that has no room for a file of more bytes than these, less than the largest that each job writes.
+ROOM = {"train_full": 1 << 20, "train_peft": 1 << 17, "sample": 1 << 13, "eval_generation": 1 << 13, "eval_downstream": 1 << 18, "sweep": 1 << 17}
+# A sitecustomize.py for the scripts' own processes: a clock that is thirty years wrong now and then.
+CLOCK = f"""
+import random, sys, time
+if any(word.endswith(tuple(name + ".py" for name in {JOBS})) for word in sys.orig_argv[1:4]):
+    jumps, right = random.Random(0), time.time
+    time.time = lambda: right() + jumps.choice((-1e9, 0, 1e9))
+"""
 
 
 class Job:
@@ -52,13 +64,14 @@ class Job:
     def __str__(self) -> str:
         return f"{self.name} on {self.processes}"
 
-    def start(self, folder: Path, log: Path) -> subprocess.Popen:
+    def start(self, folder: Path, log: Path | None, room: int | None = None, **variables: str) -> subprocess.Popen:
+        """Starts it, its output to the log or, without one, to a pipe; with `room` for the bytes of any file that it writes."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         launcher = [sys.executable]
         if self.processes > 1:
             launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(self.processes)]
             launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables
         if self.name == "sweep":
             small = {
                 "STUDY": folder, "METHODS": "bitfit", "MODEL": BASE, "LAUNCH": " ".join(launcher), "PROCESSES": self.processes, "LABELS": ",".join(LABELS),
@@ -70,8 +83,12 @@ class Job:
             command = ["bash", ROOT / "launch" / "sweep.sh", "--max_train_steps", "12", "--checkpointing_steps", "3", "--num_validation_images", "0"]
         else:
             command = [*launcher, ROOT / f"{self.name}.py", *self.flags(folder), "--output_dir", folder]
-        with log.open("a") as file:
-            return subprocess.Popen([str(word) for word in command], env=environment, stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with log.open("a") if log else contextlib.nullcontext(subprocess.PIPE) as output:
+            return subprocess.Popen(
+                [str(word) for word in command], env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room or soft, hard)),
+            )  # fmt: skip
 
     def flags(self, folder: Path) -> list:
         if self.name.startswith("train"):
@@ -168,6 +185,60 @@ def damage(folder: Path, generator: random.Random) -> Path | None:
         content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
     path.write_bytes(content)
     return checkpoints[-1]
+
+
+@contextlib.contextmanager
+def read_only(folder: Path):
+    """A folder that nothing can be written to; gives False where that cannot be had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # To root, who passes over permissions, only a file system of its own is read-only, where one can be mounted.
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode == 0
+    if not mounted:
+        folder.chmod(0o500)
+    try:
+        yield mounted or os.geteuid() != 0
+    finally:
+        if mounted:
+            subprocess.run(["umount", folder], check=True)
+        folder.chmod(0o700)
+
+
+def ending(job: Job, process: subprocess.Popen, words: list[str]) -> list[str]:
+    """What is wrong with how a job ended that could not go on: status 2 and one sentence, with one of the words in it."""
+    try:
+        said = process.communicate(timeout=LIMIT)[0].replace("\r", "\n")
+    except subprocess.TimeoutExpired:
+        signal_all(tree(process.pid), signal.SIGKILL)
+        return ["hangs"]
+    sentences = [line for line in said.splitlines() if ".py: error: " in line]
+    # The launcher of several has a status and a traceback of its own, and each process its sentence.
+    fine = process.returncode == 2 and len(sentences) == 1 and "Traceback" not in said if job.processes == 1 else process.returncode and sentences
+    if not fine or not any(word in line for word in words for line in sentences):
+        return [f"status {process.returncode}, {sentences or said[-2000:]}"]
+    return []
+
+
+def surround(job: Job, folder: Path, log: Path, duration: float, generator: random.Random) -> list[str]:
+    """Has a job meet a read-only folder, a full disk and an image that vanishes, and then runs it to its end; what went wrong."""
+    found = []
+    with read_only(folder.parent) as possible:
+        if possible:
+            found += [f"read-only folder: {line}" for line in ending(job, job.start(folder, None), ["cannot be written"])]
+        else:
+            print("      no read-only folder for root, who may not mount one here", flush=True)
+    found += [f"full disk: {line}" for line in ending(job, job.start(folder, None, room=ROOM[job.name]), ["make room", "cannot be written"])]
+    found += damaged_files(folder)
+    if job.name != "sample":
+        # At the very start or while it runs, where the images may have been read already.
+        process, image = job.start(folder, None), generator.choice(job.data["images"])
+        time.sleep(duration * generator.choice([0, generator.random()]))
+        image.rename(image.with_suffix(".gone"))
+        gone = ending(job, process, [str(image)])
+        image.with_suffix(".gone").rename(image)
+        found += [f"{image} gone: {line}" for line in gone if process.returncode]
+        found += damaged_files(folder)
+    run_whole(job, folder, log, PYTHONPATH=str(log.parent / "clock"))
+    return found
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -279,10 +350,10 @@ def differences(job: Job, whole: Path, folder: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run_whole(job: Job, folder: Path, log: Path) -> float:
+def run_whole(job: Job, folder: Path, log: Path, **variables: str) -> float:
     """Runs a job to its end; the seconds that it took."""
     began = time.monotonic()
-    process = job.start(folder, log)
+    process = job.start(folder, log, **variables)
     try:
         status = process.wait(LIMIT)
     except subprocess.TimeoutExpired:
@@ -306,7 +377,8 @@ def prepare(folder: Path, jobs: list[str]) -> dict:
     for command in commands if {"eval_generation", "eval_downstream"} & set(jobs) else commands[:1]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, env=environment)
-    return {"csv": folder / "phantoms/CheXpert-phantom/train.csv", "samples": folder / "samples", "classifier": folder / "real/classifier"}
+    table, images = folder / "phantoms/CheXpert-phantom/train.csv", sorted((folder / "phantoms").rglob("*.jpg"))
+    return {"csv": table, "images": images, "samples": folder / "samples", "classifier": folder / "real/classifier"}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -317,6 +389,8 @@ def main(args: argparse.Namespace) -> int:
     root.mkdir(parents=True, exist_ok=True)
     log = root / "log"
     log.touch()
+    (root / "clock").mkdir(exist_ok=True)
+    (root / "clock" / "sitecustomize.py").write_text(CLOCK)
     jobs = [Job(name, processes, {}) for processes in args.processes for name in args.jobs]
     data, durations, finished, number = prepare(root / "data", args.jobs), {}, 0, 0
     print(f"seed {args.seed}, {args.rounds} rounds of {', '.join(map(str, jobs))}, in {root}", flush=True)
@@ -328,6 +402,10 @@ def main(args: argparse.Namespace) -> int:
         try:
             if job not in durations:
                 durations[job] = run_whole(job, whole, log)
+                around = place / "surrounded" / "out"
+                found = surround(job, around, log, durations[job], random.Random(args.seed)) + differences(job, whole, around)
+                failures += [f"{job}, surroundings: {line}" for line in found]
+                print(f"      {job}: {durations[job]:.0f} s undisturbed; surroundings that fail: {len(found)} failures", flush=True)
             hits, ran_out = 0, False
             # The sweep has all the other jobs in it, and takes as long as they do together.
             while hits < (2 if job.name == "sweep" else args.kills) and sum(faults.values()) < args.rounds and not ran_out:
