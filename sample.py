@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -492,11 +493,18 @@ def pipeline_fingerprint(pipeline: StableDiffusionPipeline) -> str:
 def pickle_advice(name: str) -> str:
     """How to convert a model whose weights are pickles, which are not read; empty for any other."""
     path = Path(name)
-    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
-    if not any(p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl") for p in found):
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    pickles = [p for p in found if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
+    if not pickles:
         return ""
-    load = "from_single_file" if path.is_file() else "from_pretrained"
-    return f"""; pickles are not read, convert those that you trust: python -c "from diffusers import StableDiffusionPipeline as P; P.{load}('{name}').save_pretrained('converted')\""""
+    # Names are somebody's: quoted for Python as JSON is, and the whole for the shell.
+    if path.is_file() or (path / "model_index.json").is_file():
+        load = "from_single_file" if path.is_file() else "from_pretrained"
+        code = f'from diffusers import StableDiffusionPipeline as P; P.{load}({json.dumps(name, ensure_ascii=False)}).save_pretrained("converted")'
+    else:
+        old, new = (json.dumps(str(p), ensure_ascii=False) for p in (pickles[0], pickles[0].with_suffix(".safetensors")))
+        code = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}, weights_only=True), {new})"
+    return f"; pickles are not read, convert those that you trust: python -c {shlex.quote(code)}"
 
 
 # Copied from train_full.read_json
@@ -533,7 +541,7 @@ def load_model(model: str, base_model: str | None, summary: dict) -> StableDiffu
     adapter = next((f for f in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors") if (folder / f).is_file()), None)
     source = (base_model or summary.get("base_model")) if adapter else model
     if folder.is_dir() and not adapter and not (folder / "model_index.json").is_file():
-        fail(f"--model {model}: neither a finished run nor a pipeline (no model_index.json, pytorch_lora_weights.safetensors or unet_delta.safetensors)")
+        fail(f"--model {model}: neither a finished run nor a pipeline (no model_index.json, pytorch_lora_weights.safetensors or unet_delta.safetensors){pickle_advice(model)}")
     if source is None:
         fail(f"--model {model}: training_summary.json does not name the adapter's base model; pass --base_model")
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):

@@ -31,6 +31,7 @@ import logging
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -977,11 +978,18 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
 def pickle_advice(name: str) -> str:
     """How to convert a model whose weights are pickles, which are not read; empty for any other."""
     path = Path(name)
-    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
-    if not any(p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl") for p in found):
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    pickles = [p for p in found if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
+    if not pickles:
         return ""
-    load = "from_single_file" if path.is_file() else "from_pretrained"
-    return f"""; pickles are not read, convert those that you trust: python -c "from diffusers import StableDiffusionPipeline as P; P.{load}('{name}').save_pretrained('converted')\""""
+    # Names are somebody's: quoted for Python as JSON is, and the whole for the shell.
+    if path.is_file() or (path / "model_index.json").is_file():
+        load = "from_single_file" if path.is_file() else "from_pretrained"
+        code = f'from diffusers import StableDiffusionPipeline as P; P.{load}({json.dumps(name, ensure_ascii=False)}).save_pretrained("converted")'
+    else:
+        old, new = (json.dumps(str(p), ensure_ascii=False) for p in (pickles[0], pickles[0].with_suffix(".safetensors")))
+        code = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}, weights_only=True), {new})"
+    return f"; pickles are not read, convert those that you trust: python -c {shlex.quote(code)}"
 
 
 # Copied from train_full.load_base_pipeline

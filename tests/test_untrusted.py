@@ -1,6 +1,7 @@
 """Files that somebody else made: no pickle is opened through any flag, and what is wrong with a file is said in a sentence."""
 
 import argparse
+import ast
 import contextlib
 import csv
 import hashlib
@@ -8,8 +9,10 @@ import importlib.util
 import io
 import json
 import pickle
+import shlex
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -224,6 +227,28 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path, capsy
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert ended.value.code == 2 and "python -c" in error, error
     assert not (tmp_path / "crater").exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "it's", 'a"b', "$(touch crater)", "x');import os;os.mkdir('crater')#", "`touch crater`\\"])
+def test_the_command_that_converts_an_adapter_does_that_and_nothing_else(name, tmp_path, capsys):
+    """Whatever its folder is called: the command is made to be pasted into a shell."""
+    tensors = {"weight": torch.arange(4.0)}
+    (tmp_path / name).mkdir()
+    torch.save(tensors, tmp_path / name / "pytorch_lora_weights.bin")
+    error = said(capsys, sample, command_of(sample, tmp_path) | {"model": str(tmp_path / name)})
+    assert "neither a finished run nor a pipeline" in error
+    subprocess.run(["bash", "-c", error[error.index("python -c") :]], check=True, cwd=tmp_path)
+    assert load_file(tmp_path / name / "pytorch_lora_weights.safetensors")["weight"].equal(tensors["weight"])
+    assert not (tmp_path / "crater").exists()
+
+
+@pytest.mark.parametrize("name", ["it's", 'a"b', "$(touch crater)"])
+def test_the_command_that_converts_a_pipeline_names_it_whatever_its_name(name, tmp_path):
+    shutil.copytree(BASE, tmp_path / name)
+    torch.save({}, tmp_path / name / "unet" / "diffusion_pytorch_model.bin")
+    advice = train_full.pickle_advice(str(tmp_path / name))
+    words = shlex.split(advice[advice.index("python -c") :])
+    assert len(words) == 3 and str(tmp_path / name) in [node.value for node in ast.walk(ast.parse(words[2])) if isinstance(node, ast.Constant)]
 
 
 @pytest.mark.parametrize("script", [train_peft, sample], ids=lambda script: script.__name__)

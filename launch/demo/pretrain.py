@@ -428,7 +428,7 @@ def preview_vae(vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device
 
 def preview_pipeline(folder: Path, path: Path, num_inference_steps: int = 25) -> None:
     """Samples from what was saved, loaded as a user loads it, so that fp16's rounding is in the picture."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, use_safetensors=True, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     findings = ("Cardiomegaly", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion")
     prompts = [PROMPT_TEMPLATE.format(name) for name in findings] + ["a red circle on a blue background", ""]
@@ -493,11 +493,11 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer") if args.start else make_tokenizer()
     text_encoder, vae, unet = make_models(tokenizer)
     if args.start:
-        text_encoder = CLIPTextModel.from_pretrained(args.start / "text_encoder", torch_dtype=torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(args.start / "unet", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(args.start / "text_encoder", use_safetensors=True, torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(args.start / "unet", use_safetensors=True, torch_dtype=torch.float32)
 
     if args.skip_vae:
-        vae = AutoencoderKL.from_pretrained(args.skip_vae, torch_dtype=torch.float32).to(device).eval()
+        vae = AutoencoderKL.from_pretrained(args.skip_vae, use_safetensors=True, torch_dtype=torch.float32).to(device).eval()
     else:
         vae = train_vae(vae, pictures, args.steps_vae, device)
         normalise_latents(vae, pictures[::4], device)

@@ -4,8 +4,9 @@
     python tests/faults/run.py --rounds 4 --jobs train_peft sample --processes 2 --seed 7
 
 A job is a script, or launch/sweep.sh, on a small problem on the CPU, started by `accelerate launch` where it has several
-processes. It is first run undisturbed. Then, once, its surroundings fail: a folder that is read-only, a disk that is full, an
-image that vanishes while it runs; each has to end it with a sentence, after which it runs to its end with a clock that jumps.
+processes. It is first run undisturbed. Then, once, its surroundings fail: images that vanish, before it starts and while it runs,
+a folder that is read-only, a disk that fills up at a random point of the work. Each has to end it with a sentence, and with more
+room it goes on to its end, while the clock and the times of its files jump.
 Then it is started in a new folder and hit again and again, each a round: SIGKILL or
 SIGTERM to all its processes, or SIGKILL to one of them, which has to end the others within a minute. The moment is random over
 the job's whole duration, or, in half of the rounds, soon after a new file has appeared. After each round every file that has its
@@ -44,8 +45,6 @@ LABELS = ["Edema", "No Finding", "Pleural Effusion"]
 FREE = {"seconds", "seconds_per_epoch", "peak_memory_gib", "arguments", "versions", "notes", "resume_from_checkpoint"}
 # An undisturbed run that needs longer than this hangs.
 LIMIT = 900
-# A disk that has no room for a file of more bytes than these, less than the largest that each job writes.
-ROOM = {"train_full": 1 << 20, "train_peft": 1 << 17, "sample": 1 << 13, "eval_generation": 1 << 13, "eval_downstream": 1 << 18, "sweep": 1 << 17}
 # A sitecustomize.py for the scripts' own processes: a clock that is thirty years wrong now and then.
 CLOCK = f"""
 import random, sys, time
@@ -188,19 +187,15 @@ def damage(folder: Path, generator: random.Random) -> Path | None:
 
 
 @contextlib.contextmanager
-def read_only(folder: Path):
-    """A folder that nothing can be written to; gives False where that cannot be had."""
+def mounted(folder: Path, options: str):
+    """A folder on a file system of its own, in memory; gives False where none may be mounted."""
     folder.mkdir(parents=True, exist_ok=True)
-    # To root, who passes over permissions, only a file system of its own is read-only, where one can be mounted.
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode == 0
-    if not mounted:
-        folder.chmod(0o500)
+    fine = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode == 0
     try:
-        yield mounted or os.geteuid() != 0
+        yield fine
     finally:
-        if mounted:
-            subprocess.run(["umount", folder], check=True)
-        folder.chmod(0o700)
+        if fine:
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def ending(job: Job, process: subprocess.Popen, words: list[str]) -> list[str]:
@@ -218,26 +213,48 @@ def ending(job: Job, process: subprocess.Popen, words: list[str]) -> list[str]:
     return []
 
 
-def surround(job: Job, folder: Path, log: Path, duration: float, generator: random.Random) -> list[str]:
-    """Has a job meet a read-only folder, a full disk and an image that vanishes, and then runs it to its end; what went wrong."""
-    found = []
-    with read_only(folder.parent) as possible:
-        if possible:
-            found += [f"read-only folder: {line}" for line in ending(job, job.start(folder, None), ["cannot be written"])]
-        else:
-            print("      no read-only folder for root, who may not mount one here", flush=True)
-    found += [f"full disk: {line}" for line in ending(job, job.start(folder, None, room=ROOM[job.name]), ["make room", "cannot be written"])]
-    found += damaged_files(folder)
+def surround(job: Job, whole: Path, place: Path, log: Path, duration: float, generator: random.Random) -> list[str]:
+    """Has a job meet vanishing images, a read-only folder, a full disk and a clock that jumps; what went wrong."""
+    found, notes = [], []
     if job.name != "sample":
-        # At the very start or while it runs, where the images may have been read already.
-        process, image = job.start(folder, None), generator.choice(job.data["images"])
-        time.sleep(duration * generator.choice([0, generator.random()]))
-        image.rename(image.with_suffix(".gone"))
-        gone = ending(job, process, [str(image)])
-        image.with_suffix(".gone").rename(image)
-        found += [f"{image} gone: {line}" for line in gone if process.returncode]
-        found += damaged_files(folder)
-    run_whole(job, folder, log, PYTHONPATH=str(log.parent / "clock"))
+        images, gone = job.data["images"], job.data["images"].with_name("gone")
+        for moment in (0, duration * generator.uniform(0.2, 0.8)):
+            folder = place / f"vanishing-{moment:.1f}" / "out"
+            if not moment:
+                images.rename(gone)
+            process = job.start(folder, None)
+            if moment:
+                time.sleep(moment)
+                images.rename(gone)
+            wrong = ending(job, process, ["view1_"])
+            gone.rename(images)
+            # What vanishes late may not be looked for any more.
+            noticed = process.returncode != 0
+            found += [f"images gone after {moment:.1f} s: {line}" for line in wrong if noticed or not moment] + damaged_files(folder)
+            notes.append(f"images gone after {moment:.1f} s {'noticed' if noticed else 'not noticed'}")
+    folder = place / "read-only" / "out"
+    with mounted(folder.parent, "ro") as fine:
+        if not fine:
+            folder.parent.chmod(0o500)
+        # Root passes over permissions.
+        if fine or os.geteuid():
+            found += [f"read-only folder: {line}" for line in ending(job, job.start(folder, None), ["cannot be written"])]
+            notes.append("read-only folder")
+    folder.parent.chmod(0o700)
+    # With room for a part of what an undisturbed run leaves there, or of its largest file.
+    folder, share = place / "full" / "out", generator.uniform(0.1, 0.9)
+    sizes = [path.stat().st_size for path in files_of(whole)]
+    with mounted(folder.parent, f"size={int(share * sum(-(-size // 4096) for size in sizes)) * 4}k") as fine:
+        ended_as = ending(job, job.start(folder, None, room=None if fine else int(share * max(sizes))), ["make room", "cannot be written"])
+        found += [f"{'disk' if fine else 'quota'} full at {share:.0%}: {line}" for line in ended_as] + damaged_files(folder)
+        notes.append(f"{'disk' if fine else 'quota'} full at {share:.0%} of {len(sizes)} files, with {len(files_of(folder))} there")
+        if fine:
+            subprocess.run(["mount", "-o", "remount,size=50%", folder.parent], check=True)
+        for path in files_of(folder):
+            os.utime(path, (jump := generator.choice([0, 1e9, 4e9]), jump))
+        run_whole(job, folder, log, PYTHONPATH=str(log.parent / "clock"))
+        found += differences(job, whole, folder)
+    print(f"      {job}: {duration:.0f} s undisturbed; {'; '.join(notes)}; {len(found)} failures", flush=True)
     return found
 
 
@@ -377,8 +394,8 @@ def prepare(folder: Path, jobs: list[str]) -> dict:
     for command in commands if {"eval_generation", "eval_downstream"} & set(jobs) else commands[:1]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, env=environment)
-    table, images = folder / "phantoms/CheXpert-phantom/train.csv", sorted((folder / "phantoms").rglob("*.jpg"))
-    return {"csv": table, "images": images, "samples": folder / "samples", "classifier": folder / "real/classifier"}
+    phantoms = folder / "phantoms/CheXpert-phantom"
+    return {"csv": phantoms / "train.csv", "images": phantoms / "train", "samples": folder / "samples", "classifier": folder / "real/classifier"}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -399,14 +416,13 @@ def main(args: argparse.Namespace) -> int:
         job.data, place = data, root / str(job).replace(" ", "-")
         whole, folder = place / "whole" / "out", place / f"hit-{number}" / "out"
         number += 1
+        hits = 0
         try:
             if job not in durations:
                 durations[job] = run_whole(job, whole, log)
-                around = place / "surrounded" / "out"
-                found = surround(job, around, log, durations[job], random.Random(args.seed)) + differences(job, whole, around)
-                failures += [f"{job}, surroundings: {line}" for line in found]
-                print(f"      {job}: {durations[job]:.0f} s undisturbed; surroundings that fail: {len(found)} failures", flush=True)
-            hits, ran_out = 0, False
+                found = surround(job, whole, place, log, durations[job], random.Random(f"{args.seed} {job}"))
+                failures += [f"{job}, {line}" for line in found]
+            ran_out = False
             # The sweep has all the other jobs in it, and takes as long as they do together.
             while hits < (2 if job.name == "sweep" else args.kills) and sum(faults.values()) < args.rounds and not ran_out:
                 process, began = job.start(folder, log), time.monotonic()
@@ -441,6 +457,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"{count:>5}  {name}")
     for name, count in sorted(faults_of_files.items()):
         print(f"{count:>5}  {name}, newest checkpoint damaged")
+    if sum(faults.values()) < args.rounds:
+        failures.append(f"only {sum(faults.values())} of {args.rounds} rounds: the jobs end before they are hit")
     print(f"{sum(faults.values())} rounds with seed {args.seed}, {finished} jobs brought to their end, {len(failures)} failures")
     print("\n".join(failures))
     if not failures and not args.keep:
