@@ -607,6 +607,10 @@ def test_bad_images_stop_or_are_skipped(samples, tmp_path, capsys):
     real = run(tmp_path / "real", synthetic, "--on_bad_image=skip", train_on="real")
     out = capsys.readouterr().out
     assert out.count("  skipped  ") == 4 and all(out.count(name) == 1 for name in names)
+    # The same on every process, and told once by all of them.
+    done = launch(ROOT / "eval_downstream.py", *arguments(tmp_path / "two", synthetic, "--on_bad_image=skip", train_on="real"), processes=2)
+    assert done.returncode == 0 and done.stdout.count("  skipped  ") == 4, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two" / "downstream_metrics.json").read_text())["images"] == real["images"]
     summary = run(tmp_path / "out", synthetic, "--on_bad_image=skip", f"--reference={tmp_path / 'real'}")
     assert summary["images"]["left_out"]["unreadable"] == real["images"]["left_out"]["unreadable"] == 4
     assert summary["images"]["train"] == real["images"]["train"] and row(summary, "auroc_of_reference")["value"] is not None

@@ -670,6 +670,11 @@ def test_every_bad_image_is_told_or_skipped_and_counted(tmp_path, samples, class
     assert len(skipped) == 5 and all(sum(name in line for line in skipped) == 1 for name in names[:4])
     counts = [sum(summary["images"][source][label] for label in LABELS) for source in ("base model", "synthetic")]
     assert counts == [len(table), len(table) - 4]
+    # The same on every process, and told once by all of them.
+    done = launch(ROOT / "eval_generation.py", *flags_of(tmp_path / "two", folder, classifier, cache), "--on_bad_image=skip", processes=2)
+    assert done.returncode == 0 and done.stdout.count("  skipped  ") == 5, done.stderr[-2000:]
+    two = json.loads((tmp_path / "two" / "generation_metrics.json").read_text())
+    assert two["unreadable"] == {"synthetic": 5} and two["images"]["synthetic"] == summary["images"]["synthetic"]
 
 
 def full_disk(monkeypatch, ending: str) -> None:
