@@ -213,49 +213,62 @@ def ending(job: Job, process: subprocess.Popen, words: list[str]) -> list[str]:
     return []
 
 
-def surround(job: Job, whole: Path, place: Path, log: Path, duration: float, generator: random.Random) -> list[str]:
-    """Has a job meet vanishing images, a read-only folder, a full disk and a clock that jumps; what went wrong."""
-    found, notes = [], []
-    if job.name != "sample":
-        images, gone = job.data["images"], job.data["images"].with_name("gone")
-        for moment in (0, duration * generator.uniform(0.2, 0.8)):
-            folder = place / f"vanishing-{moment:.1f}" / "out"
-            if not moment:
-                images.rename(gone)
-            process = job.start(folder, None)
-            if moment:
-                time.sleep(moment)
-                images.rename(gone)
-            wrong = ending(job, process, ["view1_"])
-            gone.rename(images)
-            # What vanishes late may not be looked for any more.
-            noticed = process.returncode != 0
-            found += [f"images gone after {moment:.1f} s: {line}" for line in wrong if noticed or not moment] + damaged_files(folder)
-            notes.append(f"images gone after {moment:.1f} s {'noticed' if noticed else 'not noticed'}")
-    folder = place / "read-only" / "out"
+def note(text: str) -> None:
+    print(f"      {text}", flush=True)
+
+
+def vanishing_images(job: Job, place: Path, duration: float, generator: random.Random) -> list[str]:
+    """All images are moved away before a job starts, and while another runs; what went wrong."""
+    images, gone, found = job.data["images"], job.data["images"].with_name("gone"), []
+    for moment in (0, duration * generator.uniform(0.2, 0.8)):
+        folder = place / f"vanishing-{moment:.1f}" / "out"
+        if not moment:
+            images.rename(gone)
+        process = job.start(folder, None)
+        if moment:
+            time.sleep(moment)
+            images.rename(gone)
+        wrong = ending(job, process, ["view1_"])
+        gone.rename(images)
+        # What vanishes late may not be looked for any more.
+        noticed = process.returncode != 0
+        found += [f"images gone after {moment:.1f} s: {line}" for line in wrong if noticed or not moment] + damaged_files(folder)
+        note(f"images gone after {moment:.1f} s: {'noticed' if noticed else 'not noticed'}")
+    return found
+
+
+def read_only_folder(job: Job, place: Path) -> list[str]:
+    """A job is to write where it may not; what went wrong."""
+    folder, found = place / "read-only" / "out", []
     with mounted(folder.parent, "ro") as fine:
         if not fine:
             folder.parent.chmod(0o500)
         # Root passes over permissions.
-        if fine or os.geteuid():
-            found += [f"read-only folder: {line}" for line in ending(job, job.start(folder, None), ["cannot be written"])]
-            notes.append("read-only folder")
+        possible = fine or os.geteuid() != 0
+        if possible:
+            found = [f"read-only folder: {line}" for line in ending(job, job.start(folder, None), ["cannot be written"])]
+        note("read-only folder" if possible else "no read-only folder for root, who may not mount one here")
     folder.parent.chmod(0o700)
-    # With room for a part of what an undisturbed run leaves there, or of its largest file.
+    return found
+
+
+def full_disk(job: Job, whole: Path, place: Path, log: Path, generator: random.Random) -> list[str]:
+    """A job's disk fills up; with room it goes on to its end, while the clock and the times of its files jump; what went wrong.
+
+    The room is a part of what an undisturbed run leaves, or, where no disk may be mounted, of its largest file.
+    """
     folder, share = place / "full" / "out", generator.uniform(0.1, 0.9)
     sizes = [path.stat().st_size for path in files_of(whole)]
     with mounted(folder.parent, f"size={int(share * sum(-(-size // 4096) for size in sizes)) * 4}k") as fine:
-        ended_as = ending(job, job.start(folder, None, room=None if fine else int(share * max(sizes))), ["make room", "cannot be written"])
-        found += [f"{'disk' if fine else 'quota'} full at {share:.0%}: {line}" for line in ended_as] + damaged_files(folder)
-        notes.append(f"{'disk' if fine else 'quota'} full at {share:.0%} of {len(sizes)} files, with {len(files_of(folder))} there")
+        process = job.start(folder, None, room=None if fine else int(share * max(sizes)))
+        found = [f"full disk: {line}" for line in ending(job, process, ["make room", "cannot be written"])] + damaged_files(folder)
+        note(f"{'disk' if fine else 'quota'} full at {share:.0%}, with {len(files_of(folder))} of {len(sizes)} files there")
         if fine:
             subprocess.run(["mount", "-o", "remount,size=50%", folder.parent], check=True)
         for path in files_of(folder):
             os.utime(path, (jump := generator.choice([0, 1e9, 4e9]), jump))
         run_whole(job, folder, log, PYTHONPATH=str(log.parent / "clock"))
-        found += differences(job, whole, folder)
-    print(f"      {job}: {duration:.0f} s undisturbed; {'; '.join(notes)}; {len(found)} failures", flush=True)
-    return found
+        return found + differences(job, whole, folder)
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -420,7 +433,11 @@ def main(args: argparse.Namespace) -> int:
         try:
             if job not in durations:
                 durations[job] = run_whole(job, whole, log)
-                found = surround(job, whole, place, log, durations[job], random.Random(f"{args.seed} {job}"))
+                note(f"{job}: {durations[job]:.0f} s undisturbed")
+                # Each job's own, whatever others are asked for.
+                own = random.Random(f"{args.seed} {job}")
+                found = vanishing_images(job, place, durations[job], own) if job.name != "sample" else []
+                found += read_only_folder(job, place) + full_disk(job, whole, place, log, own)
                 failures += [f"{job}, {line}" for line in found]
             ran_out = False
             # The sweep has all the other jobs in it, and takes as long as they do together.
