@@ -1023,7 +1023,8 @@ def train_seed(args: argparse.Namespace, accelerator: Accelerator, seed: int, nu
     torch.manual_seed(stream_seed(seed, "initial weights"))
     model = build_classifier(args.arch, num_labels)
     load_initial_weights(accelerator, model, args.arch, args.weights)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+    fused = accelerator.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=fused)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     # Scores in float32, whatever the precision that accelerate gives to the wrapped one.
     scorer = build_classifier(args.arch, num_labels).to(accelerator.device)
