@@ -12,7 +12,8 @@ use_environment() {
     installed=$VIRTUAL_ENV/installed-${requirements//\//-}
     if ! cmp -s "$requirements" "$installed"; then
       echo "installing $requirements into $VIRTUAL_ENV (once, some minutes)"
-      python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+      # Python compiles a module when it is first imported, which most of these never are.
+      python -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
       cp "$requirements" "$installed"
     fi
   done

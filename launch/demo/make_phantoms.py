@@ -14,10 +14,12 @@ radiographs: each finding is drawn so that a small classifier can find it, and n
 
 import argparse
 import csv
+import functools
 import json
 import sys
 import tempfile
 from collections.abc import Collection
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -462,9 +464,9 @@ def write_patient(folder: Path, patient: int, seed: int) -> list[dict[str, float
 
 
 def write_dataset(folder: Path, num_patients: int, seed: int) -> None:
-    rows = []
-    for patient in tqdm(range(1, num_patients + 1), desc="phantoms", unit="patient"):
-        rows += write_patient(folder, patient, seed)
+    with ProcessPoolExecutor() as pool:
+        drawn = pool.map(functools.partial(write_patient, folder, seed=seed), range(1, num_patients + 1), chunksize=4)
+        rows = [row for patient in tqdm(drawn, "phantoms", num_patients, unit="patient") for row in patient]
     with open(folder / "train.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, HEADER, lineterminator="\n")
         writer.writeheader()
