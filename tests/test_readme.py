@@ -4,8 +4,13 @@ They run in a folder that holds phantoms as CheXpert and a hospital's table; wha
 model stands in for the download, a classifier's features for torchxrayvision's; flags for small sizes come after the README's.
 """
 
+import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -79,11 +84,18 @@ def interrupt_run(module, small: list) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_the_commands_of_the_readme_run(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
-    commands = in_order(readme_commands(tmp_path))
-    assert {script for script, _ in commands} == {"train_full", "train_peft", "sample", "eval_generation", "eval_downstream"}
-    ran = []
+@pytest.fixture(scope="module")
+def commands(folder, tmp_path_factory) -> list[tuple[str, list[str]]]:
+    """The README's commands, each of which has been run in `folder`."""
+    commands = in_order(readme_commands(tmp_path_factory.mktemp("commands")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_commands(commands, folder)
+    return commands
+
+
+def run_commands(commands: list[tuple[str, list[str]]], folder: Path) -> None:
+    """Runs each in its small form, and looks for what it leaves."""
     for script, argv in commands:
         module = load(f"{script}.py")
         argv = [WORDS.get(word, word.replace("checkpoint-500", "checkpoint-1")) for word in argv]
@@ -109,5 +121,37 @@ def test_the_commands_of_the_readme_run(folder, tmp_path, monkeypatch):
         module.main(args)
         after = {path: path.stat().st_mtime_ns for path in folder.rglob(RESULTS["train" if script.startswith("train") else script])}
         assert after != before, f"{script} {' '.join(argv)} left no result"
-        ran.append(script)
-    assert len(ran) == len(commands) >= 30
+
+
+def test_the_commands_of_the_readme_run(commands):
+    assert {script for script, _ in commands} == {"train_full", "train_peft", "sample", "eval_generation", "eval_downstream"}
+    assert len(commands) >= 30
+
+
+def test_the_python_of_the_readme_runs(commands, folder, monkeypatch):
+    """On what the commands have left."""
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    results = []
+    for block in blocks:
+        for name, stand_in in WORDS.items():
+            block = block.replace(name, stand_in)
+        names = {}
+        exec(block, names)
+        results.append(names.get("pipe") or names["images"])
+    *pipelines, images = results
+    assert len(pipelines) == 2 and images[0]["image"].size == (64, 64)
+    for pipeline in pipelines:
+        (image,) = pipeline("Chest X-ray of a subject with Edema", height=64, width=64, num_inference_steps=1).images
+        assert image.size == (64, 64)
+
+
+def test_two_processes_on_a_cpu_as_the_readme_says(tmp_path):
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "accelerate/cpu.yaml" in line]
+    launcher, *words = shlex.split(line)
+    assert launcher == "accelerate"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words, *SMALL["train"], "--data_csv", phantoms(60), "--output_dir", tmp_path / "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "training_summary.json").read_text())["num_processes"] == 2

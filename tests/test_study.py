@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,10 +56,12 @@ def report_lines(study: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def without_table_1(study: Path) -> str:
-    """The report without the table of times and memory, and without its own folder's name."""
-    text = (study / "report" / "report.md").read_text().replace(str(study), "STUDY")
-    return re.sub(r"(?ms)^#+ Table 1.*?(?=^#+ )", "", text)
+def without_table_1(study: Path, name: str) -> str:
+    """report.md or report.html without the table of times and memory, and without its own folder's name."""
+    text = (study / "report" / name).read_text().replace(str(study), "STUDY")
+    rest, tables = re.subn(r"(?ms)^(#+ |<h2>)Table 1.*?(?=^#+ |^<h2>)", "", text)
+    assert tables == 1
+    return rest
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_a_ready_made_split_is_counted_exactly(study):
     assert {key: found[key] for key in counts} == counts and min(counts.values()) > 0 and uncertain
 
 
-def test_nothing_is_missing_in_the_report(study):
+def test_nothing_is_missing_in_the_report(study, tmp_path):
     whole = study[0]
     text = (whole / "report" / "report.md").read_text()
     assert "not recorded" not in text and "not evaluated" not in text
@@ -95,6 +98,10 @@ def test_nothing_is_missing_in_the_report(study):
     assert {("1", "bitfit"), ("2", "bitfit"), ("3", "bitfit"), ("3", "base"), ("4", "bitfit"), ("4", "base"), ("4", "real")} <= metrics
     with Image.open(whole / "report" / "figure2.png") as figure:
         assert np.asarray(figure.convert("L")).std() > 20
+    # As README.md makes it again.
+    subprocess.run([sys.executable, ROOT / "launch" / "report.py", "--study", whole, "--output_dir", tmp_path], check=True)
+    for path in (whole / "report").iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tmp_path):
@@ -116,7 +123,8 @@ def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tmp_path):
     killed = tmp_path / "killed"
     figures, again = ([row for row in report_lines(folder) if row["metric"] not in TIMES] for folder in (whole, killed))
     assert again == figures and len(figures) > 100
-    assert without_table_1(killed) == without_table_1(whole)
+    for name in ("report.md", "report.html"):
+        assert without_table_1(killed, name) == without_table_1(whole, name)
     assert (killed / "report" / "figure2.png").read_bytes() == (whole / "report" / "figure2.png").read_bytes()
 
 
