@@ -28,7 +28,7 @@ export TRAIN_CSV=$STUDY/phantoms/CheXpert-phantom/train.csv
 # a constant rate as high as these, how good a model is depends on the step that happens to be the last.
 set -- --max_train_steps "$STEPS" --lr_scheduler cosine --noise_offset 0.2 --validation_steps 0 --max_validation_samples 64 --checkpointing_steps 200 "$@"
 METHODS="" REPORT=no bash launch/sweep.sh "$@"
-# The rows side by side, of one thread each: two threads are hardly faster than one on models this small.
+# The rows side by side, of one thread each: on models this small two threads are not twice as fast as one.
 printf '%s\n' $METHODS | REPORT=no OMP_NUM_THREADS=1 xargs -P $(($(getconf _NPROCESSORS_ONLN) + 1)) -I{} env METHODS={} bash launch/sweep.sh "$@"
 bash launch/sweep.sh "$@"
 

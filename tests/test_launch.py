@@ -33,10 +33,9 @@ echo 1""",
 TABLES = ("CheXpert-v1.0/train.csv", "demo/phantoms/CheXpert-phantom/train.csv", "train.csv", "val.csv", "test.csv")
 # Shell scripts that start none of the scripts.
 WITHOUT_COMMANDS = {"launch/environment.sh"}
-# Writes its own name and arguments, NUL after each, and a line end after all.
+# Writes its own name and arguments, NUL after each, and a line end after all; at once, since some are started side by side.
 RECORDER = """#!{bash}
-printf '%s\\0' "${{0##*/}}" "$@" >> {record}
-printf '\\n\\0' >> {record}
+printf '%s\\0' "${{0##*/}}" "$@" $'\\n' >> {record}
 """
 # The bash of a text: a script of launch/ that it starts has the system's commands beside the recorders, and must end well.
 NESTED = """#!{bash}
