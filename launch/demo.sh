@@ -10,12 +10,12 @@ export STUDY=${STUDY:-demo} METHODS=${METHODS:-lora dora unet} MODEL=launch/demo
 STEPS=${STEPS:-200}
 # Larger rates than at full size: the base is small and the runs are short.
 export UNET_LR=${UNET_LR:-1e-3} LORA_LR=${LORA_LR:-5e-3} DORA_LR=${DORA_LR:-5e-3} BITFIT_LR=${BITFIT_LR:-5e-3} DIFFFIT_LR=${DIFFFIT_LR:-5e-3}
-# One process each, so without accelerate's launcher.
-export LAUNCH=python RESOLUTION=128 BATCH=8 GLOBAL_BATCH=8 MIXED_PRECISION=no
+# One process each, so without accelerate's launcher; on the CPU, since three trainings would share a GPU.
+export PROCESSES=1 LAUNCH=python ACCELERATE_USE_CPU=true RESOLUTION=128 BATCH=8 GLOBAL_BATCH=8 MIXED_PRECISION=no
 export SAMPLE_FLAGS=${SAMPLE_FLAGS:---images_per_label 64 --num_inference_steps 6 --scheduler dpmsolver++}
 # The classifier's features, since torchxrayvision's have to be downloaded.
 export EVALUATION_FLAGS=${EVALUATION_FLAGS:---features $STUDY/downstream/real/classifier --max_per_label 64 --num_subsamples 30}
-export DOWNSTREAM_FLAGS=${DOWNSTREAM_FLAGS:---arch resnet18 --weights none --resolution 64 --learning_rate 1e-3 --train_batch_size 16 --num_train_epochs 5 --num_train_images 300 --patience 0 --num_seeds 1}
+export DOWNSTREAM_FLAGS=${DOWNSTREAM_FLAGS:---arch resnet18 --weights none --resolution 64 --learning_rate 1e-3 --train_batch_size 16 --num_train_epochs 4 --num_train_images 300 --patience 0 --num_seeds 1}
 
 source launch/environment.sh
 use_environment requirements.txt
@@ -26,11 +26,15 @@ python launch/demo/make_phantoms.py --output_dir "$STUDY/phantoms"
 export TRAIN_CSV=$STUDY/phantoms/CheXpert-phantom/train.csv
 # Without the noise offset, the mean of the first noise goes on deciding brightness and colour, as the base has learnt it. With
 # a constant rate as high as these, how good a model is depends on the step that happens to be the last.
-set -- --max_train_steps "$STEPS" --lr_scheduler cosine --noise_offset 0.2 --validation_steps 0 --max_validation_samples 64 --checkpointing_steps 100 "$@"
-METHODS="" REPORT=no bash launch/sweep.sh "$@"
-# The rows side by side, of one thread each: on models this small two threads are not twice as fast as one.
-printf '%s\n' $METHODS | REPORT=no OMP_NUM_THREADS=1 xargs -P $(($(getconf _NPROCESSORS_ONLN) + 1)) -I{} env METHODS={} bash launch/sweep.sh "$@"
-bash launch/sweep.sh "$@"
+set -- --max_train_steps "$STEPS" --lr_scheduler cosine --noise_offset 0.2 --validation_steps 0 --max_validation_samples 64 --num_validation_images 0 --checkpointing_steps 100 "$@"
+# These models are too small to gain from more than two threads.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} METHODS="" REPORT=no bash launch/sweep.sh "$@"
+# Then the rows, three side by side with one thread each: no core waits while a row reads, writes or starts.
+printf '%s\n' $METHODS | sort -u | REPORT=no OMP_NUM_THREADS=1 xargs -P 3 -I @ROW@ env METHODS=@ROW@ bash launch/sweep.sh "$@" || {
+  echo "launch/demo.sh: error: a row failed, as said above; started again, the demo goes on where it was" >&2
+  exit 1
+}
+REPORT=yes bash launch/sweep.sh "$@"
 
 echo "== gains over the base model"
 python launch/demo/gains.py --study "$STUDY" --methods $METHODS

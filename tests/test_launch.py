@@ -33,9 +33,9 @@ echo 1""",
 TABLES = ("CheXpert-v1.0/train.csv", "demo/phantoms/CheXpert-phantom/train.csv", "train.csv", "val.csv", "test.csv")
 # Shell scripts that start none of the scripts.
 WITHOUT_COMMANDS = {"launch/environment.sh"}
-# Writes its own name and arguments, NUL after each, and a line end after all; at once, since some are started side by side.
+# Writes its own name and arguments, NUL after each, to a file of its own, since some are started side by side.
 RECORDER = """#!{bash}
-printf '%s\\0' "${{0##*/}}" "$@" $'\\n' >> {record}
+printf '%s\\0' "${{0##*/}}" "$@" > {record}.$EPOCHREALTIME.$$
 """
 # The bash of a text: a script of launch/ that it starts has the system's commands beside the recorders, and must end well.
 NESTED = """#!{bash}
@@ -105,8 +105,7 @@ def run_recorded(shell: str, folder: Path, name: str = "") -> list[list[str]]:
     done = subprocess.run([bash, script], check=False, cwd=tree, env=environment, capture_output=True, text=True, timeout=60)
     assert not name or done.returncode == 0, f"{name}: exit status {done.returncode}: {done.stderr}"
     assert not failed.exists(), f"{failed.read_text()}{done.stderr}"
-    calls = record.read_text().split("\n\0")[:-1] if record.exists() else []
-    return [call.split("\0")[:-1] for call in calls]
+    return [path.read_text().split("\0")[:-1] for path in sorted(folder.glob("record.*"))]
 
 
 def command_lines(shell: str, folder: Path, name: str = "") -> list[list[str]]:
