@@ -980,6 +980,10 @@ def load_progress(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
     weights, best, state = parts
     model.load_state_dict(weights)
     optimizer.load_state_dict({"state": unflatten(state), "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
+        moments = {name: torch.empty_like(parameter).copy_(value) for name, value in values.items() if value.shape == parameter.shape}
+        values.update(moments)
     return best, counters
 
 

@@ -59,7 +59,7 @@ def report_lines(study: Path) -> list[dict]:
 def without_table_1(study: Path, name: str) -> str:
     """report.md or report.html without the table of times and memory, and without its own folder's name."""
     text = (study / "report" / name).read_text().replace(str(study), "STUDY")
-    rest, tables = re.subn(r"(?ms)^(#+ |<h2>)Table 1.*?(?=^#+ |^<h2>)", "", text)
+    rest, tables = re.subn(r"(?ms)^(#+ |<h[23]>)Table 1.*?(?=^#+ |^<h[23]>)", "", text)
     assert tables == 1
     return rest
 
