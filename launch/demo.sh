@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# What a shell has set for a study of its own is not the demo's.
+unset VALIDATION_CSV TEST_CSV IMAGE_ROOT LABELS SPLIT_SEED UNCERTAIN PROMPT_TEMPLATE RESIZE_MODE TRAIN_IMAGES BUDGET VAE_LOSS
 export REPORT_TITLE="The demo: which fine-tuning strategy for procedural phantoms?"
 export STUDY=${STUDY:-demo} METHODS=${METHODS:-lora dora unet} MODEL=launch/demo/base
 STEPS=${STEPS:-200}

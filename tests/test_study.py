@@ -148,10 +148,10 @@ def test_what_can_be_known_before_the_first_hour_is_said_before_it(tmp_path, var
     assert not (tmp_path / "study").exists()
 
 
-def demo(study: Path, **more) -> subprocess.CompletedProcess:
-    env = os.environ | {"VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", ""), "STUDY": str(study), **{name: str(value) for name, value in more.items()}}
+def demo(study: Path, status: int = 0, **more) -> subprocess.CompletedProcess:
+    env = os.environ | {"VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", ""), "STUDY": str(study), **more}
     done = subprocess.run(["bash", str(ROOT / "launch" / "demo.sh")], capture_output=True, text=True, timeout=2700, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == status, done.stderr[-3000:]
     return done
 
 
@@ -172,6 +172,15 @@ def test_the_demo_gains_over_the_base_model(tmp_path):
         assert rows[name]["fid"]["value"] < rows["base"]["fid"]["value"] and rows[name]["fid_gain"]["low"] > 0
         for metric in ("class_consistency", "class_consistency_auroc"):
             assert rows[name][metric]["low"] > rows["base"][metric]["high"]
-    again = demo(tmp_path / "demo")
+    # Nothing is missing: what ran has a value in every row of the report, and the base model and real images are there too.
+    reported = report_lines(tmp_path / "demo")
+    missing = [row for row in reported if not row["value"] and row["note"] != "not run" and not row["note"].startswith("only in the paper")]
+    assert not missing, missing
+    assert {row["row"] for row in reported if row["table"] == "4" and row["value"]} == {"unet", "lora", "dora", "base", "real"}
+    # Started again it trains nothing anew, whatever the shell has set for another study.
+    again = demo(tmp_path / "demo", TEST_CSV="mine.csv", LABELS="Edema")
     assert re.findall(r"^== .*", again.stdout, re.MULTILINE) == ["== phantoms", "== gains over the base model"]
     assert again.stdout.splitlines()[-1] == lines[-1]
+    failed = demo(tmp_path / "demo", status=1, METHODS="lora bitfid")
+    assert "METHODS: 'bitfid' is none of" in failed.stderr and failed.stderr.splitlines()[-1].startswith("launch/demo.sh: error: a row failed")
+    assert "report: " not in failed.stdout
