@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # What a shell has set for a study of its own is not the demo's.
-unset VALIDATION_CSV TEST_CSV IMAGE_ROOT LABELS SPLIT_SEED UNCERTAIN PROMPT_TEMPLATE RESIZE_MODE TRAIN_IMAGES BUDGET VAE_LOSS
+unset VALIDATION_CSV TEST_CSV IMAGE_ROOT LABELS SPLIT_SEED UNCERTAIN PROMPT_TEMPLATE RESIZE_MODE TRAIN_IMAGES BUDGET VAE_LOSS JUDGE
 export REPORT_TITLE="The demo: which fine-tuning strategy for procedural phantoms?"
 export STUDY=${STUDY:-demo} METHODS=${METHODS:-lora dora unet} MODEL=launch/demo/base
 STEPS=${STEPS:-200}
@@ -29,13 +29,18 @@ export TRAIN_CSV=$STUDY/phantoms/CheXpert-phantom/train.csv
 # Without the noise offset, the mean of the first noise goes on deciding brightness and colour, as the base has learnt it. With
 # a constant rate as high as these, how good a model is depends on the step that happens to be the last.
 set -- --max_train_steps "$STEPS" --lr_scheduler cosine --noise_offset 0.2 --validation_steps 0 --max_validation_samples 64 --num_validation_images 0 --checkpointing_steps 100 "$@"
-# These models are too small to gain from more than two threads.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} METHODS="" REPORT=no bash launch/sweep.sh "$@"
-# Then the rows, three side by side with one thread each: no core waits while a row reads, writes or starts.
-printf '%s\n' $METHODS | sort -u | REPORT=no OMP_NUM_THREADS=1 xargs -P 3 -I @ROW@ env METHODS=@ROW@ bash launch/sweep.sh "$@" || {
-  echo "launch/demo.sh: error: a row failed, as said above; started again, the demo goes on where it was" >&2
-  exit 1
+sweeps() { # flags of the trainings; on stdin a line for each sweep, with its variables
+  # Side by side with one thread each: no core waits while another of them reads, writes or starts.
+  REPORT=no OMP_NUM_THREADS=1 xargs -P 4 -I @SWEEP@ env -S @SWEEP@ bash launch/sweep.sh "$@" || {
+    echo "launch/demo.sh: error: a row failed, as said above; started again, the demo goes on where it was" >&2
+    exit 1
+  }
 }
+# The base model is the longest way here, so it has a core to itself before the rows' trainings and samples have it; then the
+# rows are judged, which takes what the base has left.
+rows=($(printf '%s\n' $METHODS | sort -u))
+{ echo METHODS=; printf 'METHODS=%s JUDGE=no nice\n' "${rows[@]}"; } | sweeps "$@"
+printf 'METHODS=%s\n' "${rows[@]}" | sweeps "$@"
 REPORT=yes bash launch/sweep.sh "$@"
 
 echo "== gains over the base model"

@@ -54,6 +54,9 @@ SAMPLE_FLAGS=(${SAMPLE_FLAGS:---images_per_label 5000 --num_inference_steps 50 -
 EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
 REPORT_TITLE=${REPORT_TITLE:-}
+# JUDGE=no trains the rows and samples from them, and leaves the base model and all judging to a later call; REPORT=no leaves the report.
+JUDGE=${JUDGE:-yes}
+REPORT=${REPORT:-yes}
 
 refuse() {
   echo "launch/sweep.sh: error: $1" >&2
@@ -141,12 +144,14 @@ unless() { # the file that a step writes last, the step
 
 # The base model's samples, which every row is compared with; and a classifier trained on as many real images, which is both
 # what synthetic ones are measured by (Table 4) and what says whether an image shows its prompt (Table 3).
-unless samples/base/metadata.csv sample "$MODEL" base
-unless downstream/real/downstream_metrics.json classify real --synthetic "$STUDY/samples/base" --train_on real
-judge base
+if [ "$JUDGE" != no ]; then
+  unless samples/base/metadata.csv sample "$MODEL" base
+  unless downstream/real/downstream_metrics.json classify real --synthetic "$STUDY/samples/base" --train_on real
+  judge base
+fi
 for row in "${METHODS[@]}"; do
   unless "runs/$row/training_summary.json" train "$row" "$@"
   unless "samples/$row/metadata.csv" sample "$STUDY/runs/$row" "$row"
-  judge "$row"
+  [ "$JUDGE" = no ] || judge "$row"
 done
-[ "${REPORT:-yes}" = no ] || python launch/report.py --study "$STUDY" ${REPORT_TITLE:+--title "$REPORT_TITLE"}
+[ "$REPORT" = no ] || python launch/report.py --study "$STUDY" ${REPORT_TITLE:+--title "$REPORT_TITLE"}
