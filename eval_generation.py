@@ -1217,30 +1217,30 @@ def split_halves(patients: np.ndarray, *key) -> tuple[np.ndarray, np.ndarray]:
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean, (d,), and covariance, (d, d), in float64; two passes, divided by n - 1. Of the covariance the lower half is filled."""
+    """Mean, (d,), and covariance, (d, d), in float64; two passes, divided by n - 1. Of the covariance the upper half is filled."""
     features = features.astype(np.float64)
     mean = features.mean(axis=0)
     features -= mean
-    return mean, blas.dsyrk(1 / (len(features) - 1), features.T, lower=1)
+    return mean, blas.dsyrk(1 / (len(features) - 1), features.T)
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """||m1 - m2||² + tr(S1 + S2) - 2 tr((S1^½ S2 S1^½)^½), at least 0 (Heusel et al., 2017, arXiv 1706.08500).
 
-    With S1 = L L^T the eigenvalues of S1 S2 are those of L^T S2 L, which is symmetric: they are real and come faster. Of
-    the covariances the lower half is read.
+    With S1 = U^T U the eigenvalues of S1 S2 are those of U S2 U^T, which is symmetric: they are real and come faster. Of
+    the covariances the upper half is read, with which LAPACK's reduction takes less time than with the lower.
     """
     # SciPy throughout: it brings a BLAS of its own, and its threads and NumPy's would wait for each other. LAPACK's routines by
     # name, since `linalg.eigvalsh` copies and checks for a fifth of the whole time.
-    factor, singular = lapack.dpotrf(cov1, lower=1, clean=0)
+    factor, singular = lapack.dpotrf(cov1, clean=0)
     if singular:
-        values, vectors = linalg.eigh(cov1, lower=True)
+        values, vectors = linalg.eigh(cov1, lower=False)
         root = vectors * np.sqrt(values.clip(min=0))
-        product = root.T @ blas.dsymm(1.0, cov2, root, lower=1)
+        product = root.T @ blas.dsymm(1.0, cov2, root)
     else:
-        product = lapack.dsygst(cov2, factor, itype=2, lower=1)[0]
-    workspace = int(lapack.dsytrd_lwork(len(product), lower=1)[0])
-    _, diagonal, off_diagonal, _, _ = lapack.dsytrd(product, lower=1, lwork=workspace, overwrite_a=1)
+        product = lapack.dsygst(cov2, factor, itype=2)[0]
+    workspace = int(lapack.dsytrd_lwork(len(product))[0])
+    _, diagonal, off_diagonal, _, _ = lapack.dsytrd(product, lwork=workspace, overwrite_a=1)
     eigenvalues, unconverged = lapack.dsterf(diagonal, off_diagonal, overwrite_d=1, overwrite_e=1)
     if unconverged:
         raise ArithmeticError(f"FID: {unconverged} eigenvalues did not converge")
