@@ -301,11 +301,17 @@ def test_labels_that_are_all_negative_give_a_constant_classifier(tmp_path):
 
 
 def test_shuffled_labels_teach_nothing(tmp_path):
-    summary = run(tmp_path / "out", "--shuffle_labels", train_on="real", real_csv=phantoms(300), num_train_epochs=5, num_seeds=3)
-    for label in (*CONDITIONS, "all"):
-        auroc = row(summary, "auroc", label)
-        assert auroc["low"] <= 0.5 <= auroc["high"] and auroc["note"] == "no better than chance", auroc
-    assert (tmp_path / "out" / "downstream_table.md").read_text().count("**no better than chance**") == 7
+    options = {"train_on": "real", "real_csv": phantoms(600), "num_train_epochs": 8, "num_seeds": 3, "learning_rate": 3e-3}
+    # What the same training learns from the labels as they are: without it, a training that learns nothing would pass below.
+    assert row(run(tmp_path / "plain", **options), "auroc")["value"] > 0.6
+    summary = run(tmp_path / "out", "--shuffle_labels", **options)
+    aurocs = [row(summary, "auroc", label) for label in (*CONDITIONS, "all")]
+    missed = [auroc for auroc in aurocs if not auroc["low"] <= 0.5 <= auroc["high"]]
+    # Each 95% interval misses the truth in one run of twenty, so of seven one or another may; the mean may not be off.
+    assert len(missed) <= 2 and abs(aurocs[-1]["value"] - 0.5) < 0.1, aurocs
+    level = [auroc for auroc in aurocs if auroc["low"] <= 0.5]
+    assert all(auroc["note"] == "no better than chance" for auroc in level)
+    assert (tmp_path / "out" / "downstream_table.md").read_text().count("**no better than chance**") == len(level)
     # A control is no classifier to judge images by.
     assert not (tmp_path / "out" / "classifier").exists()
 
