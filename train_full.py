@@ -39,6 +39,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -63,6 +64,9 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -101,6 +105,8 @@ TOLD_SETTINGS = [
 COUNTERS = ["step", "samples_seen", "seconds", "train_loss", "loss_sum", "norm_sum", "counted"]
 # A loss scale of fp16 this small has been halved at every step, as no gradient was finite; sound ones are above 1.
 SMALLEST_SCALE = 1e-4
+# What --fsdp gathers at a time for the forward pass, beside each component's rest.
+SHARDED_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
 # Exit status of a run that a signal has stopped after a checkpoint: EX_TEMPFAIL of sysexits.h, to be tried again.
 STOPPED = 75
 
@@ -218,6 +224,7 @@ def add_component_arguments(parser):
     group.add_argument("--vae_recon_weight", type=non_negative, default=1.0, help="weight of the VAE's reconstruction error (MSE in [-1, 1] pixels)")
     group.add_argument("--vae_loss", choices=["anchored", "joint"], default="anchored", help="anchored: the diffusion loss stops at the latents, which an anchor holds near the base model's; joint: the paper's loss, diffusion error into the encoder and no anchor")
     group.add_argument("--vae_anchor_weight", type=non_negative, default=1.0, help="weight of the anchor of --vae_loss anchored; 0 turns it off")
+    group.add_argument("--fsdp", action="store_true", help="share gradients and optimizer state of what trains among the processes (FSDP), instead of each holding all")
 
 
 def add_data_arguments(parser):
@@ -328,6 +335,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.train_unet or args.train_text_encoder or args.train_vae):
         parser.error("nothing to train: pass at least one of --train_unet, --train_text_encoder, --train_vae")
+    if args.fsdp and (args.compile or args.use_8bit_adam):
+        parser.error("--fsdp goes with neither --compile nor --use_8bit_adam; leave them out")
     check_arguments(args, parser)
     return args
 
@@ -1080,8 +1089,8 @@ def build_loss(args: argparse.Namespace, pipeline: StableDiffusionPipeline, stre
     for name in ("unet", "text_encoder", "vae"):
         if not getattr(args, f"train_{name}"):
             getattr(pipeline, name).to(dtype=frozen_dtype)
-        # bitsandbytes' kernels take weights in the usual order only.
-        if name != "text_encoder" and not args.use_8bit_adam:
+        # bitsandbytes' kernels and FSDP take weights in the usual order only.
+        if name != "text_encoder" and not (args.use_8bit_adam or args.fsdp):
             to_channels_last(getattr(pipeline, name))
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
@@ -1110,6 +1119,41 @@ def select_components(args: argparse.Namespace, pipeline: StableDiffusionPipelin
         if chosen:
             groups.append({"params": list(component.parameters()), "lr": getattr(args, f"{name}_lr")})
     return groups
+
+
+def shard_components(accelerator: Accelerator, model: DiffusionLoss) -> None:
+    """FSDP2 (Zhao et al., 2023, arXiv 2304.11277) over all processes, for each component that trains, in place.
+
+    Weights are gathered in the forward pass and kept until the backward pass is over (as in ZeRO-2): gathering them twice
+    would save the last of the four parts, beside gradients and AdamW's two moments, at half as much communication again.
+    """
+    model.to(accelerator.device)
+    shard = functools.partial(
+        fully_shard, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), reshard_after_forward=False
+    )
+    for component in (model.unet, model.text_encoder, model.vae):
+        if component is None or not any(parameter.requires_grad for parameter in component.parameters()):
+            continue
+        for block in component.modules():
+            if type(block).__name__ in SHARDED_BLOCKS:
+                shard(block)
+        # Of the VAE the loss calls the parts, and FSDP gathers where a module's own forward is called.
+        for part in component.children() if component is model.vae else [component]:
+            shard(part)
+
+
+@contextlib.contextmanager
+def whole_weights(model: torch.nn.Module):
+    """Holds all that --fsdp has shared out, so that each process can use the model by itself."""
+    # In this order, the outermost first, as FSDP asks for.
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def count_parameters(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:
@@ -1180,6 +1224,8 @@ class TrainState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     identity: dict
+    # Holds the weights whole on every process, where they are shared out.
+    whole: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
@@ -1210,22 +1256,39 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
+def gather(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole copies in the CPU's memory, on the main process; all processes call this, since each may hold a part."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if accelerator.is_main_process:
+            found[name] = tensor.cpu().contiguous()
+    return found
+
+
+def laid_out(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A whole tensor as its parameter lies in memory: in the same order, and with --fsdp this process's part of it."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Path, limit: int) -> None:
     """Writes checkpoint-<step> beside and renames it into place, then drops the oldest ones over the limit.
 
     Ends with exit status 2, and the earlier checkpoints as they were, where there is no room for it.
     """
-    if not accelerator.is_main_process:
-        return
     folder = output_dir / f"checkpoint-{state.step}"
     part = output_dir / f".checkpoint-{state.step}.part"
-    shutil.rmtree(part, ignore_errors=True)
     try:
         write_checkpoint(accelerator, state, part)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         kept = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
         fail(f"{folder}: cannot be written ({error}); make room and go on with --resume_from_checkpoint latest (checkpoints there: {kept})")
+    if not accelerator.is_main_process:
+        return
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     # So that the new name is on the disk too before older ones go.
@@ -1240,15 +1303,20 @@ def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Pat
 
 def write_checkpoint(accelerator: Accelerator, state: TrainState, folder: Path) -> None:
     """Fills a new folder with what trains, the optimizer, the counters and, last, the manifest of these files."""
-    folder.mkdir(parents=True)
     parameters = trainable_parameters(accelerator.unwrap_model(state.model))
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / "trainable.safetensors")
     optimizer = flatten(state.optimizer.state_dict()["state"])
-    tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items() if torch.is_tensor(value)}
-    save_file(tensors, folder / "optimizer.safetensors")
+    files = {"trainable": parameters, "optimizer": {name: value for name, value in optimizer.items() if torch.is_tensor(value)}}
     if state.ema:
-        shadow = {name: p.detach().cpu().contiguous() for name, p in zip(parameters, state.ema.shadow_params)}
-        save_file(shadow, folder / "ema.safetensors")
+        files["ema"] = dict(zip(parameters, state.ema.shadow_params))
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for name, tensors in files.items():
+        whole = gather(accelerator, tensors)
+        if accelerator.is_main_process:
+            save_file(whole, folder / f"{name}.safetensors")
+    if not accelerator.is_main_process:
+        return
     scalars = {
         "identity": state.identity, **{name: getattr(state, name) for name in COUNTERS},
         "optimizer": {name: value for name, value in optimizer.items() if not torch.is_tensor(value)},
@@ -1384,7 +1452,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
                 fail(f"{checkpoint}: {name} has another shape than what trains, or is not finite; resume from another checkpoint")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(laid_out(saved[name], parameter))
     # accelerate wraps the optimizer; its own state_dict is torch's.
     groups = state.optimizer.state_dict()["param_groups"]
     try:
@@ -1396,7 +1464,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
                 raise ValueError("moments of another shape, or not finite")
             # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
             shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == parameter.shape}
-            values.update({name: torch.empty_like(parameter, dtype=value.dtype).copy_(value) for name, value in shaped.items()})
+            values.update({name: laid_out(value, parameter) for name, value in shaped.items()})
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         fail(f"{checkpoint}: its optimizer does not fit what trains ({error}); resume from another checkpoint")
     # The rate is a function of the step: one step of the schedule from the step before sets it.
@@ -1404,7 +1472,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
     state.lr_scheduler.step()
     if state.ema:
-        state.ema.shadow_params = [shadow[name].to(p.device) for name, p in parameters.items()]
+        state.ema.shadow_params = [laid_out(shadow[name], p) for name, p in parameters.items()]
         state.ema.optimization_step = scalars["ema_steps"]
     if accelerator.scaler and scalars.get("scaler"):
         accelerator.scaler.load_state_dict(scalars["scaler"])
@@ -1512,7 +1580,7 @@ def make_accelerator(args: argparse.Namespace, output_dir: Path) -> Accelerator:
     """An Accelerator that logs to the run folder; ends with exit status 2 where nothing can be written there."""
     sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
     if sharded:
-        fail(f"{sharded[0]} is not supported: these models fit on one device, so use plain data parallelism (launch/accelerate/)")
+        fail(f"accelerate's {sharded[0]} is not supported: use plain data parallelism (launch/accelerate/), or train_full.py's --fsdp")
     if os.environ.get("RANK", "0") == "0":
         existed = output_dir.is_dir()
         try:
@@ -1569,9 +1637,10 @@ def heldout_losses(accelerator: Accelerator, model: torch.nn.Module, stream: Sam
 @torch.no_grad()
 def draw_validation(accelerator: Accelerator, pipeline: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace, path: Path) -> None:
     """Samples each prompt from fixed seeds and writes the pictures as one row; what was off the device goes off again."""
-    components = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
-    devices = [component.device for component in components]
-    pipeline.to(accelerator.device)
+    # The others stay untouched: FSDP takes apart again what is moved.
+    away = [part for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) if part.device.type != accelerator.device.type]
+    for component in away:
+        component.to(accelerator.device)
     pipeline.unet.eval()
     pictures = []
     for i, prompt in enumerate(prompts):
@@ -1579,8 +1648,8 @@ def draw_validation(accelerator: Accelerator, pipeline: StableDiffusionPipeline,
         with accelerator.autocast():
             pictures += pipeline(prompt, height=args.resolution, width=args.resolution, num_inference_steps=25, generator=generator).images
     pipeline.unet.train()
-    for component, device in zip(components, devices):
-        component.to(device)
+    for component in away:
+        component.to("cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     make_image_grid(pictures, rows=1, cols=len(pictures)).save(part, format="PNG")
@@ -1617,10 +1686,11 @@ def validate(accelerator, state, pipeline, heldout, prompts, args, output_dir) -
     if state.ema:
         state.ema.store(parameters)
         state.ema.copy_to(parameters)
-    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size, args.compile) if len(heldout) else {}
-    tell_bad_images(accelerator, heldout)
-    if prompts and accelerator.is_main_process:
-        draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
+    with state.whole():
+        losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size, args.compile) if len(heldout) else {}
+        tell_bad_images(accelerator, heldout)
+        if prompts and accelerator.is_main_process:
+            draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
     if state.ema:
         state.ema.restore(parameters)
     accelerator.wait_for_everyone()
@@ -1657,6 +1727,7 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
                     if accelerator.sync_gradients:
                         # Without a limit the norm is only looked at; a scaler leaves out steps whose norm is infinite.
                         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                         running[1] += 0.0 if accelerator.scaler else norm * args.gradient_accumulation_steps
                     state.optimizer.step()
                     state.optimizer.zero_grad()
@@ -1893,6 +1964,8 @@ def main(args: argparse.Namespace) -> None:
     data = load_training_data(args)
     checkpoint = find_checkpoint(args, output_dir, data.notes)
     accelerator = make_accelerator(args, output_dir)
+    if args.fsdp and (accelerator.num_processes == 1 or accelerator.scaler):
+        fail("--fsdp needs several processes (launch/accelerate/), and --mixed_precision bf16 or no")
     skip = args.on_bad_image == "skip"
     drop_images(data, check_images(accelerator, [*data.train["image"], *data.heldout["image"]], skip))
 
@@ -1917,12 +1990,18 @@ def main(args: argparse.Namespace) -> None:
         part.skip_bad = skip and (part.moments is None or part.with_pixels)
 
     model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
+    if args.fsdp:
+        shard_components(accelerator, model)
+        # Sharding puts other parameters in the place of the whole ones.
+        groups = select_components(args, pipeline)
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(args, groups, accelerator.device)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    # What is sharded already is not wrapped in DDP, as for an evaluation.
+    model, optimizer = accelerator.prepare_model(model, evaluation_mode=args.fsdp), accelerator.prepare_optimizer(optimizer)
     ema = EMAModel(parameters.values(), decay=args.ema_decay) if args.use_ema else None
-    state = TrainState(model, optimizer, lr_scheduler, ema, identity)
+    whole = functools.partial(whole_weights, model) if args.fsdp else contextlib.nullcontext
+    state = TrainState(model, optimizer, lr_scheduler, ema, identity, whole)
 
     trainable = count_parameters(parameters)
     if accelerator.is_main_process:
@@ -1940,11 +2019,13 @@ def main(args: argparse.Namespace) -> None:
 
     if ema:
         ema.copy_to(parameters.values())
-    check_replicas(parameters)
+    if not args.fsdp:
+        check_replicas(parameters)
     after = validate_now()
     data.left_out["unreadable later, replaced by the next"] = len(stream.told) + len(heldout.told)
+    weights = gather(accelerator, parameters)
     if accelerator.is_main_process:
-        save_full(args, {name: p.detach().cpu() for name, p in parameters.items()}, hashes, output_dir)
+        save_full(args, weights, hashes, output_dir)
         usage = f'from diffusers import StableDiffusionPipeline\n\npipe = StableDiffusionPipeline.from_pretrained("{output_dir}", safety_checker=None)'
         rows = [result_row("train_loss", state.train_loss, note="mean of the last logging window"), *heldout_rows(before, after)]
         summary = {"script": "train_full.py", "method": name, "trainable_parameters": trainable, "results": rows}

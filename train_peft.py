@@ -39,6 +39,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -65,6 +66,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -1222,6 +1224,8 @@ class TrainState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     identity: dict
+    # Holds the weights whole on every process, where they are shared out.
+    whole: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
@@ -1254,23 +1258,42 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
+# Copied from train_full.gather
+def gather(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole copies in the CPU's memory, on the main process; all processes call this, since each may hold a part."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if accelerator.is_main_process:
+            found[name] = tensor.cpu().contiguous()
+    return found
+
+
+# Copied from train_full.laid_out
+def laid_out(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A whole tensor as its parameter lies in memory: in the same order, and with --fsdp this process's part of it."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 # Copied from train_full.save_checkpoint
 def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Path, limit: int) -> None:
     """Writes checkpoint-<step> beside and renames it into place, then drops the oldest ones over the limit.
 
     Ends with exit status 2, and the earlier checkpoints as they were, where there is no room for it.
     """
-    if not accelerator.is_main_process:
-        return
     folder = output_dir / f"checkpoint-{state.step}"
     part = output_dir / f".checkpoint-{state.step}.part"
-    shutil.rmtree(part, ignore_errors=True)
     try:
         write_checkpoint(accelerator, state, part)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         kept = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
         fail(f"{folder}: cannot be written ({error}); make room and go on with --resume_from_checkpoint latest (checkpoints there: {kept})")
+    if not accelerator.is_main_process:
+        return
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     # So that the new name is on the disk too before older ones go.
@@ -1286,15 +1309,20 @@ def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Pat
 # Copied from train_full.write_checkpoint
 def write_checkpoint(accelerator: Accelerator, state: TrainState, folder: Path) -> None:
     """Fills a new folder with what trains, the optimizer, the counters and, last, the manifest of these files."""
-    folder.mkdir(parents=True)
     parameters = trainable_parameters(accelerator.unwrap_model(state.model))
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / "trainable.safetensors")
     optimizer = flatten(state.optimizer.state_dict()["state"])
-    tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items() if torch.is_tensor(value)}
-    save_file(tensors, folder / "optimizer.safetensors")
+    files = {"trainable": parameters, "optimizer": {name: value for name, value in optimizer.items() if torch.is_tensor(value)}}
     if state.ema:
-        shadow = {name: p.detach().cpu().contiguous() for name, p in zip(parameters, state.ema.shadow_params)}
-        save_file(shadow, folder / "ema.safetensors")
+        files["ema"] = dict(zip(parameters, state.ema.shadow_params))
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for name, tensors in files.items():
+        whole = gather(accelerator, tensors)
+        if accelerator.is_main_process:
+            save_file(whole, folder / f"{name}.safetensors")
+    if not accelerator.is_main_process:
+        return
     scalars = {
         "identity": state.identity, **{name: getattr(state, name) for name in COUNTERS},
         "optimizer": {name: value for name, value in optimizer.items() if not torch.is_tensor(value)},
@@ -1438,7 +1466,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
                 fail(f"{checkpoint}: {name} has another shape than what trains, or is not finite; resume from another checkpoint")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(laid_out(saved[name], parameter))
     # accelerate wraps the optimizer; its own state_dict is torch's.
     groups = state.optimizer.state_dict()["param_groups"]
     try:
@@ -1450,7 +1478,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
                 raise ValueError("moments of another shape, or not finite")
             # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
             shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == parameter.shape}
-            values.update({name: torch.empty_like(parameter, dtype=value.dtype).copy_(value) for name, value in shaped.items()})
+            values.update({name: laid_out(value, parameter) for name, value in shaped.items()})
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         fail(f"{checkpoint}: its optimizer does not fit what trains ({error}); resume from another checkpoint")
     # The rate is a function of the step: one step of the schedule from the step before sets it.
@@ -1458,7 +1486,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
     state.lr_scheduler.step()
     if state.ema:
-        state.ema.shadow_params = [shadow[name].to(p.device) for name, p in parameters.items()]
+        state.ema.shadow_params = [laid_out(shadow[name], p) for name, p in parameters.items()]
         state.ema.optimization_step = scalars["ema_steps"]
     if accelerator.scaler and scalars.get("scaler"):
         accelerator.scaler.load_state_dict(scalars["scaler"])
@@ -1573,7 +1601,7 @@ def make_accelerator(args: argparse.Namespace, output_dir: Path) -> Accelerator:
     """An Accelerator that logs to the run folder; ends with exit status 2 where nothing can be written there."""
     sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
     if sharded:
-        fail(f"{sharded[0]} is not supported: these models fit on one device, so use plain data parallelism (launch/accelerate/)")
+        fail(f"accelerate's {sharded[0]} is not supported: use plain data parallelism (launch/accelerate/), or train_full.py's --fsdp")
     if os.environ.get("RANK", "0") == "0":
         existed = output_dir.is_dir()
         try:
@@ -1632,9 +1660,10 @@ def heldout_losses(accelerator: Accelerator, model: torch.nn.Module, stream: Sam
 @torch.no_grad()
 def draw_validation(accelerator: Accelerator, pipeline: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace, path: Path) -> None:
     """Samples each prompt from fixed seeds and writes the pictures as one row; what was off the device goes off again."""
-    components = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
-    devices = [component.device for component in components]
-    pipeline.to(accelerator.device)
+    # The others stay untouched: FSDP takes apart again what is moved.
+    away = [part for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) if part.device.type != accelerator.device.type]
+    for component in away:
+        component.to(accelerator.device)
     pipeline.unet.eval()
     pictures = []
     for i, prompt in enumerate(prompts):
@@ -1642,8 +1671,8 @@ def draw_validation(accelerator: Accelerator, pipeline: StableDiffusionPipeline,
         with accelerator.autocast():
             pictures += pipeline(prompt, height=args.resolution, width=args.resolution, num_inference_steps=25, generator=generator).images
     pipeline.unet.train()
-    for component, device in zip(components, devices):
-        component.to(device)
+    for component in away:
+        component.to("cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     make_image_grid(pictures, rows=1, cols=len(pictures)).save(part, format="PNG")
@@ -1683,10 +1712,11 @@ def validate(accelerator, state, pipeline, heldout, prompts, args, output_dir) -
     if state.ema:
         state.ema.store(parameters)
         state.ema.copy_to(parameters)
-    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size, args.compile) if len(heldout) else {}
-    tell_bad_images(accelerator, heldout)
-    if prompts and accelerator.is_main_process:
-        draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
+    with state.whole():
+        losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size, args.compile) if len(heldout) else {}
+        tell_bad_images(accelerator, heldout)
+        if prompts and accelerator.is_main_process:
+            draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
     if state.ema:
         state.ema.restore(parameters)
     accelerator.wait_for_everyone()
@@ -1724,6 +1754,7 @@ def train(args, accelerator, state, stream, total_steps, parameters, validate_no
                     if accelerator.sync_gradients:
                         # Without a limit the norm is only looked at; a scaler leaves out steps whose norm is infinite.
                         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                         running[1] += 0.0 if accelerator.scaler else norm * args.gradient_accumulation_steps
                     state.optimizer.step()
                     state.optimizer.zero_grad()

@@ -283,6 +283,15 @@ def test_what_no_device_here_can_do(refused, monkeypatch):
     assert "fp16 needs a GPU" in refused("lora", "--mixed_precision=fp16")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert "DEEPSPEED is not supported" in refused("lora")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "FSDP is not supported" in refused("unet", "--fsdp")
+
+
+def test_fsdp_says_what_it_needs(refused):
+    assert "--fsdp needs several processes" in refused("unet", "--fsdp")
+    for flag in ("--compile", "--use_8bit_adam"):
+        assert "--fsdp goes with neither --compile nor --use_8bit_adam" in refused("unet", "--fsdp", flag)
 
 
 def test_no_pickle_is_read(refused, tmp_path):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from common import BASE, ROOT, ROWS, arguments, launch, phantoms, pipeline_of, script_of, trained_weights, weights_of
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -52,6 +54,43 @@ def test_two_processes_end_with_the_weights_of_one(row, launches):
     moved = sum((alone[name] - base[name]).square().sum() for name in base).sqrt()
     differing = sum((alone[name] - first[name]).square().sum() for name in base).sqrt()
     assert differing < 0.01 * moved
+
+
+def heldout_losses(run) -> dict[str, float]:
+    """The held-out losses of a finished run, before and after."""
+    results = json.loads((run / "training_summary.json").read_text())["results"]
+    names = {"heldout_diffusion_start", "heldout_diffusion", "heldout_reconstruction_start", "heldout_reconstruction"}
+    return {r["metric"]: r["value"] for r in results if r["metric"] in names}
+
+
+def test_fsdp_trains_as_plain_processes_do(tmp_path):
+    """--fsdp: the same checkpoints, from which a run goes on with it or without, the same held-out losses and pictures."""
+    row = "unet_vae_text_encoder"
+
+    def run(name: str, *more) -> dict[str, torch.Tensor]:
+        # An odd number of held-out images, so that the processes run the model unequally often.
+        options = [
+            "--gradient_accumulation_steps=2", "--checkpointing_steps=2", "--validation_steps=2", "--max_validation_samples=5",
+            "--num_validation_images=1", "--use_ema", "--unet_lr=1e-3", "--vae_lr=1e-4", "--text_encoder_lr=1e-4",
+        ]  # fmt: skip
+        done = launch(ROOT / "train_full.py", *arguments(row, tmp_path / name, *options, *more, steps=4), processes=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        saved = {part: load_file(tmp_path / name / "checkpoint-4" / f"{part}.safetensors") for part in ("trainable", "ema", "optimizer")}
+        saved["pipeline"] = trained_weights(row, tmp_path / name)
+        return {f"{part}/{key}": tensor for part, tensors in saved.items() for key, tensor in tensors.items()}
+
+    plain, sharded = run("plain"), run("sharded", "--fsdp")
+    from_plain = run("from_plain", "--fsdp", f"--resume_from_checkpoint={tmp_path / 'plain' / 'checkpoint-2'}")
+    from_sharded = run("from_sharded", f"--resume_from_checkpoint={tmp_path / 'sharded' / 'checkpoint-2'}")
+    moved = max((plain[f"trainable/{name}"] - w).abs().max() for name, w in weights_of(pipeline_of(BASE)).items())
+    assert moved > 1e-3
+    for other in (sharded, from_plain, from_sharded):
+        assert other.keys() == plain.keys()
+        assert max((plain[name] - other[name]).abs().max() for name in plain) < moved / 100
+    assert heldout_losses(tmp_path / "sharded") == pytest.approx(heldout_losses(tmp_path / "plain"), rel=1e-4)
+    assert len(heldout_losses(tmp_path / "plain")) == 4
+    pictures = [np.array(Image.open(tmp_path / name / "validation" / "step-000004.png")).astype(int) for name in ("plain", "sharded")]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
 
 
 @pytest.mark.parametrize("row", ["bitfit", "unet_vae"])
