@@ -1294,7 +1294,8 @@ def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Pat
         fail(f"{folder}: cannot be written ({error}); make room and go on with --resume_from_checkpoint latest (checkpoints there: {kept})")
     if not accelerator.is_main_process:
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        remove_checkpoint(folder)
     os.replace(part, folder)
     # So that the new name is on the disk too before older ones go.
     descriptor = os.open(output_dir, os.O_RDONLY)
@@ -1303,7 +1304,7 @@ def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Pat
     # Later ones are of a branch that was left behind. The new one is whole and on the disk, so the last good one stays.
     earlier = [path for path in list_checkpoints(output_dir) if int(path.name[11:]) <= state.step]
     for old in earlier[:-limit]:
-        shutil.rmtree(old)
+        remove_checkpoint(old)
 
 
 # Copied from train_full.write_checkpoint
@@ -1371,15 +1372,26 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
+# Copied from train_full.remove_checkpoint
+def remove_checkpoint(folder: Path) -> None:
+    """Takes a checkpoint away at once: a kill on the way leaves what the next start clears, not a part under its name."""
+    part = folder.with_name(f".{folder.name}.old.part")
+    shutil.rmtree(part, ignore_errors=True)
+    os.replace(folder, part)
+    shutil.rmtree(part)
+
+
 # Copied from train_full.clear_run
 def clear_run(output_dir: Path) -> None:
     """Takes away what an earlier run left, so that nothing of it is taken for the new one's; other files stay."""
     # The summary first: without it the rest is no finished run.
-    for path in [output_dir / name for name in (*RUN_FILES, "validation", "logs")] + list_checkpoints(output_dir):
+    for path in [output_dir / name for name in (*RUN_FILES, "validation", "logs")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    for folder in list_checkpoints(output_dir):
+        remove_checkpoint(folder)
 
 
 # Copied from train_full.find_checkpoint
@@ -1496,7 +1508,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
         # The branch that is left behind would be the latest again.
         for later in list_checkpoints(checkpoint.parent):
             if int(later.name[11:]) > state.step and checkpoint.parent.resolve() == output_dir.resolve():
-                shutil.rmtree(later)
+                remove_checkpoint(later)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -429,7 +429,7 @@ def main(args: argparse.Namespace) -> int:
         job.data, place = data, root / str(job).replace(" ", "-")
         whole, folder = place / "whole" / "out", place / f"hit-{number}" / "out"
         number += 1
-        hits = 0
+        hits, known = 0, len(failures)
         try:
             if job not in durations:
                 durations[job] = run_whole(job, whole, log)
@@ -466,6 +466,8 @@ def main(args: argparse.Namespace) -> int:
         except RuntimeError as error:
             failures.append(str(error))
         print(f"{sum(faults.values()):>5} rounds, {job}: {hits} hits, {len(failures)} failures so far", flush=True)
+        for line in failures[known:]:
+            note(line)
         if len(failures) > 20 or number > 20 * args.rounds:
             break
         if not failures and not args.keep:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -282,6 +283,29 @@ def test_a_finished_run_whose_checkpoints_are_damaged_is_not_begun_anew(three_ch
     for checkpoint in train_full.list_checkpoints(run):
         flip_a_bit(checkpoint / "trainable.safetensors")
     assert "already holds a run" in refused("bitfit", run, "--use_ema", "--resume_from_checkpoint=latest", capsys=capsys, steps=4)
+
+
+def test_a_kill_while_an_old_checkpoint_goes_leaves_no_part_of_it(three_checkpoints, tmp_path, monkeypatch):
+    """Found by a random kill: what is left has no checkpoint's name, and goes with the next start."""
+    run = tmp_path / "run"
+    shutil.copytree(three_checkpoints[0], run)
+
+    class Killed(BaseException):
+        pass
+
+    def begun(path, ignore_errors=False):
+        if Path(path).exists():
+            (Path(path) / "manifest.json").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", begun)
+        train_peft.remove_checkpoint(run / "checkpoint-1")
+    assert [train_peft.checkpoint_problem(path) for path in train_peft.list_checkpoints(run)] == [None, None]
+    assert len(list(run.glob(".checkpoint-*"))) == 1
+    train("bitfit", run, "--use_ema", "--resume_from_checkpoint=latest", steps=4)
+    assert not list(run.glob(".checkpoint-*"))
+    assert equal(trained_weights("bitfit", run), three_checkpoints[1])
 
 
 def test_a_disk_that_cannot_be_read_is_a_damaged_checkpoint(three_checkpoints, monkeypatch):
