@@ -1272,7 +1272,7 @@ def gather(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[s
 
 # Copied from train_full.laid_out
 def laid_out(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A whole tensor as its parameter lies in memory: in the same order, and with --fsdp this process's part of it."""
+    """A whole tensor as its parameter lies in memory: in the same order, and where that is shared out, this process's part."""
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -1378,7 +1378,8 @@ def remove_checkpoint(folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.old.part")
     shutil.rmtree(part, ignore_errors=True)
     os.replace(folder, part)
-    shutil.rmtree(part)
+    # A checkpoint that lies on another disk is a link.
+    part.unlink() if part.is_symlink() else shutil.rmtree(part)
 
 
 # Copied from train_full.clear_run
@@ -1479,20 +1480,22 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(laid_out(saved[name], parameter))
-    # accelerate wraps the optimizer; its own state_dict is torch's.
-    groups = state.optimizer.state_dict()["param_groups"]
+    in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     try:
         optimizer = unflatten(moments | scalars["optimizer"])
-        state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
-        for parameter, values in state.optimizer.state.items():
+        for i, values in optimizer.items():
             pair = [values[name] for name in (("exp_avg", "exp_avg_sq") if "exp_avg" in values else ("state1", "state2"))]
-            if "step" not in values or any(moment.shape != parameter.shape or not moment.isfinite().all() for moment in pair):
+            if "step" not in values or any(moment.shape != in_order[i].shape or not moment.isfinite().all() for moment in pair):
                 raise ValueError("moments of another shape, or not finite")
-            # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
-            shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == parameter.shape}
-            values.update({name: laid_out(value, parameter) for name, value in shaped.items()})
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         fail(f"{checkpoint}: its optimizer does not fit what trains ({error}); resume from another checkpoint")
+    for i, values in optimizer.items():
+        # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does. Before
+        # the optimizer has them, since it takes what it is given to the device, whole.
+        shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == in_order[i].shape}
+        values.update({name: laid_out(value, in_order[i]) for name, value in shaped.items()})
+    # accelerate wraps the optimizer; its own state_dict is torch's.
+    state.optimizer.load_state_dict({"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]})
     # The rate is a function of the step: one step of the schedule from the step before sets it.
     position = {"last_epoch": scalars["step"] - 1, "_step_count": scalars["step"] + 1}
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
@@ -1711,7 +1714,7 @@ def start_reporting(args: argparse.Namespace, accelerator: Accelerator, output_d
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         for part in output_dir.glob(".*.part"):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
+            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
     # TensorBoard takes no lists.
     settings = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
     accelerator.init_trackers(Path(sys.argv[0]).stem or "train", config=settings)

@@ -113,6 +113,6 @@ def launch(*command: str, processes: int = 1, **options) -> subprocess.Completed
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu" if processes > 1 else "--cpu"]
     launcher += ["--num_machines", "1", "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     return subprocess.run(
-        [*launcher, *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **options,
+        [*launcher, *map(str, command)], capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **{"cwd": ROOT} | options,
     )  # fmt: skip

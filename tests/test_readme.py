@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from common import BASE, phantoms
+from common import BASE, launch, phantoms
 from test_launch import bash_blocks, command_lines, load, split_launcher, ROOT
 
 SMALL = {
@@ -118,7 +118,12 @@ def run_commands(commands: list[tuple[str, list[str]]], folder: Path) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         args = module.parse_args([str(word) for word in [*argv, *small]])
         before = {path: path.stat().st_mtime_ns for path in folder.rglob(RESULTS["train" if script.startswith("train") else script])}
-        module.main(args)
+        if "--fsdp" in argv:
+            # Shares among several processes.
+            done = launch(ROOT / f"{script}.py", *argv, *small, processes=2, cwd=folder)
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            module.main(args)
         after = {path: path.stat().st_mtime_ns for path in folder.rglob(RESULTS["train" if script.startswith("train") else script])}
         assert after != before, f"{script} {' '.join(argv)} left no result"
 
