@@ -1464,22 +1464,26 @@ def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Pat
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(laid_out(saved[name], parameter))
+    # accelerate wraps the optimizer; its own state_dict is torch's.
+    groups = state.optimizer.state_dict()["param_groups"]
     in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     try:
         optimizer = unflatten(moments | scalars["optimizer"])
         for i, values in optimizer.items():
+            # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
+            # Before the optimizer has them, since it takes what it is given to the device, whole.
+            shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == in_order[i].shape}
+            values.update({name: laid_out(value, in_order[i]) for name, value in shaped.items()})
+        state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+        for parameter, values in state.optimizer.state.items():
             pair = [values[name] for name in (("exp_avg", "exp_avg_sq") if "exp_avg" in values else ("state1", "state2"))]
-            if "step" not in values or any(moment.shape != in_order[i].shape or not moment.isfinite().all() for moment in pair):
+            if "step" not in values or any(moment.shape != parameter.shape or not moment.isfinite().all() for moment in pair):
                 raise ValueError("moments of another shape, or not finite")
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        if plain_sentence(error, ""):
+            # Of too little memory, or a lost process: the checkpoint is sound.
+            raise
         fail(f"{checkpoint}: its optimizer does not fit what trains ({error}); resume from another checkpoint")
-    for i, values in optimizer.items():
-        # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does. Before
-        # the optimizer has them, since it takes what it is given to the device, whole.
-        shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == in_order[i].shape}
-        values.update({name: laid_out(value, in_order[i]) for name, value in shaped.items()})
-    # accelerate wraps the optimizer; its own state_dict is torch's.
-    state.optimizer.load_state_dict({"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]})
     # The rate is a function of the step: one step of the schedule from the step before sets it.
     position = {"last_epoch": scalars["step"] - 1, "_step_count": scalars["step"] + 1}
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
