@@ -128,8 +128,8 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(told in text for told in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
         return f"out of memory ({text[:150]}); {smaller}"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
-    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
+    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+    if (isinstance(error, OSError) and error.errno in closed) or text.startswith("Symlink loop") or any(f"(os error {number})" in text for number in full):
         return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text and any(told in text for told in ("exited unexpectedly", "killed by signal")):
         return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
@@ -165,11 +165,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists every flag)")
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        for text in sys.argv[1:] if args is None else args:
+            # A path that is not in UTF-8 could be written to, but not be named in the results.
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                self.error(f"{ascii(text)}: not in UTF-8; pass another name")
+        return super().parse_args(args, namespace)
+
 
 # Copied from train_full.positive_int
 def positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdigit() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1 and less than 2**31")
     return int(text)
 
 
@@ -580,7 +589,11 @@ class DatasetImage:
 def open_image(image: "str | DatasetImage") -> Image.Image:
     """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
     try:
-        opened = Image.open(image if isinstance(image, str) else image.open())
+        # Not all that Pillow knows: it hands some formats to other programs, and a pipe would be waited for.
+        formats = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+        if isinstance(image, str) and not os.path.isfile(image):
+            raise FileNotFoundError
+        opened = Image.open(image if isinstance(image, str) else image.open(), formats=formats)
         frames = getattr(opened, "n_frames", 1)
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
@@ -590,8 +603,10 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
         raise
     except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
-    if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
+    # Of 16 bits of colour Pillow silently drops eight; only the raw mode of what it decodes says so.
+    deep = re.search(r"\w+;16[BLN]", str(opened.tile))
+    if deep or opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise BadImage(f"{image}: pixels of type {deep[0] if deep else opened.mode}; convert it to 8 bits first, with a window that suits it")
     if frames > 1:
         raise BadImage(f"{image}: {frames} frames; a still image is needed")
     return opened
@@ -811,6 +826,8 @@ def read_json(path: Path, way_out: str, **types) -> dict:
     """A JSON object with fields of these types; ends with exit status 2 on anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        # Half a character, which no file could be written with.
+        json.dumps(found, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{path}: not valid JSON ({error}); {way_out}")
     if not isinstance(found, dict):
@@ -855,7 +872,7 @@ def load_classifier(folder: str) -> tuple[torch.nn.Module, dict]:
         "resolution": number(spec["resolution"], 1, 4096), "source_resolution": number(spec["source_resolution"], 1, 99_999),
         "resize_mode": spec["resize_mode"] in ("squash", "pad", "crop"),
         "normalisation": all(isinstance(values, list) and len(values) == 3 and all(number(v, low, 1e6) for v in values) for values, low in scale),
-        "split": isinstance(patients, list) and all(isinstance(patient, str) for patient in patients),
+        "split": isinstance(spec["split"].get("fingerprint"), str) and isinstance(patients, list) and all(isinstance(patient, str) for patient in patients),
         "real_test_auroc": all(isinstance(of, dict) and all(of[key] is None or number(of[key], 0, 1e9) for key in of if key != "note") for of in aurocs),
     }  # fmt: skip
     weights = path.with_name("model.safetensors")

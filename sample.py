@@ -17,6 +17,7 @@ contact sheet for each prompt. Stopped and started again, it goes on where it wa
 """
 
 import argparse
+import contextlib
 import errno
 import functools
 import hashlib
@@ -128,8 +129,8 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(told in text for told in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
         return f"out of memory ({text[:150]}); {smaller}"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
-    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
+    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+    if (isinstance(error, OSError) and error.errno in closed) or text.startswith("Symlink loop") or any(f"(os error {number})" in text for number in full):
         return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text and any(told in text for told in ("exited unexpectedly", "killed by signal")):
         return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
@@ -165,11 +166,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists every flag)")
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        for text in sys.argv[1:] if args is None else args:
+            # A path that is not in UTF-8 could be written to, but not be named in the results.
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                self.error(f"{ascii(text)}: not in UTF-8; pass another name")
+        return super().parse_args(args, namespace)
+
 
 # Copied from train_full.positive_int
 def positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdigit() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1 and less than 2**31")
     return int(text)
 
 
@@ -394,12 +404,13 @@ def plan_samples(args: argparse.Namespace, template: str) -> pd.DataFrame:
 
 # Copied from train_full.silence_known_noise
 def silence_known_noise() -> None:
-    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what `load_pipeline`
-    refuses in a sentence of its own (missing weights)."""
+    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what is told in a
+    sentence of its own (missing weights, captions that are cut)."""
     known = [
         ("diffusers.models.modeling_utils", "should be kept in float32: []"),
         ("diffusers.models.modeling_utils", "newly initialized"),
         ("transformers.modeling_utils", "MISSING"),
+        ("transformers.tokenization_utils_base", "Token indices sequence length"),
         ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
     ]
     for name, words in known:
@@ -416,7 +427,23 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+# Copied from train_full.safetensors_only
+@contextlib.contextmanager
+def safetensors_only():
+    """Within it nothing is unpickled: a model's index.json may name any file for its weights, and the libraries open it."""
+
+    def refuse(*_, **__):
+        raise ValueError("its weights are pickles")
+
+    load, torch.load = torch.load, refuse
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
 # Copied from train_full.load_pipeline
+@safetensors_only()
 def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
     """A pipeline in float32 on the CPU, from safetensors only, without the safety checker that blacks out radiographs.
 
@@ -489,6 +516,23 @@ def pipeline_fingerprint(pipeline: StableDiffusionPipeline) -> str:
     return hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
 
 
+# Copied from train_full.check_pipeline
+@torch.no_grad()
+def check_pipeline(pipeline: StableDiffusionPipeline) -> None:
+    """A small pass through all parts; ValueError, or whatever they raise, where settings do not fit weights or each other."""
+    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
+    length, side = tokenizer.model_max_length, 8 * pipeline.vae_scale_factor
+    if not 3 <= length <= text_encoder.config.max_position_embeddings or len(tokenizer) > text_encoder.config.vocab_size:
+        raise ValueError("its tokenizer's prompts are too short, or longer or of more words than its text encoder takes")
+    input_ids = tokenizer(["X-ray"], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    pixels = torch.zeros(1, 3, side, side, device=pipeline.device, dtype=pipeline.dtype)
+    latents = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    if pipeline.unet(latents, 0, text_encoder(input_ids.to(pipeline.device))[0]).sample.shape != latents.shape:
+        raise ValueError("its U-Net's predictions have another shape than its VAE's latents")
+    if pipeline.vae.decode(latents).sample.shape != (1, 3, side, side):
+        raise ValueError("what its VAE decodes is no RGB image of the same size")
+
+
 # Copied from train_full.pickle_advice
 def pickle_advice(name: str) -> str:
     """How to convert a model whose weights are pickles, which are not read; empty for any other."""
@@ -512,6 +556,8 @@ def read_json(path: Path, way_out: str, **types) -> dict:
     """A JSON object with fields of these types; ends with exit status 2 on anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        # Half a character, which no file could be written with.
+        json.dumps(found, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{path}: not valid JSON ({error}); {way_out}")
     if not isinstance(found, dict):
@@ -640,8 +686,7 @@ def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> tuple[to
 def try_pipeline(args: argparse.Namespace, pipeline: StableDiffusionPipeline) -> None:
     """Begins a small image; ends with exit status 2 where the model's settings do not fit its weights, each other or the flags."""
     try:
-        if pipeline.tokenizer.model_max_length > pipeline.text_encoder.config.max_position_embeddings:
-            raise ValueError("its tokenizer makes prompts longer than its text encoder takes")
+        check_pipeline(pipeline)
         embeddings, row = embed_prompts(pipeline, ["", "X-ray"]), pd.DataFrame({"prompt": ["X-ray"], "index": [0]})
         decode(pipeline, denoise(args, pipeline, embeddings, row, 8 * pipeline.vae_scale_factor, only=2))
     except (MemoryError, torch.OutOfMemoryError):
@@ -773,7 +818,7 @@ def check_settings(output_dir: Path, settings: dict, planned: set[str]) -> None:
 def open_small(path: Path) -> Image.Image:
     """A sample as it stands on a contact sheet."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB").resize((128, 128))
     except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
         raise BadImage(f"{path}: cannot be read ({' '.join(str(error).split())}); delete it and start again") from None

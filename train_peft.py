@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -150,8 +151,8 @@ def plain_sentence(error: Exception, smaller: str) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(told in text for told in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
         return f"out of memory ({text[:150]}); {smaller}"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
-    if (isinstance(error, OSError) and error.errno in closed) or any(f"(os error {number})" in text for number in full):
+    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+    if (isinstance(error, OSError) and error.errno in closed) or text.startswith("Symlink loop") or any(f"(os error {number})" in text for number in full):
         return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text and any(told in text for told in ("exited unexpectedly", "killed by signal")):
         return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
@@ -187,11 +188,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists every flag)")
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        for text in sys.argv[1:] if args is None else args:
+            # A path that is not in UTF-8 could be written to, but not be named in the results.
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                self.error(f"{ascii(text)}: not in UTF-8; pass another name")
+        return super().parse_args(args, namespace)
+
 
 # Copied from train_full.positive_int
 def positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdigit() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1 and less than 2**31")
     return int(text)
 
 
@@ -455,7 +465,7 @@ def load_dataset_table(name: str, image_column: str, caption_column: str | None)
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever the libraries make of somebody's files
         fail(f"--dataset_name {name}: cannot be loaded ({' '.join(str(error).split())[:300]})")
     if image_column not in dataset.column_names:
         fail(f"--dataset_name {name}: no column {image_column!r}; pass --image_column, one of {', '.join(dataset.column_names)}")
@@ -576,7 +586,11 @@ def load_training_data(args: argparse.Namespace) -> TrainingData:
 def open_image(image: "str | DatasetImage") -> Image.Image:
     """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
     try:
-        opened = Image.open(image if isinstance(image, str) else image.open())
+        # Not all that Pillow knows: it hands some formats to other programs, and a pipe would be waited for.
+        formats = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+        if isinstance(image, str) and not os.path.isfile(image):
+            raise FileNotFoundError
+        opened = Image.open(image if isinstance(image, str) else image.open(), formats=formats)
         frames = getattr(opened, "n_frames", 1)
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
@@ -586,8 +600,10 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
         raise
     except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
         raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
-    if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise BadImage(f"{image}: pixels of type {opened.mode}; convert it to 8 bits first, with a window that suits it")
+    # Of 16 bits of colour Pillow silently drops eight; only the raw mode of what it decodes says so.
+    deep = re.search(r"\w+;16[BLN]", str(opened.tile))
+    if deep or opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise BadImage(f"{image}: pixels of type {deep[0] if deep else opened.mode}; convert it to 8 bits first, with a window that suits it")
     if frames > 1:
         raise BadImage(f"{image}: {frames} frames; a still image is needed")
     return opened
@@ -941,7 +957,23 @@ def prepare_streams(args, accelerator, pipeline, data, hashes, output_dir, use_p
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Copied from train_full.safetensors_only
+@contextlib.contextmanager
+def safetensors_only():
+    """Within it nothing is unpickled: a model's index.json may name any file for its weights, and the libraries open it."""
+
+    def refuse(*_, **__):
+        raise ValueError("its weights are pickles")
+
+    load, torch.load = torch.load, refuse
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
 # Copied from train_full.load_pipeline
+@safetensors_only()
 def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
     """A pipeline in float32 on the CPU, from safetensors only, without the safety checker that blacks out radiographs.
 
@@ -976,6 +1008,23 @@ def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
     return pipeline.to(torch.float32)
 
 
+# Copied from train_full.check_pipeline
+@torch.no_grad()
+def check_pipeline(pipeline: StableDiffusionPipeline) -> None:
+    """A small pass through all parts; ValueError, or whatever they raise, where settings do not fit weights or each other."""
+    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
+    length, side = tokenizer.model_max_length, 8 * pipeline.vae_scale_factor
+    if not 3 <= length <= text_encoder.config.max_position_embeddings or len(tokenizer) > text_encoder.config.vocab_size:
+        raise ValueError("its tokenizer's prompts are too short, or longer or of more words than its text encoder takes")
+    input_ids = tokenizer(["X-ray"], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    pixels = torch.zeros(1, 3, side, side, device=pipeline.device, dtype=pipeline.dtype)
+    latents = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    if pipeline.unet(latents, 0, text_encoder(input_ids.to(pipeline.device))[0]).sample.shape != latents.shape:
+        raise ValueError("its U-Net's predictions have another shape than its VAE's latents")
+    if pipeline.vae.decode(latents).sample.shape != (1, 3, side, side):
+        raise ValueError("what its VAE decodes is no RGB image of the same size")
+
+
 # Copied from train_full.pickle_advice
 def pickle_advice(name: str) -> str:
     """How to convert a model whose weights are pickles, which are not read; empty for any other."""
@@ -1005,6 +1054,7 @@ def load_base_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
             fail(f"{flag}: the model folder has no {', '.join(parts)}; a complete diffusers pipeline is needed")
     try:
         pipeline = load_pipeline(name, revision=args.revision, variant=args.variant)
+        check_pipeline(pipeline)
     except Exception as error:  # whatever the libraries make of somebody's files
         fail(f"{flag}: cannot be loaded, pass a hub id or the folder of a complete diffusers pipeline ({' '.join(str(error).split())[:300]}){pickle_advice(name)}")
     if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -1204,6 +1254,8 @@ def read_json(path: Path, way_out: str, **types) -> dict:
     """A JSON object with fields of these types; ends with exit status 2 on anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        # Half a character, which no file could be written with.
+        json.dumps(found, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{path}: not valid JSON ({error}); {way_out}")
     if not isinstance(found, dict):
@@ -1603,12 +1655,13 @@ def tell_bad_images(accelerator: Accelerator, stream: SampleStream) -> None:
 
 # Copied from train_full.silence_known_noise
 def silence_known_noise() -> None:
-    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what `load_pipeline`
-    refuses in a sentence of its own (missing weights)."""
+    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what is told in a
+    sentence of its own (missing weights, captions that are cut)."""
     known = [
         ("diffusers.models.modeling_utils", "should be kept in float32: []"),
         ("diffusers.models.modeling_utils", "newly initialized"),
         ("transformers.modeling_utils", "MISSING"),
+        ("transformers.tokenization_utils_base", "Token indices sequence length"),
         ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
     ]
     for name, words in known:

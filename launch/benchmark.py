@@ -99,11 +99,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists every flag)")
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        for text in sys.argv[1:] if args is None else args:
+            # A path that is not in UTF-8 could be written to, but not be named in the results.
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                self.error(f"{ascii(text)}: not in UTF-8; pass another name")
+        return super().parse_args(args, namespace)
+
 
 # Copied from train_full.positive_int
 def positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdigit() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1 and less than 2**31")
     return int(text)
 
 

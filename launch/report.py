@@ -213,6 +213,15 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists every flag)")
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        for text in sys.argv[1:] if args is None else args:
+            # A path that is not in UTF-8 could be written to, but not be named in the results.
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                self.error(f"{ascii(text)}: not in UTF-8; pass another name")
+        return super().parse_args(args, namespace)
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1335,7 +1344,8 @@ def real_images(study: Study, args: argparse.Namespace, conditions: list[str]) -
 def tile(path: str) -> Image.Image:
     """A picture in one tile; ends with exit status 2 on a file that is not an 8-bit still image."""
     try:
-        with Image.open(path) as image:
+        # Not all that Pillow knows: it hands some formats to other programs.
+        with Image.open(path, formats=("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")) as image:
             # Without a window 16 bits would come out white, and of an animation the first frame alone would be seen.
             if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{getattr(image, 'n_frames', 1)} frames of type {image.mode}, and an 8-bit still image is needed")

@@ -5,8 +5,8 @@
 
 Trains the demo's U-Net and text encoder for a few steps on two processes of the CPU, with train_full.py's own loss, sharding
 and optimizer, on seeded random batches. Prints how far the weights are from the plain processes', the bytes a parameter that
-each process keeps between two steps, and for DeepSpeed whether the moments can be had for a checkpoint. Not a test: DeepSpeed is
-nothing that the scripts need.
+each process keeps in tensors between two steps (DDP's buffers, 4 more for plain processes, are none of Python's), and for
+DeepSpeed whether the moments can be had for a checkpoint. Not a test: DeepSpeed is nothing that the scripts need.
 """
 
 import contextlib

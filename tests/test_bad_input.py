@@ -17,12 +17,12 @@ import train_peft
 def refused(capsys, tmp_path):
     """Runs a row that has to be refused; returns the sentence."""
 
-    def run(row, *flags, csv=None, folder="refused"):
+    def run(row, *flags, csv=None, folder="refused", argv=None):
         script = script_of(row)
         capsys.readouterr()
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(SystemExit) as ended:
-            script.main(script.parse_args(arguments(row, tmp_path / folder, *flags, csv=csv)))
+            script.main(script.parse_args(argv or arguments(row, tmp_path / folder, *flags, csv=csv)))
         lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
         assert ended.value.code == 2
         assert len(lines) == 1 and "error: " in lines[0], lines
@@ -48,6 +48,8 @@ def small_table(tmp_path, rows=12):
         (train_peft, ["--method", "prefix"], "invalid choice: 'prefix'"),
         (train_peft, [], "--method"),
         (train_peft, ["--method", "lora", "--rank", "0"], "at least 1"),
+        (train_peft, ["--method", "lora", "--gradient_accumulation_steps", "9" * 30], "less than 2**31"),
+        (train_peft, ["--method", "lora", "--output_dir", "run\udcff"], "not in UTF-8"),
         (train_peft, ["--method", "lora", "--learning_rate", "nan"], "not a number of at least 0"),
         (train_peft, ["--method", "lora", "--caption_dropout", "1.5"], "not between 0 and 1"),
         (train_peft, ["--method", "lora", "--prompt_template", "no place"], "needs {} exactly once"),
@@ -151,6 +153,40 @@ def test_model_folder_without_weights_or_absent(refused, tmp_path):
     assert "no-such-folder" in refused("bitfit", "--pretrained_model_name_or_path=./no-such-folder")
 
 
+@pytest.mark.parametrize(
+    "part, file, changes, words",
+    [
+        ("tokenizer", "tokenizer_config.json", {"model_max_length": 1}, "its tokenizer's prompts are too short"),
+        ("tokenizer", "tokenizer_config.json", {"model_max_length": 10**30}, "its tokenizer's prompts are too short, or longer"),
+        ("tokenizer", "tokenizer_config.json", {"model_max_length": -5}, "cannot be loaded"),
+        ("tokenizer", "tokenizer_config.json", {"pad_token": None}, "padding token"),
+        ("vae", "config.json", {"scaling_factor": "1"}, "cannot be loaded"),
+        ("unet", "config.json", {"addition_embed_type": "text"}, "unet has no weights for"),
+        ("unet", "config.json", {"class_embeddings_concat": True, "class_embed_type": "identity"}, "cannot be loaded"),
+    ],
+)
+def test_settings_of_the_base_model_that_do_not_fit_together(part, file, changes, words, refused, tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    path = tmp_path / "base" / part / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    sentence = refused("lora", f"--pretrained_model_name_or_path={tmp_path / 'base'}")
+    assert words in sentence and str(tmp_path / "base") in sentence
+
+
+@pytest.mark.parametrize("part, config, layer", [("unet", {"in_channels": 9}, "conv_in"), ("unet", {"out_channels": 8}, "conv_out"), ("vae", {"out_channels": 1}, "decoder.conv_out")])
+def test_parts_of_the_base_model_that_do_not_fit_together(part, config, layer, refused, tmp_path):
+    """Each sound by itself: an inpainting U-Net, one that predicts a variance too, a VAE of grey images."""
+    pipeline = pipeline_of(BASE)
+    module = getattr(pipeline, part)
+    other = type(module).from_config(module.config, **config)
+    weights = module.state_dict()
+    other.load_state_dict({name: tensor if name.startswith(f"{layer}.") else weights[name] for name, tensor in other.state_dict().items()})
+    setattr(pipeline, part, other)
+    pipeline.save_pretrained(tmp_path / "base")
+    for row in ("unet", "bitfit"):
+        assert "cannot be loaded" in refused(row, f"--pretrained_model_name_or_path={tmp_path / 'base'}")
+
+
 def test_resolution_that_the_vae_cannot_take(refused):
     assert "--resolution 60: this VAE takes multiples of 8" in refused("unet", "--resolution=60")
 
@@ -159,6 +195,18 @@ def test_output_folder_that_cannot_be_written(refused, tmp_path):
     (tmp_path / "file").write_text("")
     sentence = refused("unet", f"--output_dir={tmp_path / 'file' / 'run'}")
     assert "--output_dir" in sentence and "cannot be written" in sentence
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop" in refused("unet", f"--output_dir={tmp_path / 'loop'}")
+    assert "loop" in refused("unet", f"--latent_cache_dir={tmp_path / 'loop'}")
+
+
+def test_a_dataset_folder_that_no_library_can_read(refused, tmp_path):
+    for name, content in (("metadata.csv", b"\0" * 100), ("README.md", b"---\nconfigs: [\n---\n")):
+        folder = tmp_path / name
+        picture(folder / "1.png")
+        (folder / name).write_bytes(content)
+        argv = arguments("lora", tmp_path / "refused", f"--dataset_name={folder}")
+        assert f"--dataset_name {folder}: cannot be loaded" in refused("lora", argv=[word for word in argv if not word.startswith("--data_csv")])
 
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(refused, tmp_path):

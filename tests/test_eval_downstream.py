@@ -518,6 +518,9 @@ def test_bad_input(samples, tmp_path, capsys, monkeypatch):
     for key in ("labels", "thresholds", "split"):
         (classifier / "classifier.json").write_text(json.dumps({k: v for k, v in spec.items() if k != key}))
         refused(f"{key!r} is missing or not as these scripts write it; save the classifier anew", f"--classifier={classifier}")
+    changed = spec | {"split": {key: value for key, value in spec["split"].items() if key != "fingerprint"}}
+    (classifier / "classifier.json").write_text(json.dumps(changed | {"spec_sha256": eval_downstream.spec_digest(changed)}))
+    refused("'split' is not as these scripts write it", f"--classifier={classifier}")
     (classifier / "classifier.json").write_text(json.dumps(spec | {"labels": spec["labels"][:3], "thresholds": {}}))
     refused("does not match classifier.json", f"--classifier={classifier}")
     (classifier / "classifier.json").write_text(json.dumps(spec))
@@ -539,7 +542,7 @@ def test_types_within_classifier_json_are_checked(tmp_path, capsys):
     eval_downstream.save_tensors(eval_downstream.build_classifier("resnet18", 1).state_dict(), tmp_path / "model.safetensors")
     sound = {
         "arch": "resnet18", "labels": ["Edema"], "resolution": 32, "source_resolution": 64, "resize_mode": "squash", "train_on": "real",
-        "normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3}, "thresholds": {"Edema": 0.5}, "split": {"patients": ["0" * 16]},
+        "normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3}, "thresholds": {"Edema": 0.5}, "split": {"fingerprint": "0", "patients": ["0" * 16]},
         "real_test_auroc": {"Edema": {"value": 0.7, "low": None, "high": 0.9, "n": 90, "note": "a note"}},
         "model_sha256": hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest(),
     }  # fmt: skip

@@ -798,6 +798,12 @@ def test_networks_that_cannot_be_used(tmp_path, xrv_file, classifier, refused):
         del spec[key]
         (folder / "classifier.json").write_text(json.dumps(spec))
         refused(f"{key!r} is missing or not as", f"--classifier={folder}")
+    folder = tmp_path / "without_fingerprint"
+    shutil.copytree(classifier, folder)
+    spec = json.loads((folder / "classifier.json").read_text())
+    del spec["split"]["fingerprint"]
+    (folder / "classifier.json").write_text(json.dumps(spec | {"spec_sha256": evaluation.spec_digest(spec)}))
+    refused("'split' is not as", f"--classifier={folder}")
     refused("classifier.json: cannot be read", f"--classifier={tmp_path}")
 
 

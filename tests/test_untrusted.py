@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import pickle
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +124,7 @@ def bombs(folder: Path, crater: Path) -> list[Path]:
 def classifier_spec(weights: Path, **changes) -> dict:
     spec = {
         "arch": "resnet18", "labels": ["Edema"], "resolution": 32, "source_resolution": 64, "resize_mode": "squash", "train_on": "real",
-        "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}, "thresholds": {"Edema": 0.5}, "split": {"patients": []},
+        "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}, "thresholds": {"Edema": 0.5}, "split": {"fingerprint": "", "patients": []},
         "real_test_auroc": {}, "model_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     } | changes  # fmt: skip
     return spec | {"spec_sha256": eval_downstream.spec_digest(spec)}
@@ -227,6 +229,31 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path, capsy
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert ended.value.code == 2 and "python -c" in error, error
     assert not (tmp_path / "crater").exists()
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("script", [train_full, train_peft, sample, eval_generation], ids=lambda script: script.__name__)
+def test_an_index_of_shards_names_no_pickle(script, part, tmp_path, capsys):
+    """Even harmless tensors in one: what the libraries take for unpickling is nothing to rely on."""
+    if script is eval_generation and part != "vae":
+        return
+    shutil.copytree(BASE, tmp_path / "base")
+    weights = tmp_path / "base" / part / f"{WEIGHTS[part]}.safetensors"
+    tensors = load_file(weights)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, f"{WEIGHTS[part]}-00001-of-00001.safetensors")}
+    good_classifier(tmp_path / "good")
+    flag = {sample: "model", eval_generation: "vae"}.get(script, "pretrained_model_name_or_path")
+    flags = command_of(script, tmp_path) | {flag: str(tmp_path / "base")}
+    weights.rename(weights.with_name(f"{weights.stem}-00001-of-00001.safetensors"))
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    if script is sample:
+        run(script, flags | {"output_dir": str(tmp_path / "of_shards")})
+    index["weight_map"] = dict.fromkeys(tensors, "weights.bin")
+    torch.save(tensors, weights.with_name("weights.bin"))
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    sentence = said(capsys, script, flags)
+    assert str(tmp_path / "base") in sentence and "pickles are not read" in sentence and not (tmp_path / "out").exists()
+    assert torch.load(weights.with_name("weights.bin"), weights_only=True).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("name", ["plain", "it's", 'a"b', "$(touch crater)", "x');import os;os.mkdir('crater')#", "`touch crater`\\"])
@@ -420,6 +447,14 @@ def test_a_model_whose_json_is_of_another_form_is_refused_or_loads(name, tmp_pat
     assert refusals >= 3
 
 
+def test_half_a_character_is_refused_before_it_has_to_be_written(adapters, tmp_path, capsys):
+    shutil.copytree(adapters / "lora", tmp_path / "lora")
+    path = tmp_path / "lora" / "training_summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompt_template": "a\ud800 {}"}))
+    assert "surrogates not allowed" in said(capsys, sample, command_of(sample, tmp_path) | {"model": str(tmp_path / "lora")})
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_field_of_a_file_leads_out_of_the_output_folder(adapters, tmp_path):
     """Labels and conditions are of a fixed list, and what a run's files say is used for no name."""
     shutil.copytree(adapters / "lora", tmp_path / "lora")
@@ -507,6 +542,17 @@ def test_any_other_bytes_are_a_table_or_a_sentence(content, tmp_path):
             assert ended.code == 2 and said.getvalue().count("\n") == 1 and str(path) in said.getvalue()
 
 
+def write_deep_png(path: Path, colour_type: int, channels: int) -> None:
+    """4x4 pixels of 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    pixels = zlib.compress((b"\0" + b"\x12\x34" * channels * 4) * 4)
+    header = struct.pack(">2I5B", 4, 4, 16, colour_type, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
 def test_images_of_every_kind(tmp_path):
     """What is a still 8-bit image is read; anything else is refused with a sentence on what to do."""
     noise = Image.effect_noise((40, 30), 60)
@@ -525,10 +571,20 @@ def test_images_of_every_kind(tmp_path):
     turned = train_full.load_image(str(tmp_path / "turned.png"), 16, "squash")
     assert turned[:, -3:].min() > 200 and turned[:, :8].max() < 20
     for name, image, words in (
-        ("deep.png", Image.fromarray(np.zeros((4, 4), np.uint16)), "8 bits"), ("float.tif", Image.fromarray(np.zeros((4, 4), np.float32)), "8 bits"),
+        ("deep.png", Image.fromarray(np.zeros((4, 4), np.uint16)), "type I;16B; convert it to 8 bits"), ("float.tif", Image.fromarray(np.zeros((4, 4), np.float32)), "8 bits"),
     ):  # fmt: skip
         image.save(tmp_path / name)
         assert words in train_full.image_problem(str(tmp_path / name))
+    for name, colour_type, channels, words in (("deep_colour.png", 2, 3, "type RGB;16B"), ("deep_alpha.png", 4, 2, "type LA;16B")):
+        write_deep_png(tmp_path / name, colour_type, channels)
+        assert f"{words}; convert it to 8 bits" in train_full.image_problem(str(tmp_path / name))
+    # Pillow would hand it to Ghostscript.
+    (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n")
+    assert "not a readable image (UnidentifiedImageError)" in train_full.image_problem(str(tmp_path / "program.png"), decode=True)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe.png", "folder.png"):
+        assert "no such file" in train_full.image_problem(str(tmp_path / name))
     for name in ("moving.gif", "moving.png", "moving.webp"):
         frames = [Image.new("RGB", (4, 4), value) for value in ("black", "white")]
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
