@@ -522,7 +522,7 @@ def check_pipeline(pipeline: StableDiffusionPipeline) -> None:
     """A small pass through all parts; ValueError, or whatever they raise, where settings do not fit weights or each other."""
     tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
     length, side = tokenizer.model_max_length, 8 * pipeline.vae_scale_factor
-    if not 3 <= length <= text_encoder.config.max_position_embeddings or len(tokenizer) > text_encoder.config.vocab_size:
+    if not 3 <= length <= text_encoder.config.max_position_embeddings or tokenizer.vocab_size > text_encoder.config.vocab_size:
         raise ValueError("its tokenizer's prompts are too short, or longer or of more words than its text encoder takes")
     input_ids = tokenizer(["X-ray"], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     pixels = torch.zeros(1, 3, side, side, device=pipeline.device, dtype=pipeline.dtype)

@@ -585,13 +585,14 @@ def load_training_data(args: argparse.Namespace) -> TrainingData:
 # Copied from train_full.open_image
 def open_image(image: "str | DatasetImage") -> Image.Image:
     """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
+    # Not all that Pillow knows: some formats it hands to other programs, of others it does not tell the depth.
+    formats = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+    if isinstance(image, str) and os.path.exists(image) and not os.path.isfile(image):
+        # A pipe would be waited for.
+        raise BadImage(f"{image}: not a file")
     try:
-        # Not all that Pillow knows: it hands some formats to other programs, and a pipe would be waited for.
-        formats = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
-        if isinstance(image, str) and not os.path.isfile(image):
-            raise FileNotFoundError
         opened = Image.open(image if isinstance(image, str) else image.open(), formats=formats)
-        frames = getattr(opened, "n_frames", 1)
+        frames, bits = getattr(opened, "n_frames", 1), max(getattr(opened, "tag_v2", {}).get(258, (8,)))
     except FileNotFoundError:
         raise BadImage(f"{image}: no such file") from None
     except Image.DecompressionBombError:
@@ -599,11 +600,13 @@ def open_image(image: "str | DatasetImage") -> Image.Image:
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
-        raise BadImage(f"{image}: not a readable image ({type(error).__name__})") from None
-    # Of 16 bits of colour Pillow silently drops eight; only the raw mode of what it decodes says so.
-    deep = re.search(r"\w+;16[BLN]", str(opened.tile))
-    if deep or opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise BadImage(f"{image}: pixels of type {deep[0] if deep else opened.mode}; convert it to 8 bits first, with a window that suits it")
+        raise BadImage(f"{image}: not a readable image ({type(error).__name__}); {', '.join(formats)} are read") from None
+    kind = opened.mode if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr") else None
+    # Of deeper colour Pillow drops bits without a word; what it decodes from says so, and TIFF's BitsPerSample.
+    if not kind and (bits > 8 or re.search(";16[BLN]", str(opened.tile))):
+        kind = f"{opened.mode} of 16 bits"
+    if kind:
+        raise BadImage(f"{image}: pixels of type {kind}; convert it to 8 bits first, with a window that suits it")
     if frames > 1:
         raise BadImage(f"{image}: {frames} frames; a still image is needed")
     return opened
@@ -1014,7 +1017,7 @@ def check_pipeline(pipeline: StableDiffusionPipeline) -> None:
     """A small pass through all parts; ValueError, or whatever they raise, where settings do not fit weights or each other."""
     tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
     length, side = tokenizer.model_max_length, 8 * pipeline.vae_scale_factor
-    if not 3 <= length <= text_encoder.config.max_position_embeddings or len(tokenizer) > text_encoder.config.vocab_size:
+    if not 3 <= length <= text_encoder.config.max_position_embeddings or tokenizer.vocab_size > text_encoder.config.vocab_size:
         raise ValueError("its tokenizer's prompts are too short, or longer or of more words than its text encoder takes")
     input_ids = tokenizer(["X-ray"], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     pixels = torch.zeros(1, 3, side, side, device=pipeline.device, dtype=pipeline.dtype)

@@ -1345,7 +1345,7 @@ def tile(path: str) -> Image.Image:
     """A picture in one tile; ends with exit status 2 on a file that is not an 8-bit still image."""
     try:
         # Not all that Pillow knows: it hands some formats to other programs.
-        with Image.open(path, formats=("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")) as image:
+        with Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")) as image:
             # Without a window 16 bits would come out white, and of an animation the first frame alone would be seen.
             if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{getattr(image, 'n_frames', 1)} frames of type {image.mode}, and an 8-bit still image is needed")

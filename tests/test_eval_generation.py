@@ -629,7 +629,7 @@ def test_what_a_table_says_cannot_break_the_report(tmp_path, samples, classifier
     assert cells == [2 + 5, 2 + 5, 5] and len([line for line in text.splitlines() if "- **Warning:**" in line]) == len(summary["warnings"])
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "16-bit", "float"])
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "16-bit", "float", "pipe"])
 def test_bad_images(kind, tmp_path, samples, refused):
     folder = tmp_path / "samples"
     shutil.copytree(samples, folder)
@@ -643,6 +643,8 @@ def test_bad_images(kind, tmp_path, samples, refused):
         path.write_bytes(whole[: len(whole) // 2])
     elif kind == "16-bit":
         Image.fromarray(np.zeros((64, 64), np.uint16)).save(path)
+    elif kind == "pipe":
+        os.mkfifo(path)
     elif kind == "float":
         Image.fromarray(np.zeros((64, 64), np.float32)).save(path, format="TIFF")
     refused(name, f"--synthetic={folder}")

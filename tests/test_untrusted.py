@@ -553,6 +553,21 @@ def write_deep_png(path: Path, colour_type: int, channels: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
+def write_planar_tiff(path: Path) -> None:
+    """4x4 pixels of 16 bits, red, green and blue one after the other, of which Pillow takes each plane for one of 8 bits."""
+    lists, at = {258: (16, 16, 16), 273: (0, 32, 64), 279: (32, 32, 32)}, 8 + 2 + 10 * 12 + 4
+    entries, extra = [], b""
+    for tag, value in sorted(({256: 4, 257: 4, 259: 1, 262: 2, 277: 3, 278: 4, 284: 2} | lists).items()):
+        if tag in lists:
+            numbers = [number + at + 24 + 12 for number in value] if tag == 273 else value
+            entries.append(struct.pack("<HHII", tag, 4 if tag == 273 else 3, 3, at + len(extra)))
+            extra += struct.pack("<3I" if tag == 273 else "<3H", *numbers)
+        else:
+            entries.append(struct.pack("<HHIHH", tag, 3, 1, value, 0))
+    extra = extra.ljust(36, b"\0")
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 10) + b"".join(entries) + struct.pack("<I", 0) + extra + b"\x34\x12" * 48)
+
+
 def test_images_of_every_kind(tmp_path):
     """What is a still 8-bit image is read; anything else is refused with a sentence on what to do."""
     noise = Image.effect_noise((40, 30), 60)
@@ -571,20 +586,22 @@ def test_images_of_every_kind(tmp_path):
     turned = train_full.load_image(str(tmp_path / "turned.png"), 16, "squash")
     assert turned[:, -3:].min() > 200 and turned[:, :8].max() < 20
     for name, image, words in (
-        ("deep.png", Image.fromarray(np.zeros((4, 4), np.uint16)), "type I;16B; convert it to 8 bits"), ("float.tif", Image.fromarray(np.zeros((4, 4), np.float32)), "8 bits"),
+        ("deep.png", Image.fromarray(np.zeros((4, 4), np.uint16)), "type I;16; convert it to 8 bits"), ("float.tif", Image.fromarray(np.zeros((4, 4), np.float32)), "8 bits"),
     ):  # fmt: skip
         image.save(tmp_path / name)
         assert words in train_full.image_problem(str(tmp_path / name))
-    for name, colour_type, channels, words in (("deep_colour.png", 2, 3, "type RGB;16B"), ("deep_alpha.png", 4, 2, "type LA;16B")):
+    for name, colour_type, channels, words in (("deep_colour.png", 2, 3, "of 16 bits"), ("deep_alpha.png", 4, 2, "of 16 bits")):
         write_deep_png(tmp_path / name, colour_type, channels)
         assert f"{words}; convert it to 8 bits" in train_full.image_problem(str(tmp_path / name))
+    write_planar_tiff(tmp_path / "planar.tif")
+    assert "type RGB of 16 bits" in train_full.image_problem(str(tmp_path / "planar.tif"))
     # Pillow would hand it to Ghostscript.
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n")
     assert "not a readable image (UnidentifiedImageError)" in train_full.image_problem(str(tmp_path / "program.png"), decode=True)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     for name in ("pipe.png", "folder.png"):
-        assert "no such file" in train_full.image_problem(str(tmp_path / name))
+        assert "not a file" in train_full.image_problem(str(tmp_path / name))
     for name in ("moving.gif", "moving.png", "moving.webp"):
         frames = [Image.new("RGB", (4, 4), value) for value in ("black", "white")]
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
