@@ -34,7 +34,7 @@ def kept_bytes() -> int:
     """Bytes of all tensors of this process, each memory counted once."""
     storages = {}
     for tensor in [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]:
-        with contextlib.suppress(RuntimeError, NotImplementedError):
+        with contextlib.suppress(RuntimeError):
             # Of a shared-out tensor the part that is here; some that libraries hold have no memory at all.
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()

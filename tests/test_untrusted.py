@@ -28,7 +28,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_bad_input import change_weights
 from test_data import picture, write_table
 
 import eval_downstream
