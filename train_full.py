@@ -8,20 +8,16 @@
 # ///
 """Fine-tune any combination of Stable Diffusion v1.5's U-Net, VAE and text encoder on chest radiographs.
 
-    accelerate launch train_full.py --train_unet                                  # row 1 of the paper's Table 1
-    accelerate launch train_full.py --train_unet --train_text_encoder --max_train_steps 20000
-    accelerate launch train_full.py --train_unet --train_vae --vae_loss joint      # row 5 with the paper's own loss
-    accelerate launch train_full.py --train_unet --resume_from_checkpoint latest
+    accelerate launch train_full.py --train_unet
+    accelerate launch train_full.py --train_unet --train_vae --vae_loss joint
+    accelerate launch train_full.py --train_unet --train_text_encoder --resume_from_checkpoint latest
 
-Writes a complete diffusers pipeline to --output_dir, with training_summary.json, a model card, validation pictures, logs
+Writes a complete diffusers pipeline to --output_dir, with training_summary.json, a model card, validation images, logs
 and checkpoints.
 """
 
 import argparse
-import contextlib
 import copy
-import datetime
-import errno
 import functools
 import hashlib
 import io
@@ -30,22 +26,17 @@ import json
 import logging
 import math
 import os
-import re
 import resource
-import shlex
 import shutil
 import signal
 import sys
 import time
-import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 # bitsandbytes, which diffusers imports, reports a missing 4-bit CPU kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -56,1012 +47,303 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
-
-logger = logging.getLogger(__name__)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Constants
-# ----------------------------------------------------------------------------------------------------------------------
+from transformers import CLIPTextModel
 
 # CheXpert's 14 columns in its own order, which is also the order of findings in a prompt.
-LABELS = [
-    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
-    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
-]  # fmt: skip
+LABELS = (
+    "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,"
+    "Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
+).split(",")
 PROMPT_TEMPLATE = "Chest X-ray of a subject with {}"
-BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
-# Shares of the patients, in the proportions of the paper's Table 2.
+# Fractions of patients, in the proportions of the paper's Table 2.
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
-LABEL_VALUES = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
-# Beyond this many different captions (about 1 GB of embeddings) the text encoder runs in the loop instead.
+# With more distinct captions than this (1 GB of embeddings), the text encoder runs in the training loop instead.
 MAX_CACHED_CAPTIONS = 4096
-# Rows per file of a cache (16 MiB of latents at 512x512): what an interrupted encoding loses at most, per process.
-CACHE_FILE_ROWS = 256
-RUN_FILES = [
-    "training_summary.json", "README.md", "pytorch_lora_weights.safetensors", "unet_delta.safetensors", "merged",
-    "model_index.json", "unet", "text_encoder", "vae", "tokenizer", "scheduler",
-]  # fmt: skip
-# Settings that a resumed run may change, which is told.
-TOLD_SETTINGS = [
-    "learning_rate", "unet_lr", "text_encoder_lr", "vae_lr", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "max_grad_norm",
-    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "ema_decay", "caption_dropout", "noise_offset", "snr_gamma",
-    "vae_recon_weight", "vae_anchor_weight", "mixed_precision", "seed",
-]  # fmt: skip
-# What a checkpoint keeps of how far a run has come.
-COUNTERS = ["step", "samples_seen", "seconds", "train_loss", "loss_sum", "norm_sum", "counted"]
-# A loss scale of fp16 this small has been halved at every step, as no gradient was finite; sound ones are above 1.
-SMALLEST_SCALE = 1e-4
-# What --fsdp gathers at a time for the forward pass, beside each component's rest.
-SHARDED_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
-# Exit status of a run that a signal has stopped after a checkpoint: EX_TEMPFAIL of sysexits.h, to be tried again.
-STOPPED = 75
+# EX_TEMPFAIL: stopped by a signal after writing a checkpoint; start again with --resume_from_checkpoint latest.
+EXIT_PREEMPTED = 75
 
 
-class BadImage(Exception):
-    """An image that cannot be read; the message names it and says why."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the script with one sentence on stderr and exit status 2."""
-    if os.environ.get("RANK", "0") != "0":
-        # What all processes find is said by the first, after which the launcher ends the others; the rest is said here.
-        time.sleep(5)
-    # One line, whatever the name of a file or the text of a cell has in it.
-    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+def fail(message):
+    """Print a one-line error to stderr and exit with status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
-def plain_sentence(error: Exception, smaller: str) -> str | None:
-    """What to do about an error that is no fault of the code; None for any other. `smaller` says what takes less memory."""
-    text = str(error).strip()
-    if isinstance(error, BadImage):
-        # From a loader's worker the message comes with the worker's traceback in front of it.
-        return text.rsplit("BadImage: ", 1)[-1]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(told in text for told in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
-        return f"out of memory ({text[:150]}); {smaller}"
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    closed = (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
-    if (isinstance(error, OSError) and error.errno in closed) or text.startswith("Symlink loop") or any(f"(os error {number})" in text for number in full):
-        return f"a file cannot be written or read ({text[:300]}); make room, or pass another folder, and start again: what is there already stays"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text and any(told in text for told in ("exited unexpectedly", "killed by signal")):
-        return f"a process that loads images was ended, by too little memory as a rule ({text[:150]}); lower --dataloader_num_workers and start again"
-    if isinstance(error, RuntimeError) and any(told in text for told in ("closed by peer", "reset by peer", "Broken pipe")):
-        return f"another process of this run has ended, see what it said; start again as before ({text[:150]})"
-    return None
+def add_shared_arguments(parser):
+    """Add the arguments shared by both training scripts."""
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data_csv", help=f"image table (default: {' or '.join(DEFAULT_TABLES)})")
+    flag("--validation_csv", help="separate held-out table; --data_csv is then used in full unless --split is given")
+    flag("--image_root", help="folder that image paths are relative to (default: the table's folder or its parent)")
+    flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
+    flag("--image_column", default="image", help="image column of --dataset_name")
+    flag("--caption_column", help="caption column of --dataset_name (default: prompt, text, caption, or the labels)")
+    flag("--split", choices=["train", "val", "test", "all"], help="patients to train on (default: train)")
+    flag("--split_seed", type=int, default=0, help="seed of the patient split; must match the other scripts")
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="-1: ones names it in the prompt")
+    flag("--prompt_template", default=PROMPT_TEMPLATE, help="caption; {} stands for the findings")
+    flag("--max_train_samples", type=int, help="train on a seeded random subset of this size (default: all)")
+    flag("--max_validation_samples", type=int, default=256, help="maximum number of held-out images")
+    flag("--resolution", type=int, default=512, help="side of the square training images in pixels")
+    flag("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how images are made square")
+    flag("--caption_dropout", type=float, default=0.1, help="fraction of empty captions, for guidance; 0 turns it off")
+    flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
+    flag("--latent_cache_dir", help="latent cache (default: latent_cache beside --output_dir); none turns it off")
+    flag("--dataloader_num_workers", type=int, help="data loader workers per process (default: 4 on a GPU, else 0)")
+
+    flag = parser.add_argument_group("model and loss").add_argument
+    base_model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    flag("--pretrained_model_name_or_path", default=base_model, help="hub id or folder of the base pipeline")
+    flag("--revision", help="branch, tag or commit of the hub model")
+    flag("--variant", help="variant of the weight files, such as fp16")
+    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type (default: accelerate's config)")
+    flag("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    flag("--compile", action="store_true", help="torch.compile the U-Net; the first step takes minutes")
+    flag("--snr_gamma", type=float, help="min-SNR loss weighting, arXiv 2303.09556; 5 is common (default: off)")
+    flag("--noise_offset", type=float, default=0.0, help="std of extra noise per channel; 0 turns it off")
+
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--train_batch_size", type=int, default=4, help="images per process and forward pass")
+    flag("--gradient_accumulation_steps", type=int, default=4, help="forward passes per optimizer step")
+    flag("--num_train_epochs", type=int, default=100, help="passes over the images")
+    flag("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
+    schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    flag("--lr_scheduler", choices=schedules, default="constant")
+    flag("--lr_warmup_steps", type=int, default=0, help="warm-up steps of any schedule but constant")
+    flag("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    flag("--lr_power", type=float, default=1.0, help="power of polynomial")
+    flag("--adam_beta1", type=float, default=0.9)
+    flag("--adam_beta2", type=float, default=0.999)
+    flag("--adam_weight_decay", type=float, default=1e-2)
+    flag("--adam_epsilon", type=float, default=1e-8)
+    flag("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
+    flag("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
+    flag("--use_ema", action="store_true", help="validate and save an exponential moving average of the weights")
+    flag("--ema_decay", type=float, default=0.9999)
+
+    flag = parser.add_argument_group("output").add_argument
+    flag("--output_dir", help="run folder (default: runs/<method>)")
+    flag("--overwrite_output_dir", action="store_true", help="start over in a folder that already holds a run")
+    flag("--seed", type=int, default=0, help="seed of order, noise, timesteps and validation images")
+    flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only when stopped")
+    flag("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep")
+    flag("--resume_from_checkpoint", metavar="PATH|latest", help="latest starts from scratch if there is none")
+    flag("--validation_steps", type=int, default=500, help="steps between validations; 0: first and last only")
+    flag("--validation_prompts", nargs="+", help="prompts of validation images (default: the most frequent captions)")
+    flag("--num_validation_images", type=int, default=4, help="images without --validation_prompts; 0 turns them off")
+    flag("--logging_steps", type=int, default=10, help="steps between log entries; stop signals are checked then")
+    flag("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard")
+    flag("--push_to_hub", action="store_true", help="upload the finished run to a private hub repository")
+    flag("--hub_model_id", help="repository of --push_to_hub (default: the output folder's name)")
 
 
-def plain_errors(smaller: str):
-    """Ends a script whose `main` meets a bad image, a full disk or memory, or a lost process with a sentence."""
-
-    def decorate(function):
-        @functools.wraps(function)
-        def wrapped(args: argparse.Namespace):
-            try:
-                return function(args)
-            except Exception as error:
-                sentence = plain_sentence(error, smaller)
-                if sentence is None:
-                    raise
-                fail(sentence)
-
-        return wrapped
-
-    return decorate
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with errors in one sentence instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help lists every flag)")
-
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        for text in sys.argv[1:] if args is None else args:
-            # A path that is not in UTF-8 could be written to, but not be named in the results.
-            try:
-                str(text).encode()
-            except UnicodeEncodeError:
-                self.error(f"{ascii(text)}: not in UTF-8; pass another name")
-        return super().parse_args(args, namespace)
-
-
-def positive_int(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1 and less than 2**31")
-    return int(text)
-
-
-def whole_number(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def non_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = non_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
-    return value
-
-
-def below_one(text: str) -> float:
-    value = fraction(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
-    return value
-
-
-# fmt: off
-def add_component_arguments(parser):
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--train_unet", action="store_true", help="train the U-Net")
-    group.add_argument("--train_text_encoder", action="store_true", help="train the text encoder")
-    group.add_argument("--train_vae", action="store_true", help="train the VAE")
-    group.add_argument("--unet_lr", type=non_negative, default=1e-5, help="learning rate of the U-Net")
-    group.add_argument("--text_encoder_lr", type=non_negative, default=1e-6, help="learning rate of the text encoder")
-    group.add_argument("--vae_lr", type=non_negative, default=1e-6, help="learning rate of the VAE")
-    group.add_argument("--vae_recon_weight", type=non_negative, default=1.0, help="weight of the VAE's reconstruction error (MSE in [-1, 1] pixels)")
-    group.add_argument("--vae_loss", choices=["anchored", "joint"], default="anchored", help="anchored: the diffusion loss stops at the latents, which an anchor holds near the base model's; joint: the paper's loss, diffusion error into the encoder and no anchor")
-    group.add_argument("--vae_anchor_weight", type=non_negative, default=1.0, help="weight of the anchor of --vae_loss anchored; 0 turns it off")
-    group.add_argument("--fsdp", action="store_true", help="share gradients and optimizer state of what trains among several processes (FSDP), instead of each holding all; not with fp16, --compile or --use_8bit_adam")
-
-
-def add_data_arguments(parser):
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_csv", help=f"image table in CheXpert's form (default: the first of {', '.join(DEFAULT_TABLES)} that exists)")
-    group.add_argument("--validation_csv", help="ready-made held-out table; --data_csv is then used whole unless --split says otherwise")
-    group.add_argument("--image_root", help="folder that the table's paths start from (default: the table's folder or its parent)")
-    group.add_argument("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
-    group.add_argument("--image_column", default="image", help="image column of --dataset_name")
-    group.add_argument("--caption_column", help="caption column of --dataset_name (default: prompt, text or caption, else the label columns)")
-    group.add_argument("--split", choices=["train", "val", "test", "all"], help="part of the patients to train on (default: train; all with --validation_csv)")
-    group.add_argument("--split_seed", type=whole_number, default=0, help="seed of the split by patient; the same in every script")
-    group.add_argument("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="what -1 means: ones names the finding in the prompt (the paper's data), zeros and ignore do not")
-    group.add_argument("--prompt_template", default=PROMPT_TEMPLATE, help="caption; {} stands for the findings")
-    group.add_argument("--max_train_samples", type=positive_int, help="train on a seeded random subset of this many images (default: all)")
-    group.add_argument("--max_validation_samples", type=positive_int, default=256, help="held-out images that the held-out loss is measured on")
-    group.add_argument("--resolution", type=positive_int, default=512, help="side of the square training images in pixels")
-    group.add_argument("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how an image becomes square: both sides scaled, black borders, or the centre")
-    group.add_argument("--caption_dropout", type=fraction, default=0.1, help="share of captions replaced by the empty prompt, which guidance at sampling needs; 0 turns it off")
-    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop", help="an image that cannot be read: stop ends the run; skip decodes all images first and leaves it out, or takes the next one where it breaks later, told once and counted")
-    group.add_argument("--latent_cache_dir", help="folder of the cached VAE moments, shared by runs (default: latent_cache beside --output_dir); none turns the cache off")
-    group.add_argument("--dataloader_num_workers", type=whole_number, help="worker processes that load samples, per process (default: 4 on a GPU, 0 on a CPU)")
-
-
-def add_model_arguments(parser):
-    group = parser.add_argument_group("model and loss")
-    group.add_argument("--pretrained_model_name_or_path", default=BASE_MODEL, help="hub id or folder of the diffusers pipeline to start from")
-    group.add_argument("--revision", help="branch, tag or commit of the hub model")
-    group.add_argument("--variant", help="variant of the weight files, such as fp16")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type; what trains stays float32 (default: accelerate's configuration)")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute the U-Net's and VAE's activations in the backward pass: less memory, slower")
-    group.add_argument("--compile", action="store_true", help="torch.compile the U-Net, for each shape by itself: the first step takes minutes, later ones less")
-    group.add_argument("--snr_gamma", type=non_negative, help="min-SNR loss weighting, arXiv 2303.09556; 5 is usual (default: off)")
-    group.add_argument("--noise_offset", type=non_negative, default=0.0, help="standard deviation of an extra noise constant over each channel; 0 turns it off")
-
-
-def add_optimizer_arguments(parser):
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--train_batch_size", type=positive_int, default=4, help="images per process and forward pass")
-    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=4, help="forward passes per optimizer step")
-    group.add_argument("--num_train_epochs", type=positive_int, default=100, help="passes over the images, unless --max_train_steps is given")
-    group.add_argument("--max_train_steps", type=positive_int, help="optimizer steps (default: from --num_train_epochs)")
-    group.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType if s.value not in ("piecewise_constant", "polynomial")], default="constant", help="schedule of the learning rate")
-    group.add_argument("--lr_warmup_steps", type=whole_number, default=0, help="optimizer steps of linear warm-up, for schedules that have one")
-    group.add_argument("--adam_beta1", type=below_one, default=0.9, help="AdamW's beta1")
-    group.add_argument("--adam_beta2", type=below_one, default=0.999, help="AdamW's beta2")
-    group.add_argument("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
-    group.add_argument("--adam_epsilon", type=non_negative, default=1e-8, help="AdamW's epsilon")
-    group.add_argument("--max_grad_norm", type=non_negative, default=1.0, help="gradients are clipped to this norm; 0 turns clipping off")
-    group.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW with 8-bit state")
-    group.add_argument("--use_ema", action="store_true", help="keep an exponential moving average of what trains, and save that")
-    group.add_argument("--ema_decay", type=fraction, default=0.9999, help="decay of --use_ema, reached by a warm-up")
-
-
-def add_checkpoint_arguments(parser):
-    group = parser.add_argument_group("output, checkpoints and validation")
-    group.add_argument("--output_dir", help="run folder (default: runs/ and the run's name)")
-    group.add_argument("--overwrite_output_dir", action="store_true", help="start anew in a folder that holds a run or its checkpoints")
-    group.add_argument("--seed", type=whole_number, default=0, help="seed of the order, noise, timesteps and validation pictures")
-    group.add_argument("--checkpointing_steps", type=whole_number, default=500, help="optimizer steps between checkpoints; 0 writes none but on SIGTERM and SIGUSR1")
-    group.add_argument("--checkpoints_total_limit", type=positive_int, default=2, help="newest checkpoints kept")
-    group.add_argument("--resume_from_checkpoint", metavar="PATH|latest", help="checkpoint folder to go on from; latest starts anew where there is none")
-    group.add_argument("--validation_steps", type=whole_number, default=500, help="optimizer steps between held-out losses and validation pictures; 0 leaves the first and last")
-    group.add_argument("--validation_prompts", nargs="+", help="prompts of the validation pictures (default: the most frequent captions)")
-    group.add_argument("--num_validation_images", type=whole_number, default=4, help="pictures per validation; 0 draws none")
-    group.add_argument("--logging_steps", type=positive_int, default=10, help="optimizer steps between readings of the loss, the only ones that wait for the device")
-    group.add_argument("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard", help="where the curves go")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the finished run to a private repository on the Hugging Face hub (after hf auth login)")
-    group.add_argument("--hub_model_id", help="repository of --push_to_hub (default: the name of the output folder)")
-# fmt: on
-
-
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Ends with one sentence on what argparse cannot see by itself, before anything is loaded."""
+def check_arguments(parser, args):
+    """Check what argparse cannot, and look for the default table."""
+    at_least_one = (
+        "resolution train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps logging_steps "
+        "checkpoints_total_limit max_train_samples max_validation_samples"
+    )
+    for name in at_least_one.split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not 0 <= args.caption_dropout <= 1:
+        parser.error("--caption_dropout must be between 0 and 1")
+    if args.snr_gamma is not None and args.snr_gamma <= 0:
+        parser.error("--snr_gamma must be above 0; leave it out to turn the weighting off")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant; use constant_with_warmup")
     if args.prompt_template.count("{}") != 1:
-        parser.error(f"--prompt_template {args.prompt_template!r} needs {{}} exactly once, where the findings go")
+        parser.error("--prompt_template needs exactly one {}, where the findings go")
     if args.data_csv and args.dataset_name:
-        parser.error("--data_csv and --dataset_name exclude each other; pass one")
-    for flag in ("data_csv", "validation_csv"):
-        value = getattr(args, flag)
-        # Unlike Path.is_file, this does not raise where a folder above is closed or a name too long.
-        if value and not os.path.isfile(value):
-            parser.error(f"--{flag} {value}: no such file; pass the path of a CheXpert-style CSV")
-    if not args.data_csv and not args.dataset_name and not any(map(os.path.isfile, DEFAULT_TABLES)):
-        parser.error(
-            f"no image table: looked for {' and '.join(DEFAULT_TABLES)} in {Path.cwd()}; pass --data_csv FILE or "
-            "--dataset_name NAME, or run the offline demo with 'bash launch/demo.sh'"
-        )
-    if args.image_root and not os.path.isdir(args.image_root):
-        parser.error(f"--image_root {args.image_root}: no such folder")
-    if args.report_to == "wandb":
-        try:
-            version("wandb")
-        except ImportError:
-            parser.error("--report_to wandb needs the package: pip install wandb")
-    resume = args.resume_from_checkpoint
-    if resume and resume != "latest" and not os.path.isfile(Path(resume) / "state.json"):
-        parser.error(f"--resume_from_checkpoint {resume}: no checkpoint there (no state.json); pass its folder or 'latest'")
+        parser.error("pass either --data_csv or --dataset_name")
+    if not args.data_csv and not args.dataset_name:
+        args.data_csv = next(filter(os.path.isfile, DEFAULT_TABLES), None)
+        if not args.data_csv:
+            missing = f"found neither {' nor '.join(DEFAULT_TABLES)} in {Path.cwd()}"
+            parser.error(f"{missing}; pass --data_csv or --dataset_name, or run the offline demo: bash launch/demo.sh")
+    for path in (args.data_csv, args.validation_csv, args.image_root):
+        if path and not os.path.exists(path):
+            parser.error(f"{path}: no such file or folder")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_component_arguments(parser)
-    add_data_arguments(parser)
-    add_model_arguments(parser)
-    add_optimizer_arguments(parser)
-    add_checkpoint_arguments(parser)
+def parse_args(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
+    flag = parser.add_argument_group("what to train").add_argument
+    flag("--train_unet", action="store_true")
+    flag("--train_text_encoder", action="store_true")
+    flag("--train_vae", action="store_true")
+    flag("--unet_lr", type=float, default=1e-5)
+    flag("--text_encoder_lr", type=float, default=1e-6)
+    flag("--vae_lr", type=float, default=1e-6)
+    flag("--vae_loss", choices=["anchored", "joint"], default="anchored", help="see VAELoss; joint is the paper's")
+    flag("--vae_recon_weight", type=float, default=1.0, help="weight of the VAE's reconstruction error")
+    flag("--vae_anchor_weight", type=float, default=1.0, help="weight of the anchor to the base model's VAE")
+    add_shared_arguments(parser)
     args = parser.parse_args(argv)
-    if not (args.train_unet or args.train_text_encoder or args.train_vae):
-        parser.error("nothing to train: pass at least one of --train_unet, --train_text_encoder, --train_vae")
-    if args.fsdp and (args.compile or args.use_8bit_adam):
-        parser.error("--fsdp goes with neither --compile nor --use_8bit_adam; leave them out")
-    check_arguments(args, parser)
+    check_arguments(parser, args)
+    args.components = [name for name in ("unet", "vae", "text_encoder") if getattr(args, f"train_{name}")]
+    if not args.components:
+        parser.error("nothing to train; pass --train_unet, --train_text_encoder, --train_vae or several of them")
+    args.method = "_".join(args.components)
+    args.output_dir = args.output_dir or f"runs/{args.method}"
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: the image table
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: samples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-class DatasetImage:
-    """One image of a Hugging Face dataset, read when asked for; stands where a path stands in the image table."""
-
-    def __init__(self, dataset, column: str, index: int):
-        self.dataset, self.column, self.index = dataset, column, index
-
-    def __str__(self) -> str:
-        return f"row {self.index}, column {self.column!r} of the dataset"
-
-    def open(self) -> io.BytesIO:
-        value = self.dataset[self.index][self.column]
-        if value is None:
-            raise BadImage(f"{self}: no image")
-        return io.BytesIO(value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes())
-
-
-def parse_labels(frame: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The label columns of a table of strings as floats: 1, 0, -1, or NaN where the finding is not mentioned."""
-    labels = pd.DataFrame(index=frame.index)
-    for name in LABELS:
-        if name not in frame:
-            continue
-        text = frame[name].str.strip()
-        labels[name] = text.map(LABEL_VALUES)
-        unknown = ~text.isin(LABEL_VALUES)
-        if unknown.any():
-            row = int(unknown.to_numpy().argmax())
-            fail(f"{source}: data row {row + 1}, column {name!r}: {text.iloc[row]!r} is none of 1, 0, -1 and blank")
-    return labels
-
-
-def resolve_paths(paths: pd.Series, csv_path: Path, image_root: str | None) -> list[str]:
-    """Absolute paths, from the first root under which one of the table's first thousand images exists.
-
-    CheXpert's paths begin with the data set's own folder, which a resized copy often renames: so each root is tried with
-    the path as it stands and without its first folder.
-    """
-    roots = [Path(image_root)] if image_root else [csv_path.parent, csv_path.resolve().parent.parent]
-    for path, root, skip in itertools.product(paths[:1000], roots, (0, 1)):
-        if os.path.isfile(root / Path(*Path(path).parts[skip:])):
-            return [str((root / Path(*Path(p).parts[skip:])).absolute()) for p in paths]
-    return [str((roots[0] / p).absolute()) for p in paths]
-
-
-def load_image_table(csv: str, image_root: str | None = None) -> pd.DataFrame:
-    """Reads an image table: CheXpert's CSV, or any with a path column and some of its label columns.
-
-    Returns a frame with `image` (absolute path), `name` (the path as written), `patient`, `frontal`, `prompt` ("" where the
-    table has none) and the label columns found, in the table's order. Ends with exit status 2 on a table that is unusable.
-    """
-    try:
-        with warnings.catch_warnings():
-            # A row longer than the header would shift its neighbours' columns, or lose its end, with a warning only.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, index_col=False, compression=None)
-    except pd.errors.EmptyDataError:
-        fail(f"{csv}: the file is empty; an image table needs a header and rows")
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        fail(f"{csv}: not a CSV in UTF-8 ({' '.join(str(error).split())})")
-    column = next((c for c in ("Path", "file_name") if c in frame), None)
-    if column is None:
-        fail(f"{csv}: no path column; name it Path (CheXpert) or file_name (imagefolder)")
-    if not set(LABELS) & set(frame.columns) and "prompt" not in frame:
-        fail(f"{csv}: no label column; expected any of {', '.join(LABELS)}")
-    if frame.empty:
-        fail(f"{csv}: no rows below the header")
-    if (frame[column] == "").any():
-        fail(f"{csv}: data row {int((frame[column] == '').to_numpy().argmax()) + 1} has no path in column {column!r}")
-    view = frame.get("Frontal/Lateral", pd.Series("Frontal", index=frame.index))
-    patient = frame[column].str.extract(r"(patient\d+)", expand=False)
-    if "patient_id" in frame:
-        patient = frame["patient_id"].where(frame["patient_id"] != "", patient)
-    table = pd.DataFrame({
-        "image": resolve_paths(frame[column], Path(csv), image_root),
-        "name": frame[column],
-        # An image of unknown origin counts as a patient of its own.
-        "patient": patient.fillna(frame[column]),
-        "frontal": view.str.strip().str.lower().str.startswith("frontal"),
-        "prompt": frame.get("prompt", pd.Series("", index=frame.index)).str.strip(),
-    })  # fmt: skip
-    return table.join(parse_labels(frame, csv))
-
-
-def load_dataset_table(name: str, image_column: str, caption_column: str | None) -> pd.DataFrame:
-    """The same frame as `load_image_table` from a Hugging Face dataset, hub or local; its images stay where they are."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        dataset = datasets.load_dataset(name, split="train")
-    except Exception as error:  # whatever the libraries make of somebody's files
-        fail(f"--dataset_name {name}: cannot be loaded ({' '.join(str(error).split())[:300]})")
-    if image_column not in dataset.column_names:
-        fail(f"--dataset_name {name}: no column {image_column!r}; pass --image_column, one of {', '.join(dataset.column_names)}")
-    if caption_column and caption_column not in dataset.column_names:
-        fail(f"--dataset_name {name}: no column {caption_column!r}; pass --caption_column, one of {', '.join(dataset.column_names)}")
-    caption_column = caption_column or next((c for c in ("prompt", "text", "caption") if c in dataset.column_names), None)
-    label_columns = [c for c in LABELS if c in dataset.column_names]
-    if not caption_column and not label_columns:
-        fail(f"--dataset_name {name}: neither a caption column (pass --caption_column) nor a label column of CheXpert's 14")
-    if not isinstance(dataset.features[image_column], datasets.Image):
-        fail(f"--dataset_name {name}: column {image_column!r} holds no images; pass --image_column")
-    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-
-    def strings(column: str) -> pd.Series:
-        values = pd.Series(dataset[column][:], dtype=object)
-        return values.where(values.notna(), "").astype(str)
-
-    names = pd.Series([f"{name}[{i}]" for i in range(len(dataset))])
-    table = pd.DataFrame({
-        "image": [DatasetImage(dataset, image_column, i) for i in range(len(dataset))],
-        "name": names,
-        "patient": strings("patient_id").where(lambda ids: ids != "", names) if "patient_id" in dataset.column_names else names,
-        "frontal": strings("Frontal/Lateral").str.lower().str.startswith("frontal") if "Frontal/Lateral" in dataset.column_names else True,
-        "prompt": strings(caption_column).str.strip() if caption_column else "",
-    })  # fmt: skip
-    return table.join(parse_labels(pd.DataFrame({c: strings(c) for c in label_columns}, index=table.index), name))
-
-
-def assign_splits(patients: pd.Series, seed: int) -> pd.Series:
-    """train, val or test for each row: a hash of (seed, patient), so that it holds in every script and as rows are added."""
-    bounds = np.cumsum(list(SPLIT_FRACTIONS.values()))
-
-    def split_of(patient: str) -> str:
-        digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
-        return list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, int.from_bytes(digest[:8], "big") / 2**64, "right"), 2)]
-
-    return patients.map({patient: split_of(patient) for patient in patients.unique()})
-
-
-def add_prompts(table: pd.DataFrame, template: str, uncertain: str) -> pd.DataFrame:
-    """Fills empty prompts from the labels, in LABELS' order; without a positive label the prompt stays empty."""
-    names = [name for name in LABELS if name in table]
-    named = table[names].isin([1.0, -1.0] if uncertain == "ones" else [1.0]).to_numpy()
-    captions = {}
-    for row in {bytes(row) for row in named}:
-        findings = [name for name, positive in zip(names, row) if positive]
-        captions[row] = template.replace("{}", ", ".join(findings)) if findings else ""
-    from_labels = pd.Series([captions[bytes(row)] for row in named], index=table.index)
-    return table.assign(prompt=table["prompt"].where(table["prompt"] != "", from_labels))
-
-
-@dataclass
-class TrainingData:
-    """What a run trains on and is measured on, and how it came about."""
-
-    train: pd.DataFrame
-    heldout: pd.DataFrame
-    source: str
-    rows: int
-    left_out: dict[str, int]
-    notes: list[str]
-    counts: list[dict]
-
-
-def load_training_data(args: argparse.Namespace) -> TrainingData:
-    """Loads the table, leaves out what cannot be used, and splits by patient; nothing left ends with exit status 2."""
-    source = args.dataset_name or args.data_csv or next(p for p in DEFAULT_TABLES if Path(p).is_file())
-    if args.dataset_name:
-        table = load_dataset_table(args.dataset_name, args.image_column, args.caption_column)
-    else:
-        table = load_image_table(source, args.image_root)
-    rows, left_out, notes = len(table), {}, []
-    left_out["not frontal"] = int((~table["frontal"]).sum())
-    table = add_prompts(table[table["frontal"]], args.prompt_template, args.uncertain)
-    left_out["no positive label"] = int((table["prompt"] == "").sum())
-    table = table[table["prompt"] != ""]
-
-    split = args.split or ("all" if args.validation_csv else "train")
-    splits = assign_splits(table["patient"], args.split_seed) if len(table) else pd.Series(dtype=str)
-    train = table if split == "all" else table[splits == split]
-    left_out[f"not in split {split!r}"] = len(table) - len(train)
-    if args.validation_csv:
-        heldout = load_image_table(args.validation_csv, args.image_root)
-        heldout = add_prompts(heldout[heldout["frontal"]], args.prompt_template, args.uncertain)
-        heldout = heldout[heldout["prompt"] != ""]
-        shared = set(train["patient"]) & set(heldout["patient"])
-        if shared:
-            notes.append(f"{len(shared):,} patients are in both {source} and {args.validation_csv}: the held-out loss is not of unseen patients")
-    else:
-        heldout = table[splits == "val"] if split in ("train", "test") else table[:0]
-        assert not set(train["patient"]) & set(heldout["patient"])
-    if train.empty:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
-        fail(f"{source}: nothing left to train on of {rows:,} rows ({reasons}); see --split, --uncertain and the label columns")
-    if args.max_train_samples and args.max_train_samples < len(train):
-        left_out["over --max_train_samples"] = len(train) - args.max_train_samples
-        train = train.sample(n=args.max_train_samples, random_state=args.split_seed % 2**32)
-    counts = [*count_rows("train", train, args.uncertain), *count_rows("val", heldout, args.uncertain)]
-    if args.max_validation_samples < len(heldout):
-        heldout = heldout.sample(n=args.max_validation_samples, random_state=args.split_seed % 2**32)
-    if heldout.empty:
-        notes.append("no held-out images: the held-out loss is not measured")
-    if (train["patient"] == train["name"]).any():
-        notes.append("rows without a patient (patient_id or patientNNNNN in the path) are split by image")
-    return TrainingData(train.reset_index(drop=True), heldout.reset_index(drop=True), source, rows, left_out, notes, counts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: images
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def open_image(image: "str | DatasetImage") -> Image.Image:
-    """Opens an 8-bit still image without decoding it; BadImage says what is wrong with any other."""
-    # Not all that Pillow knows: some formats it hands to other programs, of others it does not tell the depth.
-    formats = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-    if isinstance(image, str) and os.path.exists(image) and not os.path.isfile(image):
-        # A pipe would be waited for.
-        raise BadImage(f"{image}: not a file")
-    try:
-        opened = Image.open(image if isinstance(image, str) else image.open(), formats=formats)
-        frames, bits = getattr(opened, "n_frames", 1), max(getattr(opened, "tag_v2", {}).get(258, (8,)))
-    except FileNotFoundError:
-        raise BadImage(f"{image}: no such file") from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"{image}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb, or to be made smaller first)") from None
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes of them
-        raise BadImage(f"{image}: not a readable image ({type(error).__name__}); {', '.join(formats)} are read") from None
-    kind = opened.mode if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr") else None
-    # Of deeper colour Pillow drops bits without a word; what it decodes from says so, and TIFF's BitsPerSample.
-    if not kind and (bits > 8 or re.search(";16[BLN]", str(opened.tile))):
-        kind = f"{opened.mode} of 16 bits"
-    if kind:
-        raise BadImage(f"{image}: pixels of type {kind}; convert it to 8 bits first, with a window that suits it")
-    if frames > 1:
-        raise BadImage(f"{image}: {frames} frames; a still image is needed")
-    return opened
-
-
-def load_image(image: "str | DatasetImage", resolution: int, resize_mode: str) -> np.ndarray:
-    """Decodes an image to a square of `resolution` pixels: uint8, (resolution, resolution, 3)."""
-    size = (resolution, resolution)
-    try:
-        with open_image(image) as opened:
-            rgb = ImageOps.exif_transpose(opened).convert("RGB")
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # as in open_image
-        raise BadImage(f"{image}: cannot be decoded ({' '.join(str(error).split())})") from None
-    if resize_mode == "squash":
-        return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
-    if resize_mode == "pad":
-        return np.asarray(ImageOps.pad(rgb, size, Image.Resampling.LANCZOS, color=0))
-    return np.asarray(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
-
-
-def image_problem(image: "str | DatasetImage", decode: bool = False) -> str | None:
-    """What is wrong with an image, from its header and its end; decoded to be sure if asked for or without a proper end."""
-    try:
-        with open_image(image) as opened:
-            opened.fp.seek(-min(opened.fp.seek(0, io.SEEK_END), 64), io.SEEK_END)
-            tail = opened.fp.read()
-            complete = {"JPEG": b"\xff\xd9" in tail, "PNG": b"IEND" in tail}.get(opened.format, False)
-        if decode or not complete:
-            load_image(image, 8, "squash")
-    except BadImage as error:
-        return str(error)
-    return None
-
-
-def check_images(accelerator: Accelerator, images: list, skip: bool = False) -> list[int]:
-    """The positions of bad images, the same on every process, each told; without `skip` they end the script with exit status 2.
-
-    With `skip` every image is decoded, since those that are left are then taken for sound.
-    """
-    problems = None
-    if accelerator.is_main_process:
-        with ThreadPoolExecutor(16) as pool:
-            found = pool.map(functools.partial(image_problem, decode=skip), images)
-            problems = dict(enumerate(tqdm(found, "checking images", len(images), unit="image", leave=False)))
-            problems = {i: problem for i, problem in problems.items() if problem}
-    problems = broadcast_object_list([problems])[0]
-    if problems and not skip:
-        listed = "; ".join(list(problems.values())[:20]) + (f"; and {len(problems) - 20:,} more" if len(problems) > 20 else "")
-        fail(f"{len(problems):,} of {len(images):,} images cannot be used, repair them, take their rows out or pass --on_bad_image skip: {listed}")
-    if len(problems) == len(images) and images:
-        fail(f"none of {len(images):,} images can be used, such as {problems[0]}; see --image_root")
-    if accelerator.is_main_process:
-        for problem in dict.fromkeys(problems.values()):
-            print(f"  skipped  {problem}", flush=True)
-    return list(problems)
-
-
-def drop_images(data: TrainingData, bad: list[int]) -> None:
-    """Leaves out the images at these positions, the training images counted first, then the held-out ones."""
-    count = len(data.train)
-    if bad:
-        data.left_out["unreadable"] = len(bad)
-    data.train = data.train.drop([i for i in bad if i < count]).reset_index(drop=True)
-    data.heldout = data.heldout.drop([i - count for i in bad if i >= count]).reset_index(drop=True)
-    if data.train.empty:
-        fail(f"{data.source}: no training image is left of {count:,}, all are unreadable; see --image_root")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: the stream of samples
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def stream_seed(*key) -> int:
-    """A 63-bit seed that is a function of the key alone, the same on every machine."""
+def keyed_seed(*key):
+    """Return a 63-bit seed that depends on the key alone, so that random draws need no saved state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
+def load_image(image, resolution, resize_mode):
+    """Decode an image to (resolution, resolution, 3) uint8. Raise ValueError if it cannot be used.
+
+    `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
+    """
+    try:
+        file = image
+        if isinstance(image, tuple):
+            dataset, column, row = image
+            encoded = dataset[row][column]
+            file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+        with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
+            bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
+            # Pillow clips or drops the lower bits of deeper images without a warning.
+            if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
+                raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
+            if getattr(opened, "n_frames", 1) > 1:
+                raise ValueError("more than one frame")
+            rgb = ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # Pillow can raise anything on a malformed file
+        name = image if isinstance(image, str) else f"row {image[2]}"
+        raise ValueError(f"{name}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
+    size = (resolution, resolution)
+    if resize_mode == "squash":
+        return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
+    resize = ImageOps.pad if resize_mode == "pad" else ImageOps.fit
+    return np.asarray(resize(rgb, size, Image.Resampling.LANCZOS))
+
+
+def to_pixel_values(image):
+    """Convert an image, (H, W, 3) uint8, to a tensor, (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
+
+
 class SampleStream(torch.utils.data.Dataset):
-    """Sample n of an endless stream of training samples, as a pure function of (seed, n).
+    """Training sample n as a pure function of (seed, n).
 
-    The stream is one seeded permutation of the images after another, so any run of len(table) samples that starts an epoch
-    has each image once. Everything random about a sample is drawn from a generator keyed by n: which process draws it, in
-    which batch, before or after an interruption, makes no difference.
+    Each epoch is a seeded permutation of the images. Noise, timestep and caption dropout come from a generator keyed
+    by n, so it does not matter which process draws a sample, in which batch, or after how many interruptions.
 
-    A sample has `noise`, `latent_noise` (latent_shape), `timesteps`; `moments` (2C, h, w) if they are cached and
-    `pixel_values` (3, H, W) in [-1, 1] if asked for; `encoder_hidden_states` (77, D) if cached, else `input_ids` (77).
+    With `heldout`, sample n is image n, and noise and timesteps (spread evenly by the golden ratio) are the same for
+    every run.
 
-    With `heldout`, sample n is image n, captions are never dropped, and the timesteps are spread evenly (golden-ratio
-    sequence) and independent of the seed: the same measurement for every run.
+    A sample holds noise and latent_noise (C, h, w), timesteps, encoder_hidden_states (77, D) or input_ids (77,), and
+    posterior (2C, h, w: mean and log-variance) if latents are cached, pixel_values (3, H, W) if not or `with_pixels`.
     """
 
-    def __init__(self, images, captions, latent_shape, num_train_timesteps, seed, resolution, resize_mode, input_ids,
-                 text_embeddings=None, moments=None, with_pixels=True, caption_dropout=0.0, noise_offset=0.0, heldout=False):  # fmt: skip
-        self.images, self.captions, self.latent_shape = images, captions, latent_shape
-        self.num_train_timesteps, self.seed = num_train_timesteps, "held-out" if heldout else seed
-        self.resolution, self.resize_mode, self.with_pixels = resolution, resize_mode, with_pixels
-        self.input_ids, self.text_embeddings, self.moments = input_ids, text_embeddings, moments
-        self.caption_dropout, self.noise_offset, self.heldout = caption_dropout, noise_offset, heldout
-        self._epoch, self._order = -1, None
-        # Unreadable images that others stand in for, and those of them that all processes know of.
-        self.skip_bad, self.bad, self.told = False, set(), set()
+    def __init__(self, table, latents, captions, pipeline, args, with_pixels=False, heldout=False):
+        self.images, self.prompts = list(table["image"]), list(table["prompt"])
+        self.latents, self.captions = latents, captions
+        self.has_embeddings = "encoder_hidden_states" in captions[""]
+        self.with_pixels = with_pixels or latents is None
+        self.resolution, self.resize_mode = args.resolution, args.resize_mode
+        side = args.resolution // pipeline.vae_scale_factor
+        self.latent_shape = (pipeline.vae.config.latent_channels, side, side)
+        self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        self.heldout, self.seed = heldout, "held-out" if heldout else args.seed
+        self.caption_dropout = 0.0 if heldout else args.caption_dropout
+        self.noise_offset = 0.0 if heldout else args.noise_offset
+        self.epoch, self.order = None, None
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.images)
 
-    def index(self, n: int) -> int:
-        """The image of sample n."""
-        epoch, position = divmod(n, len(self.images))
+    def image_index(self, n):
+        epoch, position = divmod(n, len(self))
         if self.heldout:
             return position
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
-        return int(self._order[position])
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(keyed_seed(self.seed, "order", epoch))
+            self.epoch, self.order = epoch, torch.randperm(len(self), generator=generator)
+        return int(self.order[position])
 
-    def read(self, i: int) -> tuple[int, np.ndarray]:
-        """Image i and its pixels; with `skip_bad` the first after it that can be read, on whichever process."""
-        wanted = i
-        while True:
-            try:
-                return i, load_image(self.images[i], self.resolution, self.resize_mode)
-            except BadImage:
-                self.bad.add(i)
-                i = (i + 1) % len(self.images)
-                if not self.skip_bad or i == wanted:
-                    raise
-
-    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        i = wanted = self.index(n)
-        if self.moments is None or self.with_pixels:
-            i, pixels = self.read(wanted)
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, "sample", n))
+    def __getitem__(self, n):
+        i = self.image_index(n)
+        generator = torch.Generator().manual_seed(keyed_seed(self.seed, "sample", n))
         timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
         noise = torch.randn(self.latent_shape, generator=generator)
         latent_noise = torch.randn(self.latent_shape, generator=generator)
-        offset = torch.randn(self.latent_shape[0], 1, 1, generator=generator)
-        # The empty prompt is the last caption.
-        caption = -1 if torch.rand((), generator=generator) < self.caption_dropout else self.captions[i]
+        noise = noise + self.noise_offset * torch.randn(self.latent_shape[0], 1, 1, generator=generator)
+        drop_caption = torch.rand((), generator=generator) < self.caption_dropout
         if self.heldout:
             timestep = torch.tensor(int((n * 0.6180339887498949 + 0.5) % 1 * self.num_train_timesteps))
-        sample = {"noise": noise + self.noise_offset * offset, "latent_noise": latent_noise, "timesteps": timestep}
-        if self.moments is not None:
-            sample["moments"] = torch.from_numpy(self.moments[i].astype(np.float32))
-        if self.moments is None or self.with_pixels:
-            # From a loader's worker this is the only word of it.
-            sample["skipped"] = -1 if i == wanted else wanted
-            sample["pixel_values"] = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
-        if self.text_embeddings is not None:
-            sample["encoder_hidden_states"] = torch.from_numpy(np.array(self.text_embeddings[caption]))
-        else:
-            sample["input_ids"] = self.input_ids[caption]
+        sample = {"noise": noise, "latent_noise": latent_noise, "timesteps": timestep}
+        sample |= self.captions["" if drop_caption else self.prompts[i]]
+        if self.latents:
+            sample["posterior"] = torch.from_numpy(np.load(self.latents[i]).astype(np.float32))
+        if self.with_pixels:
+            sample["pixel_values"] = to_pixel_values(load_image(self.images[i], self.resolution, self.resize_mode))
         return sample
 
 
-def rank_batches(first_sample: int, num_batches: int, batch_size: int, rank: int, num_processes: int):
-    """Yields this process's part of each successive micro-batch, as positions in the stream."""
-    for batch in range(num_batches):
-        start = first_sample + (batch * num_processes + rank) * batch_size
-        yield list(range(start, start + batch_size))
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: what is computed once
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def image_key(image: "str | DatasetImage") -> str:
-    """What is known of an image without decoding it: the hash of its path, size and time, or of its bytes."""
-    if isinstance(image, str):
-        try:
-            stat = os.stat(image)
-        except OSError as error:
-            raise BadImage(f"{image}: cannot be read any more ({error.strerror})") from None
-        return hashlib.sha256(f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:32]
-    return hashlib.sha256(image.open().getvalue()).hexdigest()[:32]
-
-
-def allow_tf32(accelerator: Accelerator, allowed: bool) -> None:
-    """On GPUs, lets products and convolutions of float32 round their factors to 10 bits, which is some times faster."""
-    if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.allow_tf32 = allowed
-
-
-def seal_of(path: Path, keys: list[str]) -> str:
-    """SHA-256 over a cache file's bytes and the keys of its rows."""
-    digest = hashlib.sha256("".join(keys).encode())
-    digest.update(np.memmap(path, np.uint8, "r"))
-    return digest.hexdigest()
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a cache file is as it was written, by the seal in the JSON beside it."""
-    try:
-        index = json.loads(path.with_suffix(".json").read_text())
-        return index["seal"] == seal_of(path, index["keys"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def read_cache(accelerator: Accelerator, folder: Path) -> dict[str, np.ndarray]:
-    """The memory-mapped rows of a cache by key; files that are cut short or changed since they were written are deleted."""
-    names = broadcast_object_list([sorted(path.name for path in folder.glob("*.npy"))])[0]
-    # Checking reads all bytes, so the processes share it.
-    mine = names[accelerator.process_index :: accelerator.num_processes]
-    damaged = set(gather_object([name for name in mine if not is_whole(folder / name)]))
-    rows = {}
-    for name in names:
-        path = folder / name
-        if name not in damaged:
-            rows |= zip(json.loads(path.with_suffix(".json").read_text())["keys"], np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)))
-        elif accelerator.is_main_process:
-            print(f"{path}: damaged, computed again", file=sys.stderr)
-            path.unlink(missing_ok=True)
-    return rows
-
-
-def write_cache_file(folder: Path, keys: list[str], rows: np.ndarray) -> None:
-    """Adds a file to a cache: a name that no other has, the seal first, since a file without one counts as damaged."""
-    name = uuid.uuid4().hex
-    part = folder / f"{name}.part"
-    # Not straight into the file, since NumPy does not say then that the disk is full.
-    buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
-    try:
-        part.write_bytes(buffer.getbuffer())
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    write_text(folder / f"{name}.json", json.dumps({"seal": seal_of(part, keys), "keys": keys}))
-    os.replace(part, folder / f"{name}.npy")
-
-
-def cache_rows(accelerator: Accelerator, folder: Path, keys: list[str], encode, dtype: type, unit: str) -> list[np.ndarray]:
-    """The row of each key from the cache in `folder`, memory-mapped; all processes together encode what is not there yet.
-
-    `encode(positions)` yields the rows at these positions of `keys`, in float32. Runs that need some of the same rows share
-    them, whatever tables they come from; runs that start at once may compute a row twice.
-    """
-    rows = read_cache(accelerator, folder)
-    missing = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in rows]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.part"):
-            # Another run may have put it in its place meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                if accelerator.is_main_process and time.time() - stale.stat().st_mtime > 3600:
-                    stale.unlink()
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        progress = tqdm(total=len(mine), desc=f"encoding {unit}s", unit=unit, leave=False, disable=not accelerator.is_main_process)
-        allow_tf32(accelerator, False)
-        with progress:
-            encoded = encode(mine)
-            for start in range(0, len(mine), CACHE_FILE_ROWS):
-                part = []
-                for row in itertools.islice(encoded, CACHE_FILE_ROWS):
-                    part.append(row.astype(dtype))
-                    progress.update()
-                write_cache_file(folder, [keys[i] for i in mine[start : start + CACHE_FILE_ROWS]], np.stack(part))
-        allow_tf32(accelerator, True)
-        accelerator.wait_for_everyone()
-        rows = read_cache(accelerator, folder)
-    return [rows[key] for key in keys]
-
-
-@torch.no_grad()
-def encode_images(vae, images: list, device: torch.device, resolution: int, resize_mode: str, positions: list[int]):
-    """Yields the VAE's moments of the images at some positions, (2C, h, w), in float32."""
-    vae.to(device, torch.float32)
-    # One image at a time, since at 512x512 the encoder fills a device by itself; few decoded ahead, since all would not fit.
-    with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(positions), 64):
-            for image in pool.map(lambda i: load_image(images[i], resolution, resize_mode), positions[start : start + 64]):
-                pixel_values = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
-                yield encode_moments(vae, pixel_values[None].to(device))[0].cpu().numpy()
-
-
-@torch.no_grad()
-def encode_captions(text_encoder, input_ids: torch.Tensor, device: torch.device, positions: list[int]):
-    """Yields the embeddings of the captions at some positions, (77, D), in float32; like the pipeline, without a mask."""
-    text_encoder.to(device, torch.float32)
-    for ids in input_ids[positions].split(64):
-        yield from text_encoder(ids.to(device))[0].cpu().numpy()
-
-
-def prepare_streams(args, accelerator, pipeline, data, hashes, output_dir, use_pixels, use_moments, use_embeddings):
-    """The training and held-out streams with all that can be cached, and a line on each cache for the plan.
-
-    A model whose outputs are cached leaves the device, and the memory as well where no pictures will be drawn with it.
-    """
-    captions = sorted({*data.train["prompt"], *data.heldout["prompt"]}) + [""]
-    codes = {caption: code for code, caption in enumerate(captions)}
-    tokenizer = pipeline.tokenizer
-    length = tokenizer.model_max_length
-    cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
-    if cut:
-        data.notes.append(f"{cut:,} of {len(captions) - 1:,} captions are cut at {length} tokens")
-    input_ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    text_embeddings, moments, cached = None, None, []
-    cache_dir = Path(args.latent_cache_dir or output_dir.parent / "latent_cache")
-    on_disk = args.latent_cache_dir != "none"
-    idle = "cpu" if args.num_validation_images else "meta"
-    if use_embeddings and len(captions) <= MAX_CACHED_CAPTIONS:
-        encode = functools.partial(encode_captions, pipeline.text_encoder, input_ids, accelerator.device)
-        keys = [hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:32] for ids in input_ids]
-        folder = cache_dir / f"captions-{hashes['text_encoder'][:16]}"
-        text_embeddings = cache_rows(accelerator, folder, keys, encode, np.float32, "caption") if on_disk else list(encode(range(len(keys))))
-        pipeline.text_encoder.to(idle)
-        cached.append(f"embeddings of {len(captions):,} captions")
-    images = [*data.train["image"], *data.heldout["image"]]
-    if use_moments and on_disk:
-        encode = functools.partial(encode_images, pipeline.vae, images, accelerator.device, args.resolution, args.resize_mode)
-        folder = cache_dir / f"latents-{hashes['vae'][:16]}-{args.resolution}-{args.resize_mode}"
-        moments = cache_rows(accelerator, folder, [image_key(image) for image in images], encode, np.float16, "image")
-        pipeline.vae.to("cpu" if use_pixels else idle)
-        cached.append(f"{'the anchor of the VAE' if use_pixels else 'latents'} in {cache_dir}")
-    side, count = args.resolution // pipeline.vae_scale_factor, len(data.train)
-    streams = []
-    for table, part, heldout in ((data.train, slice(count), False), (data.heldout, slice(count, None), True)):
-        streams.append(SampleStream(
-            images[part], [codes[prompt] for prompt in table["prompt"]], (pipeline.vae.config.latent_channels, side, side),
-            pipeline.scheduler.config.num_train_timesteps, args.seed, args.resolution, args.resize_mode, input_ids,
-            text_embeddings, moments and moments[part], use_pixels, 0.0 if heldout else args.caption_dropout,
-            0.0 if heldout else args.noise_offset, heldout,
-        ))  # fmt: skip
-    return *streams, cached
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def safetensors_only():
-    """Within it nothing is unpickled: a model's index.json may name any file for its weights, and the libraries open it."""
-
-    def refuse(*_, **__):
-        raise ValueError("its weights are pickles")
-
-    load, torch.load = torch.load, refuse
-    try:
-        yield
-    finally:
-        torch.load = load
-
-
-@safetensors_only()
-def load_pipeline(name: str, **options) -> StableDiffusionPipeline:
-    """A pipeline in float32 on the CPU, from safetensors only, without the safety checker that blacks out radiographs.
-
-    ValueError where weights are missing, which the libraries would fill with random numbers and a warning.
-    """
-    if os.path.isfile(Path(name) / "text_encoder" / "adapter_config.json"):
-        raise ValueError("text_encoder has an adapter, whose file names a further model to load; merge it first")
-    parts = {}
-    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
-        # Or the config.json could name a kernel on the hub, which is code.
-        attention = {"attn_implementation": "sdpa"} if part == "text_encoder" else {}
-        parts[part], report = model_class.from_pretrained(
-            name, subfolder=part, use_safetensors=True, output_loading_info=True, **attention, **options
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
-        broken = [name for name, tensor in parts[part].named_parameters() if not tensor.isfinite().all()]
-        if broken:
-            raise ValueError(f"{part} has weights that are not finite in {len(broken)} tensors, such as {broken[0]}")
-    revision = {"revision": options.get("revision")}
-    parts["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **revision)
-    # Part by part and not by the pipeline's own loader, which imports the modules that model_index.json names and opens
-    # what pickles lie in further folders.
-    config = diffusers.DDPMScheduler.load_config(name, subfolder="scheduler", **revision)
-    class_name = str(StableDiffusionPipeline.load_config(name, **revision)["scheduler"][1])
-    scheduler_class = getattr(diffusers, class_name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
-        raise ValueError(f"model_index.json names {class_name!r}, which is no scheduler of diffusers")
-    scheduler_class.from_config(config).set_timesteps(10)  # settings of wrong types show here; PNDM with its first steps needs four
-    parts["scheduler"] = scheduler_class.from_config(config)
-    pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    return pipeline.to(torch.float32)
-
-
-@torch.no_grad()
-def check_pipeline(pipeline: StableDiffusionPipeline) -> None:
-    """A small pass through all parts; ValueError, or whatever they raise, where settings do not fit weights or each other."""
-    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
-    length, side = tokenizer.model_max_length, 8 * pipeline.vae_scale_factor
-    if not 3 <= length <= text_encoder.config.max_position_embeddings or tokenizer.vocab_size > text_encoder.config.vocab_size:
-        raise ValueError("its tokenizer's prompts are too short, or longer or of more words than its text encoder takes")
-    input_ids = tokenizer(["X-ray"], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    pixels = torch.zeros(1, 3, side, side, device=pipeline.device, dtype=pipeline.dtype)
-    latents = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
-    if pipeline.unet(latents, 0, text_encoder(input_ids.to(pipeline.device))[0]).sample.shape != latents.shape:
-        raise ValueError("its U-Net's predictions have another shape than its VAE's latents")
-    if pipeline.vae.decode(latents).sample.shape != (1, 3, side, side):
-        raise ValueError("what its VAE decodes is no RGB image of the same size")
-
-
-def pickle_advice(name: str) -> str:
-    """How to convert a model whose weights are pickles, which are not read; empty for any other."""
-    path = Path(name)
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    pickles = [p for p in found if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
-    if not pickles:
-        return ""
-    # Names are somebody's: quoted for Python as JSON is, and the whole for the shell.
-    if path.is_file() or (path / "model_index.json").is_file():
-        load = "from_single_file" if path.is_file() else "from_pretrained"
-        code = f'from diffusers import StableDiffusionPipeline as P; P.{load}({json.dumps(name, ensure_ascii=False)}).save_pretrained("converted")'
-    else:
-        old, new = (json.dumps(str(p), ensure_ascii=False) for p in (pickles[0], pickles[0].with_suffix(".safetensors")))
-        code = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}, weights_only=True), {new})"
-    return f"; pickles are not read, convert those that you trust: python -c {shlex.quote(code)}"
-
-
-def load_base_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
-    """The base model; ends with exit status 2 where it is incomplete or does not suit the flags."""
-    name = args.pretrained_model_name_or_path
-    flag = f"--pretrained_model_name_or_path {name}"
-    if Path(name).is_dir():
-        parts = [p for p in ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (Path(name) / p).exists()]
-        if parts:
-            fail(f"{flag}: the model folder has no {', '.join(parts)}; a complete diffusers pipeline is needed")
-    try:
-        pipeline = load_pipeline(name, revision=args.revision, variant=args.variant)
-        check_pipeline(pipeline)
-    except Exception as error:  # whatever the libraries make of somebody's files
-        fail(f"{flag}: cannot be loaded, pass a hub id or the folder of a complete diffusers pipeline ({' '.join(str(error).split())[:300]}){pickle_advice(name)}")
-    if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        fail(f"{flag}: predicts {pipeline.scheduler.config.prediction_type!r}; only epsilon and v_prediction are trained")
-    pipeline.set_progress_bar_config(disable=True)
-    if args.resolution % pipeline.vae_scale_factor:
-        fail(f"--resolution {args.resolution}: this VAE takes multiples of {pipeline.vae_scale_factor}")
-    return pipeline
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes and bytes of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def encode_moments(vae, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Mean and log-variance of the VAE's posterior, stacked: (B, 3, H, W) in [-1, 1] to (B, 2C, h, w)."""
-    return vae.encode(pixel_values).latent_dist.parameters
-
-
-def split_moments(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the posterior, with the clamp that diffusers' own distribution has."""
-    mean, logvar = moments.float().chunk(2, dim=1)
+def split_posterior(posterior):
+    """Return mean and standard deviation of a VAE posterior (B, 2C, h, w), clamped as in diffusers."""
+    mean, logvar = posterior.float().chunk(2, dim=1)
     return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
 
 class DiffusionLoss(torch.nn.Module):
     """The training objective in one forward, so that DDP, autocast and torch.compile see a single call.
 
-    A pure function of the batch (all random numbers are in it) and the weights. Returns a dict of per-sample losses, each of
-    shape (B,) in float32; `loss` is what is trained on. `vae` and `text_encoder` are None where their outputs are cached.
+    A pure function of the batch, which holds all random numbers, and the weights. Returns per-sample losses, (B,) in
+    float32, by name; "loss" is what is optimized. `vae` and `text_encoder` are None if their outputs are in the batch.
     """
 
-    def __init__(self, unet, vae, text_encoder, noise_scheduler, scaling_factor: float, snr_gamma: float | None = None):
+    reported = ("diffusion",)  # losses to measure on held-out images
+
+    def __init__(self, unet, vae, text_encoder, noise_scheduler, scaling_factor, snr_gamma=None):
         super().__init__()
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.noise_scheduler, self.scaling_factor, self.snr_gamma = noise_scheduler, scaling_factor, snr_gamma
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        moments = batch["moments"] if "moments" in batch else encode_moments(self.vae, batch["pixel_values"])
-        mean, std = split_moments(moments)
+    def forward(self, batch):
+        if "posterior" in batch:
+            posterior = batch["posterior"]
+        else:
+            posterior = self.vae.encode(batch["pixel_values"]).latent_dist.parameters
+        mean, std = split_posterior(posterior)
         diffusion = self.diffusion((mean + std * batch["latent_noise"]) * self.scaling_factor, batch)
         return {"loss": diffusion * self.snr_weight(batch["timesteps"]), "diffusion": diffusion}
 
-    def diffusion(self, latents: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Squared error of the U-Net's prediction (noise, or velocity for a v-prediction model), (B,)."""
+    def diffusion(self, latents, batch):
+        """Return the squared error of the predicted noise, or of the velocity for a v-prediction model, (B,)."""
         noise, timesteps = batch["noise"], batch["timesteps"]
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         if "encoder_hidden_states" in batch:
@@ -1073,1036 +355,1035 @@ class DiffusionLoss(torch.nn.Module):
         target = self.noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         return F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
-    def snr_weight(self, timesteps: torch.Tensor) -> torch.Tensor | float:
-        """Min-SNR weights, arXiv 2303.09556 eq. 5 for noise prediction, with SNR + 1 below for velocity."""
+    def snr_weight(self, timesteps):
+        """Return min-SNR weights, arXiv 2303.09556 eq. 5 for noise prediction, over SNR + 1 for velocity."""
         if self.snr_gamma is None:
             return 1.0
         snr = compute_snr(self.noise_scheduler, timesteps)
-        velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
-        return snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            return snr.clamp(max=self.snr_gamma) / (snr + 1)
+        # min(SNR, gamma) / SNR, in a form that is finite where the SNR is 0.
+        return (self.snr_gamma / snr).clamp(max=1.0)
 
 
-class JointLoss(DiffusionLoss):
-    """DiffusionLoss with a VAE that trains too: reconstruction, and what keeps the latents where the U-Net knows them.
+class VAELoss(DiffusionLoss):
+    """DiffusionLoss for a VAE that is trained too, with a reconstruction error.
 
-    anchored: the diffusion error does not reach the VAE, since lowering it by shrinking the latents is easier than by
-    denoising (collapse, REPA-E, arXiv 2504.10483); instead the squared 2-Wasserstein distance between the posterior and the
-    base model's, in the U-Net's units, holds the latents. joint: the paper's loss, diffusion + weight * reconstruction.
+    joint: the paper's loss, diffusion + recon_weight * reconstruction. The diffusion loss has a shortcut: shrink the
+    latents until they are easy to predict (collapse, REPA-E, arXiv 2504.10483).
+    anchored: the diffusion loss does not reach the VAE. Instead, the squared 2-Wasserstein distance between its
+    posterior and the base model's, in the U-Net's units, keeps the latents close to those the U-Net was trained on.
     """
 
-    def __init__(self, *args, base_vae, anchored: bool, recon_weight: float, anchor_weight: float, needs_unet: bool):
-        super().__init__(*args)
-        self.base_vae, self.anchored, self.needs_unet = base_vae, anchored, needs_unet
-        self.recon_weight, self.anchor_weight = recon_weight, anchor_weight
+    reported = ("diffusion", "reconstruction")
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __init__(self, *loss_args, base_vae, args):
+        super().__init__(*loss_args)
+        self.base_vae, self.anchored = base_vae, args.vae_loss == "anchored"
+        self.recon_weight, self.anchor_weight = args.vae_recon_weight, args.vae_anchor_weight
+        # If only an anchored VAE trains, the diffusion loss has no gradient: it is computed in validation only.
+        self.train_diffusion = args.train_unet or args.train_text_encoder or not self.anchored
+
+    def forward(self, batch):
         pixel_values = batch["pixel_values"]
-        mean, std = split_moments(encode_moments(self.vae, pixel_values))
+        mean, std = split_posterior(self.vae.encode(pixel_values).latent_dist.parameters)
         latents = mean + std * batch["latent_noise"]
-        reconstruction = F.mse_loss(self.vae.decode(latents).sample.float(), pixel_values, reduction="none").mean(dim=(1, 2, 3))
+        decoded = self.vae.decode(latents).sample.float()
+        reconstruction = F.mse_loss(decoded, pixel_values, reduction="none").mean(dim=(1, 2, 3))
         losses = {"loss": self.recon_weight * reconstruction, "reconstruction": reconstruction}
         if self.anchored:
-            # Only the copy of the base VAE is out of reach of the gradient here; cached moments come without one.
-            with torch.no_grad():
-                base_moments = batch["moments"] if "moments" in batch else encode_moments(self.base_vae, pixel_values)
-            base_mean, base_std = split_moments(base_moments)
+            if "posterior" in batch:
+                base_posterior = batch["posterior"]
+            else:
+                base_posterior = self.base_vae.encode(pixel_values).latent_dist.parameters
+            base_mean, base_std = split_posterior(base_posterior)
             anchor = self.scaling_factor**2 * ((mean - base_mean) ** 2 + (std - base_std) ** 2).mean(dim=(1, 2, 3))
             losses |= {"loss": losses["loss"] + self.anchor_weight * anchor, "anchor": anchor}
             latents = latents.detach()
-        # Nothing learns from the diffusion error of an anchored VAE by itself: it is only measured, not trained on.
-        if self.needs_unet or not self.training:
+        if self.train_diffusion or not self.training:
             diffusion = self.diffusion(latents * self.scaling_factor, batch)
-            losses |= {"loss": losses["loss"] + diffusion * self.snr_weight(batch["timesteps"]), "diffusion": diffusion}
+            losses |= {
+                "loss": losses["loss"] + diffusion * self.snr_weight(batch["timesteps"]),
+                "diffusion": diffusion,
+            }
         return losses
 
 
-def to_channels_last(component: torch.nn.Module) -> None:
-    """Lays the weights of convolutions out as a GPU's fastest kernels take them; a CPU gains nothing and would hold them twice."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: the image table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_labels(raw, source):
+    """Return the label columns of a table of strings as floats: 1, 0, -1, or NaN where a finding is not mentioned."""
+    values = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
+    labels = raw[[label for label in LABELS if label in raw]].apply(lambda column: column.str.strip())
+    for name, column in labels.items():
+        unknown = ~column.isin(values)
+        if unknown.any():
+            row = int(unknown.argmax())
+            fail(f"{source}: row {row + 1}, column {name!r}: {column.iloc[row]!r} is not 1, 0, -1 or blank")
+    return labels.apply(lambda column: column.map(values))
+
+
+def resolve_paths(names, csv, image_root):
+    """Return absolute image paths, from the first folder under which one of the first 1,000 images exists.
+
+    CheXpert's paths start with the dataset's own folder, which a resized copy often renames, so that part is optional.
+    """
+    roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
+    for root in roots:
+        for skip in (0, 1):
+            paths = (root / Path(*Path(name).parts[skip:]) for name in names)
+            if any(path.is_file() for path in itertools.islice(paths, 1000)):
+                return [str((root / Path(*Path(name).parts[skip:])).absolute()) for name in names]
+    searched = " or ".join(str(root.absolute()) for root in roots)
+    fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
+
+
+def make_table(raw, names, images, prompt_column, source):
+    """Build the image table that all scripts use from a table of strings.
+
+    Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
+    the labels found. An image without a patient counts as a patient of its own.
+    """
+    table = pd.DataFrame({"image": images, "name": names})
+    patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
+    if "patient_id" in raw:
+        patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
+    table["patient"] = patient.fillna(table["name"])
+    view = raw["Frontal/Lateral"] if "Frontal/Lateral" in raw else pd.Series("frontal", raw.index)
+    table["frontal"] = view.str.strip().str.lower().str.startswith("frontal")
+    table["prompt"] = raw[prompt_column].str.strip() if prompt_column in raw else ""
+    return table.join(parse_labels(raw, source))
+
+
+def load_image_table(csv, image_root=None, with_images=True):
+    """Read an image table: CheXpert's CSV, or any with an image column and label or prompt columns.
+
+    Without `with_images`, paths are not looked up and may not exist.
+    """
+    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns about a row longer than the header, and shifts or drops its cells.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            raw = pd.read_csv(csv, index_col=False, **form)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
+    column = next((name for name in ("Path", "file_name") if name in raw), None)
+    if column is None:
+        fail(f"{csv}: no image column; name it Path (CheXpert) or file_name (imagefolder)")
+    if raw.empty:
+        fail(f"{csv}: no rows below the header")
+    if (raw[column] == "").any():
+        fail(f"{csv}: row {int((raw[column] == '').argmax()) + 1} has no path in column {column!r}")
+    if not {*LABELS, "prompt"} & set(raw.columns):
+        fail(f"{csv}: no label or prompt column; expected prompt or any of {', '.join(LABELS)}")
+    images = resolve_paths(raw[column], csv, image_root) if with_images else raw[column]
+    return make_table(raw, raw[column], images, "prompt", csv)
+
+
+def load_dataset_table(name, image_column, caption_column):
+    """Return the image table of a Hugging Face dataset; images stay there and are given as (dataset, column, row)."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_dataset(name, split="train")
+    except Exception as error:  # anything from connection errors to malformed files
+        fail(f"--dataset_name {name}: cannot be loaded ({str(error)[:300]})")
+    columns = dataset.column_names
+    if not isinstance(dataset.features.get(image_column), datasets.Image):
+        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {columns}")
+    if caption_column is None:
+        caption_column = next((column for column in ("prompt", "text", "caption") if column in columns), None)
+    if caption_column not in columns and (caption_column or not {*LABELS} & {*columns}):
+        fail(f"--dataset_name {name}: no caption or label column; pass --caption_column, one of {columns}")
+    raw = dataset.remove_columns(image_column).to_pandas().reindex(range(len(dataset)))
+    raw = raw.astype(object).where(raw.notna(), "").astype(str)
+    dataset = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    images, names = [(dataset, image_column, row) for row in raw.index], [f"{name}[{row}]" for row in raw.index]
+    return make_table(raw, names, images, caption_column, name)
+
+
+def assign_splits(patients, seed):
+    """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))
+    for patient in patients.unique():
+        position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
+        splits[patient] = list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, position, "right"), 2)]
+    return patients.map(splits)
+
+
+def positive_labels(table, labels, uncertain):
+    """Return whether each label is positive in each row, as a boolean frame (rows, labels)."""
+    return table.reindex(columns=labels).isin([1.0, -1.0] if uncertain == "ones" else [1.0])
+
+
+def add_prompts(table, template, uncertain):
+    """Fill empty prompts from the labels, in the order of LABELS; without a positive label they stay empty."""
+    positive = positive_labels(table, LABELS, uncertain).to_numpy()
+    findings = [", ".join(label for label, found in zip(LABELS, row) if found) for row in positive]
+    from_labels = pd.Series([template.replace("{}", text) if text else "" for text in findings], table.index, str)
+    return table.assign(prompt=table["prompt"].where(table["prompt"] != "", from_labels))
+
+
+@dataclass
+class TrainingData:
+    train: pd.DataFrame
+    heldout: pd.DataFrame
+    source: str
+    rows: int
+    left_out: dict  # number of rows by reason
+    notes: list  # warnings
+    val_counts: list  # result rows
+
+
+def load_training_data(args):
+    """Load the table, drop unusable rows, and split it by patient."""
+    source = args.dataset_name or args.data_csv
+    if args.dataset_name:
+        table = load_dataset_table(source, args.image_column, args.caption_column)
+    else:
+        table = load_image_table(source, args.image_root)
+    rows, left_out, notes = len(table), {"not frontal": int((~table["frontal"]).sum())}, []
+    table = add_prompts(table[table["frontal"]], args.prompt_template, args.uncertain)
+    left_out["without a positive label"] = int((table["prompt"] == "").sum())
+    table = table[table["prompt"] != ""]
+
+    split = args.split or ("all" if args.validation_csv else "train")
+    splits = assign_splits(table["patient"], args.split_seed)
+    train = table if split == "all" else table[splits == split]
+    left_out[f"not in split {split}"] = len(table) - len(train)
+    heldout = table[splits == "val"] if split in ("train", "test") else table[:0]
+    if args.validation_csv:
+        heldout = load_image_table(args.validation_csv, args.image_root)
+        heldout = add_prompts(heldout[heldout["frontal"]], args.prompt_template, args.uncertain)
+        heldout = heldout[heldout["prompt"] != ""]
+        shared = len(set(train["patient"]) & set(heldout["patient"]))
+        if shared:
+            notes.append(f"{shared:,} patients are in both {source} and {args.validation_csv}")
+    if train.empty:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+        fail(f"{source}: no training images left of {rows:,} rows ({reasons}); check --split and the labels")
+    if args.max_train_samples and args.max_train_samples < len(train):
+        left_out["over --max_train_samples"] = len(train) - args.max_train_samples
+        train = train.sample(n=args.max_train_samples, random_state=args.split_seed % 2**32)
+    val_counts = count_rows("val", heldout, args.uncertain)
+    if args.max_validation_samples < len(heldout):
+        heldout = heldout.sample(n=args.max_validation_samples, random_state=args.split_seed % 2**32)
+    if heldout.empty:
+        notes.append("no held-out images: the held-out loss is not measured")
+    if (train["patient"] == train["name"]).any():
+        notes.append("some rows have no patient (patient_id, or patientNNNNN in the path) and are split by image")
+    train, heldout = train.reset_index(drop=True), heldout.reset_index(drop=True)
+    return TrainingData(train, heldout, source, rows, left_out, notes, val_counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: latents and captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(module):
+    """Return a SHA-256 over the values of a module's weights, independent of their names."""
+    tensors = (parameter.detach().cpu().contiguous() for parameter in module.parameters())
+    digests = [hashlib.sha256(str(tuple(t.shape)).encode() + t.numpy().tobytes()).digest() for t in tensors]
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def latent_paths(images, vae_hash, args):
+    """Return the cache file of each image's latents, named by the VAE's weights, the geometry and the image."""
+    folder = Path(args.latent_cache_dir or Path(args.output_dir).parent / "latent_cache")
+    folder, paths = folder / f"{vae_hash[:16]}-{args.resolution}-{args.resize_mode}", []
+    for image in images:
+        if isinstance(image, tuple):
+            dataset, column, row = image
+            key = dataset[row][column]["bytes"] or Path(dataset[row][column]["path"]).read_bytes()
+        else:
+            stat = os.stat(image) if os.path.exists(image) else None
+            key = f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode() if stat else image.encode()
+        name = hashlib.sha256(key).hexdigest()
+        paths.append(folder / name[:2] / f"{name[2:34]}.npy")
+    return paths
+
+
+@torch.no_grad()
+def check_and_encode(accelerator, images, paths, vae, args):
+    """Decode all images that have no cached latents yet, and encode them if `vae` is given.
+
+    The processes share the work, and an interrupted run keeps what it has encoded. Return {position: error} of bad
+    images, identical on every process.
+    """
+    rank, world, problems = accelerator.process_index, accelerator.num_processes, {}
+    # Divide the images before looking for their latents, which another process may be writing meanwhile.
+    mine = [i for i in range(rank, len(images), world) if not (paths and paths[i].exists())]
+
+    def decode(i):
+        try:
+            return load_image(images[i], args.resolution, args.resize_mode)
+        except ValueError as error:
+            problems[i] = str(error)
+
+    label = "encoding images" if vae else "checking images"
+    bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not accelerator.is_main_process)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(mine), 64):  # all images at once would not fit in memory
+            for i, image in zip(mine[start : start + 64], pool.map(decode, mine[start : start + 64])):
+                bar.update()
+                if vae is None or image is None:  # None: unreadable, see problems
+                    continue
+                # One image at a time, so that latents do not depend on the batch.
+                posterior = vae.encode(to_pixel_values(image)[None].to(vae.device)).latent_dist.parameters[0]
+                paths[i].parent.mkdir(parents=True, exist_ok=True)
+                temporary = paths[i].with_suffix(f".{os.getpid()}.tmp")
+                with open(temporary, "wb") as file:
+                    np.save(file, posterior.cpu().numpy().astype(np.float16))
+                os.replace(temporary, paths[i])
+    return dict(sorted(gather_object(list(problems.items()))))
+
+
+def drop_bad_images(data, problems, on_bad_image):
+    """Stop at unreadable images, or drop them from `data`; positions count training images first, then held-out."""
+    listed = "; ".join(list(problems.values())[:20])
+    if problems and on_bad_image == "stop":
+        fail(f"{len(problems):,} images cannot be used; repair them or pass --on_bad_image skip: {listed}")
+    if problems:
+        data.notes.append(f"left out {len(problems):,} unreadable images: {listed}")
+        data.left_out["unreadable"], count = len(problems), len(data.train)
+        data.train = data.train.drop([i for i in problems if i < count]).reset_index(drop=True)
+        data.heldout = data.heldout.drop([i - count for i in problems if i >= count]).reset_index(drop=True)
+    if data.train.empty:
+        fail(f"{data.source}: all training images are unreadable: {listed}")
+
+
+@torch.no_grad()
+def encode_captions(pipeline, data, device, cache_embeddings):
+    """Map captions, and the empty one, to their part of a sample: encoder_hidden_states (77, D) or input_ids (77,).
+
+    Like the pipeline's own, embeddings are computed without an attention mask. Adds a note if captions are cut.
+    """
+    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
+    captions = [*sorted({*data.train["prompt"], *data.heldout["prompt"]}), ""]
+    length = tokenizer.model_max_length
+    num_cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
+    if num_cut:
+        data.notes.append(f"{num_cut:,} of {len(captions) - 1:,} captions are cut at {length} tokens")
+    padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    input_ids = tokenizer(captions, **padding).input_ids
+    if not cache_embeddings or len(captions) > MAX_CACHED_CAPTIONS:
+        return {caption: {"input_ids": ids} for caption, ids in zip(captions, input_ids)}
+    text_encoder.to(device)
+    embeddings = torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in input_ids.split(64)])
+    return {caption: {"encoder_hidden_states": states} for caption, states in zip(captions, embeddings)}
+
+
+def prepare_streams(accelerator, pipeline, data, args, vae_hash):
+    """Return the training and the held-out stream, with latents and embeddings cached where they are constant."""
+    train_vae = "vae" in args.components
+    # A jointly trained VAE needs gradients, so its latents cannot be cached.
+    use_latents = args.latent_cache_dir != "none" and not (train_vae and args.vae_loss == "joint")
+    images = [*data.train["image"], *data.heldout["image"]]
+    paths = None if args.latent_cache_dir == "none" else latent_paths(images, vae_hash, args)
+    vae = pipeline.vae.to(accelerator.device) if use_latents else None
+    problems = check_and_encode(accelerator, images, paths, vae, args)
+    drop_bad_images(data, problems, args.on_bad_image)
+    latents = [path for i, path in enumerate(paths) if i not in problems] if use_latents else None
+    captions = encode_captions(pipeline, data, accelerator.device, "text_encoder" not in args.components)
+    pipeline.to("cpu")  # free the device; the loss takes what it needs
+    n = len(data.train)
+    stream = SampleStream(data.train, latents and latents[:n], captions, pipeline, args, train_vae)
+    heldout = SampleStream(data.heldout, latents and latents[n:], captions, pipeline, args, train_vae, heldout=True)
+    return stream, heldout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(name, revision=None, variant=None):
+    """Load a Stable Diffusion pipeline in float32 from safetensors files.
+
+    Raise ValueError if weights are missing (the libraries would only warn and initialize them randomly) or not finite.
+    """
+    parts = {}
+    options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
+        parts[part], report = model_class.from_pretrained(name, subfolder=part, **options)
+        if report["missing_keys"]:
+            raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
+        if not all(parameter.isfinite().all() for parameter in parts[part].parameters()):
+            raise ValueError(f"{part} has weights that are not finite")
+    # The safety checker would black out radiographs.
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(torch.float32)
+
+
+def load_base_pipeline(args):
+    """Load the base model, or exit with status 2 if it cannot be trained with these flags."""
+    name = args.pretrained_model_name_or_path
+    try:
+        pipeline = load_pipeline(name, args.revision, args.variant)
+    except (OSError, ValueError) as error:
+        fail(f"{name}: not a Stable Diffusion pipeline in safetensors ({str(error)[:300]})")
+    prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
+    if prediction_type not in ("epsilon", "v_prediction"):
+        fail(f"{name} predicts {prediction_type}; only epsilon and v_prediction are supported")
+    if channels != pipeline.vae.config.latent_channels:
+        fail(f"{name}: its U-Net takes {channels} channels; inpainting models are not supported")
+    if args.resolution % pipeline.vae_scale_factor:
+        fail(f"--resolution {args.resolution}: this VAE takes multiples of {pipeline.vae_scale_factor}")
+    return pipeline
+
+
+def to_channels_last(module):
+    """Use channels-last convolution weights on GPUs, where they are faster."""
     if torch.cuda.is_available():
-        component.to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)
 
 
-def fingerprint_components(accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> dict[str, str]:
-    """The hashes of the base model's weights, computed once for all processes."""
-    hashes = None
-    if accelerator.is_main_process:
-        hashes = {name: fingerprint(getattr(pipeline, name)) for name in ("unet", "text_encoder", "vae")}
-    return broadcast_object_list([hashes])[0]
-
-
-def build_loss(args: argparse.Namespace, pipeline: StableDiffusionPipeline, stream: SampleStream, mixed_precision: str) -> DiffusionLoss:
-    """Puts the components that the loop needs into the loss: what is cached stays out, what is frozen is in half precision."""
+def build_loss(args, pipeline, stream, mixed_precision):
+    """Freeze what is not trained, cast it to the autocast type, and return the loss module."""
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
     base_vae = None
-    if args.train_vae and args.vae_loss == "anchored" and stream.moments is None:
-        base_vae = copy.deepcopy(pipeline.vae).requires_grad_(False).to(dtype=frozen_dtype)
-        to_channels_last(base_vae)
+    if args.train_vae and args.vae_loss == "anchored" and not stream.latents:
+        base_vae = copy.deepcopy(pipeline.vae).requires_grad_(False).to(frozen_dtype)
     for name in ("unet", "text_encoder", "vae"):
-        if not getattr(args, f"train_{name}"):
-            getattr(pipeline, name).to(dtype=frozen_dtype)
-        # bitsandbytes' kernels and FSDP take weights in the usual order only.
-        if name != "text_encoder" and not (args.use_8bit_adam or args.fsdp):
-            to_channels_last(getattr(pipeline, name))
+        component, trained = getattr(pipeline, name), name in args.components
+        component.requires_grad_(trained)
+        if not trained:
+            component.to(frozen_dtype)
+        if name != "text_encoder" and not args.use_8bit_adam:  # bitsandbytes' kernels need contiguous weights
+            to_channels_last(component)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         if args.train_vae:
             pipeline.vae.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            pipeline.text_encoder.gradient_checkpointing_enable()
     if args.compile:
         pipeline.unet.compile(dynamic=False)
-    vae = pipeline.vae if args.train_vae or stream.moments is None else None
-    text_encoder = pipeline.text_encoder if stream.text_embeddings is None else None
+    vae = pipeline.vae if args.train_vae or not stream.latents else None
+    text_encoder = None if stream.has_embeddings else pipeline.text_encoder
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    parts = (pipeline.unet, vae, text_encoder, noise_scheduler, pipeline.vae.config.scaling_factor, args.snr_gamma)
-    if not args.train_vae:
-        return DiffusionLoss(*parts)
-    return JointLoss(
-        *parts, base_vae=base_vae, anchored=args.vae_loss == "anchored", recon_weight=args.vae_recon_weight,
-        anchor_weight=args.vae_anchor_weight, needs_unet=args.train_unet or args.train_text_encoder or args.vae_loss == "joint",
-    )  # fmt: skip
+    loss_args = (pipeline.unet, vae, text_encoder, noise_scheduler, pipeline.vae.config.scaling_factor, args.snr_gamma)
+    return VAELoss(*loss_args, base_vae=base_vae, args=args) if args.train_vae else DiffusionLoss(*loss_args)
 
 
-def select_components(args: argparse.Namespace, pipeline: StableDiffusionPipeline) -> list[dict]:
-    """Sets requires_grad on exactly the chosen components; returns the optimizer's parameter groups."""
-    groups = []
-    for name in ("unet", "text_encoder", "vae"):
-        component, chosen = getattr(pipeline, name), getattr(args, f"train_{name}")
-        component.requires_grad_(chosen)
-        if chosen:
-            groups.append({"params": list(component.parameters()), "lr": getattr(args, f"{name}_lr")})
-    return groups
-
-
-def shard_components(accelerator: Accelerator, model: DiffusionLoss) -> None:
-    """FSDP2 (Zhao et al., 2023, arXiv 2304.11277) over all processes, for each component that trains, in place.
-
-    Weights are gathered in the forward pass and kept until the backward pass is over (as in ZeRO-2): gathering them twice
-    would save the last of the four parts, beside gradients and AdamW's two moments, at half as much communication again.
-    """
-    model.to(accelerator.device)
-    shard = functools.partial(
-        fully_shard, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), reshard_after_forward=False
-    )
-    for component in (model.unet, model.text_encoder, model.vae):
-        if component is None or not any(parameter.requires_grad for parameter in component.parameters()):
-            continue
-        for block in component.modules():
-            if type(block).__name__ in SHARDED_BLOCKS:
-                shard(block)
-        # Of the VAE the loss calls the parts, and FSDP gathers where a module's own forward is called.
-        for part in component.children() if component is model.vae else [component]:
-            shard(part)
-
-
-@contextlib.contextmanager
-def whole_weights(model: torch.nn.Module):
-    """Holds all that --fsdp has shared out, so that each process can use the model by itself."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.reshard()
-
-
-def count_parameters(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:
-    """Trainable parameters by component, from names such as unet.conv_in.bias."""
-    counts = Counter()
+def parameter_groups(args, parameters):
+    """Return the optimizer's parameter groups: each component with its own learning rate."""
+    groups = {name: {"params": [], "lr": getattr(args, f"{name}_lr")} for name in args.components}
     for name, parameter in parameters.items():
-        counts[name.split(".")[0]] += parameter.numel()
-    return dict(counts)
+        groups[name.split(".")[0]]["params"].append(parameter)
+    return list(groups.values())
 
 
-def run_name(args: argparse.Namespace) -> str:
-    return "_".join(name for name in ("unet", "vae", "text_encoder") if getattr(args, f"train_{name}"))
-
-
-def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What trains, by name; a dict, since an iterator would be empty the second time it is used."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def make_optimizer(args: argparse.Namespace, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with the recipe's constants, fused into one pass over the memory, or in 8 bits if asked for."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    options = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+def make_optimizer(args, groups):
+    options = {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    options["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def run_identity(args: argparse.Namespace, data: TrainingData, hashes: dict[str, str], global_batch: int) -> dict:
-    """What a checkpoint must agree on with the run that goes on from it, and what is told where it differs."""
-    rows = "\n".join(f"{name}\t{prompt}" for name, prompt in zip(data.train["name"], data.train["prompt"]))
-    return {
-        "base_model": args.pretrained_model_name_or_path,
-        "base_fingerprint": hashlib.sha256("".join(hashes.values()).encode()).hexdigest(),
-        "data_fingerprint": hashlib.sha256(f"{args.resolution}/{args.resize_mode}\n{rows}".encode()).hexdigest(),
-        "global_batch_size": global_batch,
-        **{name: value for name, value in vars(args).items() if name in TOLD_SETTINGS},
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
-
-def read_json(path: Path, way_out: str, **types) -> dict:
-    """A JSON object with fields of these types; ends with exit status 2 on anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        # Half a character, which no file could be written with.
-        json.dumps(found, ensure_ascii=False).encode()
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path}: not valid JSON ({error}); {way_out}")
-    if not isinstance(found, dict):
-        fail(f"{path}: holds no JSON object, as these scripts write it; {way_out}")
-    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
-    if wrong:
-        fail(f"{path}: {wrong[0]!r} is missing or not as these scripts write it; {way_out}")
-    return found
+# Resuming fails if one of the first has changed, and warns if one of the second has.
+REFUSE_IF_CHANGED = "method vae_loss rank lora_alpha lora_dropout use_8bit_adam use_ema".split()
+WARN_IF_CHANGED = (
+    "learning_rate unet_lr text_encoder_lr vae_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 "
+    "adam_beta2 adam_weight_decay adam_epsilon max_grad_norm ema_decay seed caption_dropout noise_offset snr_gamma "
+    "vae_recon_weight vae_anchor_weight"
+).split()
+# Deleted by --overwrite_output_dir, with the checkpoints.
+RUN_FILES = (
+    "training_summary.json README.md model_index.json unet text_encoder vae tokenizer scheduler merged validation "
+    "logs pytorch_lora_weights.safetensors unet_delta.safetensors"
+).split()
 
 
 @dataclass
 class TrainState:
-    """Everything that changes as a run goes on."""
+    """Everything that changes during training."""
 
     model: torch.nn.Module
+    parameters: dict  # trainable, by name
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     identity: dict
-    # Holds the weights whole on every process, where they are shared out.
-    whole: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
-    # The mean loss of the last logging window; the sums of losses and gradient norms since, over so many batches.
-    train_loss: float | None = None
-    loss_sum: float = 0.0
-    norm_sum: float = 0.0
-    counted: int = 0
+    train_loss: float | None = None  # mean since the previous logging step
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": x}} to {"a/b": x}: an optimizer's state as names, for safetensors and JSON."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def run_identity(args, data, hashes, global_batch_size, max_train_steps):
+    """Return the settings that are compared when a run is resumed."""
+    rows = "\n".join(f"{name}\t{prompt}" for name, prompt in zip(data.train["name"], data.train["prompt"]))
+    return {
+        "base_fingerprint": hashlib.sha256("".join(hashes.values()).encode()).hexdigest(),
+        "data_fingerprint": hashlib.sha256(f"{args.resolution}/{args.resize_mode}\n{rows}".encode()).hexdigest(),
+        "global_batch_size": global_batch_size,
+        "length_of_lr_schedule": None if args.lr_scheduler.startswith("constant") else max_train_steps,
+        **{name: getattr(args, name) for name in (*REFUSE_IF_CHANGED, *WARN_IF_CHANGED) if hasattr(args, name)},
+    }
 
 
-def unflatten(flat: dict) -> dict:
-    """The inverse of `flatten`; keys that are numbers become integers, as torch.optim names its parameters."""
-    tree = {}
-    for name, value in flat.items():
-        *path, last = [int(part) if part.isdigit() else part for part in name.split("/")]
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
+def list_checkpoints(output_dir):
+    """Return the checkpoints of a run, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
-def gather(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole copies in the CPU's memory, on the main process; all processes call this, since each may hold a part."""
-    found = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if accelerator.is_main_process:
-            found[name] = tensor.cpu().contiguous()
-    return found
+def remove_checkpoint(folder):
+    """Delete a checkpoint, renaming it first, so that a kill leaves no part of it under its name."""
+    hidden = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
 
 
-def laid_out(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A whole tensor as its parameter lies in memory: in the same order, and where that is shared out, this process's part."""
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+def find_checkpoint(args):
+    """Return the checkpoint to resume from, or None; refuse to overwrite a run or a pipeline."""
+    output_dir, base, checkpoint = Path(args.output_dir), Path(args.pretrained_model_name_or_path), None
+    if base.is_dir() and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
+        fail(f"--output_dir {output_dir} holds the base model; pass another")
+    existing = list_checkpoints(output_dir)
+    if args.resume_from_checkpoint == "latest":
+        checkpoint = existing[-1] if existing else None
+    elif args.resume_from_checkpoint:
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not (checkpoint / "state.json").is_file():
+            fail(f"--resume_from_checkpoint {checkpoint}: no checkpoint there; pass its folder or latest")
+    if checkpoint and checkpoint.resolve().parent == output_dir.resolve():
+        return checkpoint
+    used = existing or any((output_dir / name).exists() for name in ("training_summary.json", "model_index.json"))
+    if used and not args.overwrite_output_dir:
+        hint = "pass --resume_from_checkpoint latest to continue it, --overwrite_output_dir, or another --output_dir"
+        fail(f"{output_dir} already holds a run or a pipeline; {hint}")
+    return checkpoint
 
 
-def save_checkpoint(accelerator: Accelerator, state: TrainState, output_dir: Path, limit: int) -> None:
-    """Writes checkpoint-<step> beside and renames it into place, then drops the oldest ones over the limit.
-
-    Ends with exit status 2, and the earlier checkpoints as they were, where there is no room for it.
-    """
-    folder = output_dir / f"checkpoint-{state.step}"
-    part = output_dir / f".checkpoint-{state.step}.part"
-    try:
-        write_checkpoint(accelerator, state, part)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        kept = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
-        fail(f"{folder}: cannot be written ({error}); make room and go on with --resume_from_checkpoint latest (checkpoints there: {kept})")
-    if not accelerator.is_main_process:
-        return
-    if folder.exists():
-        remove_checkpoint(folder)
-    os.replace(part, folder)
-    # So that the new name is on the disk too before older ones go.
-    descriptor = os.open(output_dir, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    # Later ones are of a branch that was left behind. The new one is whole and on the disk, so the last good one stays.
-    earlier = [path for path in list_checkpoints(output_dir) if int(path.name[11:]) <= state.step]
-    for old in earlier[:-limit]:
-        remove_checkpoint(old)
-
-
-def write_checkpoint(accelerator: Accelerator, state: TrainState, folder: Path) -> None:
-    """Fills a new folder with what trains, the optimizer, the counters and, last, the manifest of these files."""
-    parameters = trainable_parameters(accelerator.unwrap_model(state.model))
-    optimizer = flatten(state.optimizer.state_dict()["state"])
-    files = {"trainable": parameters, "optimizer": {name: value for name, value in optimizer.items() if torch.is_tensor(value)}}
-    if state.ema:
-        files["ema"] = dict(zip(parameters, state.ema.shadow_params))
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    for name, tensors in files.items():
-        whole = gather(accelerator, tensors)
-        if accelerator.is_main_process:
-            save_file(whole, folder / f"{name}.safetensors")
-    if not accelerator.is_main_process:
-        return
-    scalars = {
-        "identity": state.identity, **{name: getattr(state, name) for name in COUNTERS},
-        "optimizer": {name: value for name, value in optimizer.items() if not torch.is_tensor(value)},
-        "ema_steps": state.ema.optimization_step if state.ema else None,
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-    }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(scalars, indent=2))
-    files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps({"files": files}, indent=2))
-    for path in folder.iterdir():
-        # So that it is on the disk afterwards, not only on its way there.
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def describe_file(path: Path) -> dict:
-    """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def checkpoint_problem(folder: Path) -> str | None:
-    """What is missing or damaged in a checkpoint, by its manifest; None for a whole one."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        for name in sorted({"state.json", "trainable.safetensors", "optimizer.safetensors", *files}):
-            if Path(name).name != name or files.get(name) != describe_file(folder / name):
-                return f"{name} is not as it was written"
-    except OSError as error:
-        # A disk that fails while it is read names no file.
-        return f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return "manifest.json is damaged"
-    return None
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, whether they are whole or not."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[11:]))
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Takes a checkpoint away at once: a kill on the way leaves what the next start clears, not a part under its name."""
-    part = folder.with_name(f".{folder.name}.old.part")
-    shutil.rmtree(part, ignore_errors=True)
-    os.replace(folder, part)
-    # A checkpoint that lies on another disk is a link.
-    part.unlink() if part.is_symlink() else shutil.rmtree(part)
-
-
-def clear_run(output_dir: Path) -> None:
-    """Takes away what an earlier run left, so that nothing of it is taken for the new one's; other files stay."""
-    # The summary first: without it the rest is no finished run.
-    for path in [output_dir / name for name in (*RUN_FILES, "validation", "logs")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    for folder in list_checkpoints(output_dir):
-        remove_checkpoint(folder)
-
-
-def find_checkpoint(args: argparse.Namespace, output_dir: Path, notes: list[str]) -> Path | None:
-    """The checkpoint to go on from, or None; a folder with a run in it is not overwritten unless that is asked for.
-
-    A damaged one is refused, or passed over with a note if it is the latest.
-    """
-    base = Path(args.pretrained_model_name_or_path)
-    if base.is_dir() and base.resolve() == output_dir.resolve():
-        fail(f"--output_dir {output_dir} is the base model's own folder; pass another")
-    existing, finished = list_checkpoints(output_dir), (output_dir / "training_summary.json").exists()
-    named = None if args.resume_from_checkpoint in (None, "latest") else Path(args.resume_from_checkpoint)
-    if named:
-        problem = checkpoint_problem(named)
-        if problem:
-            fail(f"{named}: a file is missing or damaged ({problem}); resume from another checkpoint or from the latest")
-        if named.resolve().parent == output_dir.resolve():
-            return named
-    elif existing and args.resume_from_checkpoint:
-        for checkpoint in reversed(existing):
-            problem = checkpoint_problem(checkpoint)
-            if not problem:
-                return checkpoint
-            notes.append(f"{checkpoint} is passed over: a file is missing or damaged ({problem})")
-        if not finished:
-            notes.append(f"no checkpoint in {output_dir} is whole, so the run starts anew")
-            return None
-    if (existing or finished) and not args.overwrite_output_dir:
-        fail(f"{output_dir} already holds a run; go on from its checkpoints with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or pass another --output_dir")
-    foreign = [name for name in RUN_FILES if (output_dir / name).exists()]
-    if foreign and not (existing or finished):
-        fail(f"{output_dir} is no run's folder, and {', '.join(foreign)} would be overwritten; pass another --output_dir")
-    return named
-
-
-def read_state(checkpoint: Path) -> dict:
-    """The counters of a checkpoint."""
-    form = {"identity": dict, "step": int, "samples_seen": int, "seconds": (int, float), "optimizer": dict}
-    form |= {"train_loss": (int, float, type(None)), "loss_sum": (int, float), "norm_sum": (int, float), "counted": int}
-    found = read_json(checkpoint / "state.json", "resume from another checkpoint", **form)
-    if found["step"] < 0 or found["samples_seen"] < 0 or not isinstance(found.get("ema_steps"), int if found["identity"].get("use_ema") else type(None)):
-        fail(f"{checkpoint / 'state.json'}: not as these scripts write it; resume from another checkpoint")
-    return found
-
-
-def check_identity(checkpoint: Path, identity: dict, total_steps: int) -> list[str]:
-    """Ends with exit status 2 where a checkpoint is of another model or method; returns what else differs, as notes."""
-    scalars = read_state(checkpoint)
-    if scalars["step"] > total_steps:
-        fail(f"{checkpoint} is past the {total_steps:,} steps asked for; raise --max_train_steps or --num_train_epochs")
-    saved, notes = scalars["identity"], []
-    for key, value in identity.items():
-        # The same model may stand elsewhere; its weights decide.
-        if saved.get(key) == value or key == "base_model":
+def check_identity(checkpoint, identity, max_train_steps):
+    """Refuse a checkpoint of another model or method; return warnings about other changes."""
+    saved, notes = json.loads((checkpoint / "state.json").read_text()), []
+    if saved["step"] > max_train_steps:
+        fail(f"{checkpoint} is past step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
+    for name, value in identity.items():
+        before = saved["identity"].get(name)
+        if before == value:
             continue
-        difference = f"{checkpoint}: {key.replace('_', ' ')} was {saved.get(key)!r} and is now {value!r}"
-        if key == "base_fingerprint":
-            fail(f"{checkpoint}: the base model was {saved.get('base_model')} with other weights than {identity['base_model']} has; pass that one")
-        if key in ("method", "rank", "lora_alpha", "lora_dropout", "vae_loss", "use_8bit_adam", "use_ema"):
-            fail(f"{difference}; pass what the checkpoint was made with, or another --output_dir")
-        notes.append(f"{difference}; the run goes on, but not as it would have without the interruption")
+        if name == "base_fingerprint":
+            fail(f"{checkpoint} was trained from a base model with other weights; pass that model")
+        if name in REFUSE_IF_CHANGED:
+            fail(f"{checkpoint} was trained with {name}={before}, not {value}; pass that or another --output_dir")
+        notes.append(f"{name} was {before} in {checkpoint} and is now {value}")
     return notes
 
 
-def load_checkpoint(accelerator: Accelerator, state: TrainState, checkpoint: Path, output_dir: Path) -> None:
-    """Puts a checkpoint's tensors and counters back; every name must match on both sides."""
-    scalars = read_state(checkpoint)
-    parameters = trainable_parameters(accelerator.unwrap_model(state.model))
-    try:
-        saved, moments = load_file(checkpoint / "trainable.safetensors"), load_file(checkpoint / "optimizer.safetensors")
-        shadow = load_file(checkpoint / "ema.safetensors") if state.ema else {}
-    except (OSError, SafetensorError) as error:
-        fail(f"{checkpoint}: a file is missing or damaged ({error}); resume from another checkpoint")
-    for tensors in (saved, *([shadow] if state.ema else [])):
-        difference = sorted(tensors.keys() ^ parameters.keys())
-        if difference:
-            fail(f"{checkpoint}: {len(difference)} parameters do not match what trains, such as {difference[0]}")
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape or not tensors[name].isfinite().all():
-                fail(f"{checkpoint}: {name} has another shape than what trains, or is not finite; resume from another checkpoint")
+def save_tensors(tensors, path):
+    # Copied, since safetensors refuses tensors that share memory, such as 8-bit AdamW's quantization maps.
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
+
+
+def save_checkpoint(accelerator, state, args):
+    """Write checkpoint-<step> under a temporary name, then rename it, so that a checkpoint that exists is complete."""
+    folder = Path(args.output_dir) / f"checkpoint-{state.step}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    optimizer = {}
+    for i, values in state.optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            # bitsandbytes nests its 8-bit state one level deeper, and loads it flat as well.
+            inner = value if isinstance(value, dict) else {name: value}
+            optimizer |= {f"{i}.{key}": entry for key, entry in inner.items()}
+    tensors = {name: value for name, value in optimizer.items() if torch.is_tensor(value)}
+    save_tensors(state.parameters, temporary / "trainable.safetensors")
+    save_tensors(tensors, temporary / "optimizer.safetensors")
+    if state.ema:
+        save_tensors(dict(zip(state.parameters, state.ema.shadow_params)), temporary / "ema.safetensors")
+    progress = {name: getattr(state, name) for name in ("identity", "step", "samples_seen", "seconds", "train_loss")}
+    progress["optimizer"] = {name: value for name, value in optimizer.items() if name not in tensors}
+    progress["ema_steps"] = state.ema.optimization_step if state.ema else None
+    progress["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+    (temporary / "state.json").write_text(json.dumps(progress, indent=2))
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        remove_checkpoint(folder)
+    os.replace(temporary, folder)
+    for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+        remove_checkpoint(old)
+
+
+def match_layout(value, parameter):
+    """Return a tensor on the device and in the memory layout of its parameter."""
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def load_checkpoint(accelerator, state, checkpoint, args):
+    """Restore weights, optimizer, learning rate and counters in place."""
+    saved = json.loads((checkpoint / "state.json").read_text())
+    weights = load_file(checkpoint / "trainable.safetensors")
+    if weights.keys() != state.parameters.keys():
+        fail(f"{checkpoint}: its parameters are not those that train now")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(laid_out(saved[name], parameter))
-    # accelerate wraps the optimizer; its own state_dict is torch's.
-    groups = state.optimizer.state_dict()["param_groups"]
+        for name, parameter in state.parameters.items():
+            parameter.copy_(weights[name])
     in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    try:
-        optimizer = unflatten(moments | scalars["optimizer"])
-        for i, values in optimizer.items():
-            # Fused kernels go through memory as it lies: a moment, contiguous in the file, has to lie there as its weight does.
-            # Before the optimizer has them, since it takes what it is given to the device, whole.
-            shaped = {name: value for name, value in values.items() if torch.is_tensor(value) and value.shape == in_order[i].shape}
-            values.update({name: laid_out(value, in_order[i]) for name, value in shaped.items()})
-        state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
-        for parameter, values in state.optimizer.state.items():
-            pair = [values[name] for name in (("exp_avg", "exp_avg_sq") if "exp_avg" in values else ("state1", "state2"))]
-            if "step" not in values or any(moment.shape != parameter.shape or not moment.isfinite().all() for moment in pair):
-                raise ValueError("moments of another shape, or not finite")
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        if plain_sentence(error, ""):
-            # Of too little memory, or a lost process: the checkpoint is sound.
-            raise
-        fail(f"{checkpoint}: its optimizer does not fit what trains ({error}); resume from another checkpoint")
-    # The rate is a function of the step: one step of the schedule from the step before sets it.
-    position = {"last_epoch": scalars["step"] - 1, "_step_count": scalars["step"] + 1}
+    optimizer = {i: {} for i in range(len(in_order))}
+    for key, value in (load_file(checkpoint / "optimizer.safetensors") | saved["optimizer"]).items():
+        i, name = key.split(".", 1)
+        # Fused AdamW reads memory linearly: its state must have the layout of its (channels-last) weight.
+        same_shape = torch.is_tensor(value) and value.shape == in_order[int(i)].shape
+        optimizer[int(i)][name] = match_layout(value, in_order[int(i)]) if same_shape else value
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+    # Set the schedule to one step before the saved one, then step it: the learning rate depends on the step alone.
+    position = {"last_epoch": saved["step"] - 1, "_step_count": saved["step"] + 1}
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
     state.lr_scheduler.step()
     if state.ema:
-        state.ema.shadow_params = [laid_out(shadow[name], p) for name, p in parameters.items()]
-        state.ema.optimization_step = scalars["ema_steps"]
-    if accelerator.scaler and scalars.get("scaler"):
-        accelerator.scaler.load_state_dict(scalars["scaler"])
-    for name in COUNTERS:
-        setattr(state, name, scalars[name])
-    if accelerator.is_main_process:
-        # The branch that is left behind would be the latest again.
-        for later in list_checkpoints(checkpoint.parent):
-            if int(later.name[11:]) > state.step and checkpoint.parent.resolve() == output_dir.resolve():
+        shadow = load_file(checkpoint / "ema.safetensors")
+        state.ema.shadow_params = [match_layout(shadow[name], p) for name, p in state.parameters.items()]
+        state.ema.optimization_step = saved["ema_steps"]
+    if accelerator.scaler and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    for name in ("step", "samples_seen", "seconds", "train_loss"):
+        setattr(state, name, saved[name])
+    if accelerator.is_main_process and checkpoint.resolve().parent == Path(args.output_dir).resolve():
+        for later in list_checkpoints(args.output_dir):
+            if int(later.name[11:]) > state.step:  # the history that this run abandons
                 remove_checkpoint(later)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class StopVote:
-    """Lets all processes stop after the same step once SIGTERM or SIGUSR1 has reached one of them.
-
-    Each step starts a reduction of the signals' numbers between the hosts and reads that of the step before, so no device
-    waits for it. It also notices a process that has died, which devices alone may wait for.
-    """
-
-    def __init__(self):
-        self.number, self.votes, self.group = 0, [], None
-        if torch.distributed.is_initialized():
-            self.group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
-
-    def __enter__(self) -> "StopVote":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        while self.votes and kind is None:
-            self.read()
-
-    def note(self, number: int, frame) -> None:
-        self.number = number
-
-    def read(self) -> int:
-        work, number = self.votes.pop(0)
-        work.wait()
-        return int(number)
-
-    def passed(self) -> int:
-        """The number of the signal, 0 for none, the same on every process, each of which asks once a step."""
-        if self.group is None:
-            return self.number
-        number = torch.tensor(self.number)
-        self.votes.append((torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group, async_op=True), number))
-        return self.read() if len(self.votes) > 1 else 0
-
-
-def ignore_signals(worker: int) -> None:
-    """For a loader's workers: a signal to all processes of a job is answered by the one that trains."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def stop_run(accelerator: Accelerator, state: TrainState, number: int) -> NoReturn:
-    """Ends a run that a signal has stopped, after its checkpoint, with the status that asks for another start."""
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        told = f"stopped by {signal.Signals(number).name} after step {state.step:,}, which is saved; go on with --resume_from_checkpoint latest"
-        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
-    raise SystemExit(STOPPED)
-
-
-def stop_diverged(loss: float, norm: float, state: TrainState, output_dir: Path) -> NoReturn:
-    """Ends a run whose loss or gradient is not finite any more, before a checkpoint of it is written."""
-    rates = state.lr_scheduler.get_last_lr()
-    found = f"loss {loss:.3g}, norm of the gradient {norm:.3g}, learning rate {', '.join(f'{rate:.1e}' for rate in rates)}"
-    kept = [path.name for path in list_checkpoints(output_dir) if int(path.name[11:]) <= state.step]
-    way_out = f"go on from {kept[-1]} with --resume_from_checkpoint latest" if kept else "start again"
-    fail(f"diverged by step {state.step:,}: {found}; {way_out} at a lower rate or with --lr_warmup_steps, --max_grad_norm, --snr_gamma or --mixed_precision no")
-
-
-def tell_bad_images(accelerator: Accelerator, stream: SampleStream) -> None:
-    """Says once, and for all processes, which images could not be read any more and had others in their place."""
-    if stream.skip_bad:
-        found = sorted(set(gather_object(sorted(stream.bad - stream.told))))
-        if accelerator.is_main_process:
-            for i in found:
-                print(f"  skipped  {stream.images[i]}: cannot be read any more", flush=True)
-        stream.told.update(found)
-
-
-def silence_known_noise() -> None:
-    """Drops warnings that say nothing of a run (an empty list of modules, a LoRA of the U-Net alone), or what is told in a
-    sentence of its own (missing weights, captions that are cut)."""
-    known = [
-        ("diffusers.models.modeling_utils", "should be kept in float32: []"),
-        ("diffusers.models.modeling_utils", "newly initialized"),
-        ("transformers.modeling_utils", "MISSING"),
-        ("transformers.tokenization_utils_base", "Token indices sequence length"),
-        ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
-    ]
-    for name, words in known:
-        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
-
-
-def make_accelerator(args: argparse.Namespace, output_dir: Path) -> Accelerator:
-    """An Accelerator that logs to the run folder; ends with exit status 2 where nothing can be written there."""
-    sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
-    if sharded:
-        fail(f"accelerate's {sharded[0]} is not supported: use plain data parallelism (launch/accelerate/), or train_full.py's --fsdp")
-    if os.environ.get("RANK", "0") == "0":
-        existed = output_dir.is_dir()
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / ".probe").touch()
-            (output_dir / ".probe").unlink()
-        except OSError as error:
-            fail(f"--output_dir {output_dir}: cannot be written ({error.strerror})")
-        if not existed:
-            # A run that ends on bad data leaves nothing behind.
-            output_dir.rmdir()
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    silence_known_noise()
-    accelerator = Accelerator(
-        # Without this, processes that torchrun starts on a machine without a GPU would each train for themselves.
-        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # The others wait while the first process checks the images or draws pictures.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
-    allow_tf32(accelerator, True)
-    return accelerator
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation and results
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def heldout_losses(accelerator: Accelerator, model: torch.nn.Module, stream: SampleStream, batch_size: int, static: bool) -> dict[str, np.ndarray]:
-    """Per-image losses on the held-out images at fixed timesteps and noise, the same on every process.
-
-    With `static`, the last batch is filled up with its last image, since a compiled U-Net is compiled anew for each size.
-    """
-    # Without the wrapper of DDP, whose processes would have to call it equally often.
-    model = accelerator.unwrap_model(model)
-    model.eval()
-    losses = {}
+def heldout_losses(accelerator, model, stream, batch_size):
+    """Return each loss at fixed timesteps and noise as an array (n,), the images shared among the processes."""
+    model = accelerator.unwrap_model(model).eval()  # unwrapped, since ranks may run different numbers of batches
+    losses = {name: torch.zeros(len(stream), device=accelerator.device) for name in model.reported}
     for start in range(accelerator.process_index * batch_size, len(stream), accelerator.num_processes * batch_size):
-        count = min(batch_size, len(stream) - start)
-        samples = [stream[start + n] for n in range(count)]
-        batch = torch.utils.data.default_collate(samples + samples[-1:] * (batch_size - count if static else 0))
-        for name, values in model({k: v.to(accelerator.device) for k, v in batch.items()}).items():
-            total = losses.setdefault(name, torch.zeros(len(stream), device=accelerator.device))
-            total[start : start + count] = values[:count]
+        rows = range(start, min(start + batch_size, len(stream)))
+        batch = torch.utils.data.default_collate([stream[n] for n in rows])
+        found = model({key: value.to(accelerator.device) for key, value in batch.items()})
+        for name, values in losses.items():
+            values[rows.start : rows.stop] = found[name]
     model.train()
-    names = [name for name in ("diffusion", "reconstruction") if any(name in found for found in gather_object([list(losses)]))]
-    zeros = torch.zeros(len(stream), device=accelerator.device)
-    return {name: accelerator.reduce(losses.get(name, zeros), "sum").cpu().numpy() for name in names}
+    return {name: accelerator.reduce(values, "sum").cpu().numpy() for name, values in losses.items()}
 
 
 @torch.no_grad()
-def draw_validation(accelerator: Accelerator, pipeline: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace, path: Path) -> None:
-    """Samples each prompt from fixed seeds and writes the pictures as one row; what was off the device goes off again."""
-    # The others stay untouched: FSDP takes apart again what is moved.
-    away = [part for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) if part.device.type != accelerator.device.type]
-    for component in away:
+def draw_validation(accelerator, pipeline, prompts, args, path):
+    """Sample the validation prompts from fixed seeds into one row of images."""
+    moved = [part for part in (pipeline.vae, pipeline.text_encoder) if part.device.type != accelerator.device.type]
+    for component in moved:
         component.to(accelerator.device)
     pipeline.unet.eval()
-    pictures = []
+    images, size = [], {"height": args.resolution, "width": args.resolution}
     for i, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(stream_seed(args.seed, "validation", i))
+        generator = torch.Generator().manual_seed(keyed_seed(args.seed, "validation", i))
         with accelerator.autocast():
-            pictures += pipeline(prompt, height=args.resolution, width=args.resolution, num_inference_steps=25, generator=generator).images
+            images += pipeline(prompt, **size, num_inference_steps=25, generator=generator).images
     pipeline.unet.train()
-    for component in away:
+    for component in moved:
         component.to("cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    make_image_grid(pictures, rows=1, cols=len(pictures)).save(part, format="PNG")
-    os.replace(part, path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    make_image_grid(images, rows=1, cols=len(images)).save(temporary, format="PNG")
+    os.replace(temporary, path)
 
 
-def validation_prompts(args: argparse.Namespace, data: TrainingData) -> list[str]:
-    """The prompts of the validation pictures: those asked for, or the most frequent captions; each in turn until all are drawn."""
-    prompts = args.validation_prompts or [prompt for prompt, _ in Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)]
-    return [prompts[i % len(prompts)] for i in range(args.num_validation_images)]
-
-
-def start_reporting(args: argparse.Namespace, accelerator: Accelerator, output_dir: Path) -> None:
-    """Opens the loggers, with the arguments as the run's settings, and the hub's repository while there is time to mend it."""
-    if args.push_to_hub and accelerator.is_main_process:
-        from huggingface_hub import create_repo
-
-        try:
-            create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True)
-        except Exception as error:  # of the hub, or of whichever HTTP library it uses
-            fail(f"--push_to_hub: no repository could be made, see hf auth login ({' '.join(str(error).split())[:200]})")
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for part in output_dir.glob(".*.part"):
-            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
-    # TensorBoard takes no lists.
-    settings = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
-    accelerator.init_trackers(Path(sys.argv[0]).stem or "train", config=settings)
-
-
-def validate(accelerator, state, pipeline, heldout, prompts, args, output_dir) -> dict[str, np.ndarray]:
-    """Held-out losses, and pictures, of the current weights (the averaged ones with --use_ema)."""
-    parameters = list(trainable_parameters(accelerator.unwrap_model(state.model)).values())
+def validate(accelerator, state, pipeline, heldout, prompts, args):
+    """Measure held-out losses and sample images with the current weights, averaged ones with --use_ema."""
     if state.ema:
-        state.ema.store(parameters)
-        state.ema.copy_to(parameters)
-    with state.whole():
-        losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size, args.compile) if len(heldout) else {}
-        tell_bad_images(accelerator, heldout)
-        if prompts and accelerator.is_main_process:
-            draw_validation(accelerator, pipeline, prompts, args, output_dir / "validation" / f"step-{state.step:06d}.png")
+        state.ema.store(state.parameters.values())
+        state.ema.copy_to(state.parameters.values())
+    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size) if len(heldout) else {}
+    if prompts and accelerator.is_main_process:
+        path = Path(args.output_dir) / "validation" / f"step-{state.step:06d}.png"
+        draw_validation(accelerator, pipeline, prompts, args, path)
     if state.ema:
-        state.ema.restore(parameters)
+        state.ema.restore(state.parameters.values())
     accelerator.wait_for_everyone()
     accelerator.log({f"heldout_{name}": float(values.mean()) for name, values in losses.items()}, step=state.step)
     return losses
 
 
-def train(args, accelerator, state, stream, total_steps, parameters, validate_now, output_dir) -> None:
-    """Runs the optimizer steps that are left."""
-    batches = rank_batches(
-        state.samples_seen, (total_steps - state.step) * args.gradient_accumulation_steps, args.train_batch_size,
-        accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
-    cuda = accelerator.device.type == "cuda"
-    workers = args.dataloader_num_workers if args.dataloader_num_workers is not None else (4 if cuda else 0)
-    loader = iter(torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals))
-    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    state.model.train()
-    # Sums of the losses and of the gradients' norms, which also say whether all of them were finite.
-    running, counted, stop = torch.tensor([state.loss_sum, state.norm_sum], device=accelerator.device), state.counted, 0
-    began = window_began = time.perf_counter()
-    bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=not accelerator.is_main_process, smoothing=0.05)
-    with bar as progress, StopVote() as vote:
-        while state.step < total_steps:
-            for micro in range(args.gradient_accumulation_steps):
-                # Dropout, where a method has any, draws from here: resuming needs no saved random state.
-                torch.manual_seed(stream_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
-                batch = next(loader)
-                stream.bad.update(i for i in batch.pop("skipped", torch.empty(0)).tolist() if i >= 0)
-                batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-                with accelerator.accumulate(state.model):
-                    batch_loss = state.model(batch)["loss"].mean()
-                    accelerator.backward(batch_loss)
-                    if accelerator.sync_gradients:
-                        # Without a limit the norm is only looked at; a scaler leaves out steps whose norm is infinite.
-                        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-                        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-                        running[1] += 0.0 if accelerator.scaler else norm * args.gradient_accumulation_steps
-                    state.optimizer.step()
-                    state.optimizer.zero_grad()
-                running[0] += batch_loss.detach()
-                counted += 1
-            state.lr_scheduler.step()
-            if state.ema:
-                state.ema.step(parameters)
-            state.step += 1
-            state.samples_seen += global_batch
-            progress.update()
-
-            stop = vote.passed()
-            last = state.step == total_steps
-            # The last one too: what is killed while it saves its results goes on from there.
-            checkpoint = stop or (args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or last))
-            validation = args.validation_steps and state.step % args.validation_steps == 0 and not last
-            logging_step = state.step % args.logging_steps == 0 or last
-            if logging_step or checkpoint:
-                state.loss_sum, state.norm_sum, state.counted = *accelerator.reduce(running, "mean").tolist(), counted
-                window_loss, norm = state.loss_sum / counted, state.norm_sum / counted
-                if accelerator.scaler and accelerator.scaler.get_scale() < SMALLEST_SCALE:
-                    norm = math.inf
-                if not math.isfinite(window_loss + norm):
-                    progress.clear()
-                    stop_diverged(window_loss, norm, state, output_dir)
-                tell_bad_images(accelerator, stream)
-            if logging_step:
-                state.train_loss, now = window_loss, time.perf_counter()
-                rate = counted * args.train_batch_size * accelerator.num_processes / (now - window_began)
-                learning_rate = state.lr_scheduler.get_last_lr()[0]
-                progress.set_postfix_str(f"loss {window_loss:.4f}, lr {learning_rate:.1e}, {rate:.3g} images/s")
-                accelerator.log({"loss": window_loss, "gradient_norm": norm, "lr": learning_rate, "images_per_second": rate}, step=state.step)
-                running, counted, window_began = torch.zeros_like(running), 0, now
-                state.loss_sum, state.norm_sum, state.counted = 0.0, 0.0, 0
-            if checkpoint or validation or last:
-                state.seconds += time.perf_counter() - began
-                if checkpoint:
-                    # Or a sentence on a full disk would stand behind the bar.
-                    progress.clear()
-                    save_checkpoint(accelerator, state, output_dir, args.checkpoints_total_limit)
-                    accelerator.wait_for_everyone()
-                if stop:
-                    break
-                if validation:
-                    validate_now()
-                    state.model.train()
-                began = window_began = time.perf_counter()
-    if stop and state.step < total_steps:
-        stop_run(accelerator, state, stop)
+def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
+    """Return one row of the form that all result files share; low and high are the 95% interval."""
+    row = {"metric": metric, "label": label, "value": value, "low": low, "high": high}
+    return row | {"n": n, "floor": floor, "note": note}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Results
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def print_plan(args, accelerator, data: TrainingData, trainable, totals, total_steps, cached, output_dir, checkpoint) -> None:
-    """What the run is about to do, before it does it. Main process only."""
-    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    left_out = [f"{count:,} {reason}" for reason, count in data.left_out.items() if count]
-    lines = {
-        "data": f"{data.source}, {data.rows:,} rows; left out: {', '.join(left_out) or 'none'}",
-        "train": f"{len(data.train):,} images of {data.train['patient'].nunique():,} patients, {data.train['prompt'].nunique():,} captions, {args.resize_mode} to {args.resolution}x{args.resolution}",
-        "held out": f"{len(data.heldout):,} images of {data.heldout['patient'].nunique():,} patients",
-        "base": args.pretrained_model_name_or_path,
-        "trains": "; ".join(f"{name} {count:,} of {totals[name]:,} parameters" for name, count in trainable.items()),
-        "steps": f"{total_steps:,} of {global_batch} images ({args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated), {total_steps * global_batch / len(data.train):.1f} epochs",
-        "cached": "; ".join(cached) or "nothing",
-        "device": f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}",
-        "output": str(output_dir) + (f", going on from {checkpoint}" if checkpoint else ""),
-    }
-    notes = list(data.notes)
-    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
-        notes.append("one process only: accelerate launch --cpu starts no more, while --multi_gpu does, on the CPU too")
-    print("\n".join([*(f"{name:>9}  {text}" for name, text in lines.items()), *(f"{'warning':>9}  {note}" for note in notes)]), flush=True)
-
-
-def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None) -> dict:
-    """One row of the form that all results share; a value that could not be computed is null with a note."""
-    return {"metric": metric, "label": label, "value": value, "low": low, "high": high, "n": n, "floor": floor, "note": note}
-
-
-def count_rows(part: str, table: pd.DataFrame, uncertain: str) -> list[dict]:
-    """The paper's Table 2 for one part of the data: its images, and those with each finding."""
-    positive = table.reindex(columns=[name for name in LABELS if name in table]).isin([1.0, -1.0] if uncertain == "ones" else [1.0]).sum()
-    by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in positive.items()]
+def count_rows(part, table, uncertain):
+    """Return the paper's Table 2 for one part of the data: the number of its images, and of those with each label."""
+    counts = positive_labels(table, [label for label in LABELS if label in table], uncertain).sum()
+    by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
 
 
-def mean_row(metric: str, values: np.ndarray | None, note: str) -> dict:
-    """A mean with its 95% normal interval."""
-    if values is None or not len(values):
-        return result_row(metric, None, note="no held-out images")
-    mean = float(values.mean())
-    if len(values) == 1:
-        return result_row(metric, mean, n=1, note=note)
-    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return result_row(metric, mean, low=mean - half, high=mean + half, n=len(values), note=note)
-
-
-def heldout_rows(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> list[dict]:
-    """Held-out losses at the start and the end, and the change image by image."""
-    fixed, rows = "fixed timesteps and noise", []
-    for name in before or ["diffusion"]:
-        rows.append(mean_row(f"heldout_{name}_start", before.get(name), f"{fixed}; the base model"))
-        rows.append(mean_row(f"heldout_{name}", after.get(name), fixed))
-        rows.append(mean_row(f"heldout_{name}_change", after[name] - before[name] if before else None, f"{fixed}; paired by image"))
+def heldout_rows(before, after):
+    """Return held-out losses at the start and the end, and their change image by image, with 95% normal intervals."""
+    if not before:
+        return [result_row("heldout_diffusion", None, note="no held-out images")]
+    rows = []
+    for name in before:
+        figures = {"_start": before[name], "": after[name], "_change": after[name] - before[name]}
+        for suffix, values in figures.items():
+            mean, n = float(values.mean()), len(values)
+            half = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+            interval = {"low": mean - half, "high": mean + half}
+            rows.append(result_row(f"heldout_{name}{suffix}", mean, n=n, **interval, note="fixed timesteps and noise"))
     return rows
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU, or resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # In kilobytes, but on macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def write_text(path, text):
+    """Write to a temporary file, then rename it atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames into place."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def move_into(folder: Path, output_dir: Path) -> None:
-    """Moves a folder's entries into the run folder, the index last: a reader who finds it finds everything it names."""
-    for entry in sorted(folder.iterdir(), key=lambda p: p.name == "model_index.json"):
-        target = output_dir / entry.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(entry, target)
-    folder.rmdir()
-
-
-def model_card(args, summary: dict, usage: str) -> str:
-    """The run's README.md, with the front matter that the hub reads."""
-    base = args.pretrained_model_name_or_path
-    shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith("images_")]
-    rows = [f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in shown]
-    return "\n".join([
-        "---", *([f"base_model: {base}"] if not Path(base).exists() else []), "library_name: diffusers",
-        "tags: [text-to-image, stable-diffusion, chest-x-ray, medical-imaging]", "inference: false", "---", "",
-        f"# {summary['method']}: Stable Diffusion fine-tuned on chest radiographs", "",
-        f"Base model `{Path(base).name if Path(base).exists() else base}`; trained parameters: "
-        + ", ".join(f"{name} {count:,}" for name, count in summary["trainable_parameters"].items())
-        + f"; {summary['images']:,} images, {summary['steps']:,} steps of {summary['global_batch_size']}, {args.resolution}x{args.resolution} pixels.",
-        "", "```python", usage, "```", "", f'Prompts: "{args.prompt_template.replace("{}", "Cardiomegaly, Pleural Effusion")}".', "",
-        "| metric | value | n |", "|---|---|---|", *rows, "",
-        "For research only. The images are synthetic: they show no patient and must not be used for diagnosis. The terms of the",
-        "training data and of the base model apply.", "",
-    ])  # fmt: skip
-
-
-def reload_base(args: argparse.Namespace, hashes: dict[str, str]) -> StableDiffusionPipeline:
-    """The base model once more, in float32; ends with exit status 2 if it has changed since the run began."""
-    pipeline = load_base_pipeline(args)
-    if any(fingerprint(getattr(pipeline, part)) != value for part, value in hashes.items()):
-        fail(f"{args.pretrained_model_name_or_path} has changed since this run began; put it back and go on with --resume_from_checkpoint latest")
-    return pipeline
-
-
-def save_full(args: argparse.Namespace, weights: dict[str, torch.Tensor], hashes: dict[str, str], output_dir: Path) -> None:
-    """Saves a complete pipeline: the base model's own weights in float32, with what was trained put in."""
-    pipeline = reload_base(args, hashes)
-    for component in {name.split(".")[0] for name in weights}:
-        part = {name.removeprefix(f"{component}."): tensor for name, tensor in weights.items() if name.startswith(f"{component}.")}
-        getattr(pipeline, component).load_state_dict(part, strict=True)
-    pipeline.save_pretrained(output_dir / ".pipeline.part")
-    move_into(output_dir / ".pipeline.part", output_dir)
-
-
-def finish_run(args, accelerator, state, data, summary, usage, output_dir) -> None:
-    """Writes the model card and the summary, last of all, and uploads the run if asked to. Main process only."""
-    summary = {
-        **summary,
+def summarize(accelerator, args, state, data, losses):
+    """Return the contents of training_summary.json."""
+    trainable, cuda = Counter(), accelerator.device.type == "cuda"
+    for name, parameter in state.parameters.items():
+        trainable[name.split(".")[0]] += parameter.numel()
+    # ru_maxrss is in KiB, on macOS in bytes.
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if cuda else resident
+    seconds_per_epoch = state.seconds * len(data.train) / state.samples_seen
+    shared = ("method", "resolution", "resize_mode", "uncertain", "prompt_template")
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {
+        "script": Path(__file__).name,
         "base_model": args.pretrained_model_name_or_path,
-        "identity": state.identity,
+        **{name: getattr(args, name) for name in shared},
+        **{name: getattr(data, name) for name in ("source", "rows", "left_out", "notes")},
         "images": len(data.train),
         "patients": data.train["patient"].nunique(),
         "heldout_images": len(data.heldout),
-        "rows": data.rows,
-        "left_out": data.left_out,
-        "notes": data.notes,
         "steps": state.step,
         "epochs": state.samples_seen / len(data.train),
         "global_batch_size": state.identity["global_batch_size"],
         "num_processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "mixed_precision": accelerator.mixed_precision,
-        "resolution": args.resolution,
-        "resize_mode": args.resize_mode,
-        "uncertain": args.uncertain,
-        "prompt_template": args.prompt_template,
+        "trainable_parameters": dict(trainable),
+        "identity": state.identity,
         "arguments": vars(args),
-        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")},
-    }  # fmt: skip
-    seconds = state.seconds * len(data.train) / state.samples_seen
-    summary["results"] = [
-        *(result_row("trainable_parameters", n, label=name) for name, n in summary["trainable_parameters"].items()),
-        result_row("seconds_per_epoch", seconds, n=len(data.train), note="training steps only"),
-        result_row("seconds", state.seconds, note="training steps only, interruptions included"),
-        result_row("peak_memory_gib", peak_memory(accelerator.device) / 2**30, note=f"main process, {accelerator.device.type}"),
-        *summary["results"],
-        *data.counts,
-    ]
-    write_text(output_dir / "README.md", model_card(args, summary, usage))
-    write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")
-    if args.push_to_hub:
-        from huggingface_hub import create_repo, upload_folder
-
-        try:
-            repo = create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True)
-            upload_folder(repo_id=repo.repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", "logs/*", ".*"])
-        except Exception as error:  # of the hub, or of whichever HTTP library it uses
-            fail(f"the run is complete in {output_dir}, but was not uploaded; use hf upload ({' '.join(str(error).split())[:200]})")
+        "versions": {name: version(name) for name in packages},
+        "results": [
+            *(result_row("trainable_parameters", count, label=name) for name, count in trainable.items()),
+            result_row("seconds_per_epoch", seconds_per_epoch, n=len(data.train), note="training steps only"),
+            result_row("seconds", state.seconds, note="training steps only, summed over resumed runs"),
+            result_row("peak_memory_gib", memory / 2**30, note=f"main process, {accelerator.device.type}"),
+            result_row("train_loss", state.train_loss, note="mean since the previous logging step"),
+            *heldout_rows(*losses),
+            *count_rows("train", data.train, args.uncertain),
+            *data.val_counts,
+        ],
+    }
 
 
-def check_replicas(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Stops the run if the processes' weights have drifted apart, which no process could see by itself."""
-    digest = hashlib.sha256()
-    for parameter in parameters.values():
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    digests = gather_object([digest.hexdigest()])
-    if len(set(digests)) > 1:
-        raise RuntimeError(f"the {len(digests)} processes ended with different weights: {digests}")
+def model_card(args, summary, usage):
+    """Return the run's model card, with the front matter that the hub reads."""
+    base = args.pretrained_model_name_or_path
+    tags = ["text-to-image", "stable-diffusion", "chest-x-ray", "medical-imaging"]
+    data = ModelCardData(base_model=None if os.path.exists(base) else base, library_name="diffusers", tags=tags)
+    trained = ", ".join(f"{name} {count:,}" for name, count in summary["trainable_parameters"].items())
+    shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith("images_")]
+    table = "\n".join(f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in shown)
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+# {summary["method"]}: Stable Diffusion fine-tuned on chest radiographs
+
+Base model `{base}`; trained parameters: {trained}; {summary["images"]:,} images, {summary["steps"]:,} steps of
+{summary["global_batch_size"]}, {args.resolution}x{args.resolution} pixels.
+
+```python
+{usage}
+```
+
+Prompts: "{args.prompt_template.replace("{}", "Cardiomegaly, Pleural Effusion")}".
+
+| metric | value | n |
+|---|---|---|
+{table}
+
+For research only. The images are synthetic: they show no patient and must not be used for diagnosis. The terms of the
+training data and of the base model apply.
+""")
 
 
-@plain_errors("lower --train_batch_size and raise --gradient_accumulation_steps by as much, or pass --gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam, a smaller --resolution or, on several GPUs, --fsdp")
-def main(args: argparse.Namespace) -> None:
-    name = run_name(args)
-    output_dir = Path(args.output_dir or Path("runs") / name)
-    data = load_training_data(args)
-    checkpoint = find_checkpoint(args, output_dir, data.notes)
-    accelerator = make_accelerator(args, output_dir)
-    if args.fsdp and (accelerator.num_processes == 1 or accelerator.scaler):
-        fail("--fsdp needs several processes (launch/accelerate/), and --mixed_precision bf16 or no")
-    skip = args.on_bad_image == "skip"
-    drop_images(data, check_images(accelerator, [*data.train["image"], *data.heldout["image"]], skip))
+def save_folder(pipeline, folder):
+    """Save a pipeline to a temporary folder and move its parts into place, the index last."""
+    temporary = folder / ".pipeline.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.save_pretrained(temporary)
+    for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
+        shutil.rmtree(folder / entry.name, ignore_errors=True)
+        os.replace(entry, folder / entry.name)
+    temporary.rmdir()
 
+
+def save_model(args, state, pipeline):
+    """Save a complete pipeline: the base model in float32, loaded again, with what was trained."""
     pipeline = load_base_pipeline(args)
-    hashes = fingerprint_components(accelerator, pipeline)
-    totals = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in ("unet", "text_encoder", "vae")}
-    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / global_batch)
-    identity = {"method": name, "vae_loss": args.vae_loss, "use_8bit_adam": args.use_8bit_adam, "use_ema": args.use_ema}
-    identity |= run_identity(args, data, hashes, global_batch)
-    if checkpoint:
-        data.notes += check_identity(checkpoint, identity, total_steps)
+    for name, parameter in state.parameters.items():
+        component, name = name.split(".", 1)
+        getattr(pipeline, component).get_parameter(name).data.copy_(parameter)
+    save_folder(pipeline, Path(args.output_dir))
 
-    groups = select_components(args, pipeline)
-    anchored = args.train_vae and args.vae_loss == "anchored"
-    stream, heldout, cached = prepare_streams(
-        args, accelerator, pipeline, data, hashes, output_dir, use_pixels=args.train_vae,
-        use_moments=anchored or not args.train_vae, use_embeddings=not args.train_text_encoder,
-    )  # fmt: skip
 
-    for part in (stream, heldout):
-        part.skip_bad = skip and (part.moments is None or part.with_pixels)
+def usage_example(args, model):
+    """Return the Python that loads the run from `model`, a folder or a hub repository."""
+    return f"""from diffusers import StableDiffusionPipeline
 
-    model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
-    if args.fsdp:
-        shard_components(accelerator, model)
-        # Sharding puts other parameters in the place of the whole ones.
-        groups = select_components(args, pipeline)
-    parameters = trainable_parameters(model)
-    optimizer = make_optimizer(args, groups, accelerator.device)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps)
-    # What is sharded already is not wrapped in DDP, as for an evaluation.
-    model, optimizer = accelerator.prepare_model(model, evaluation_mode=args.fsdp), accelerator.prepare_optimizer(optimizer)
-    ema = EMAModel(parameters.values(), decay=args.ema_decay) if args.use_ema else None
-    whole = functools.partial(whole_weights, model) if args.fsdp else contextlib.nullcontext
-    state = TrainState(model, optimizer, lr_scheduler, ema, identity, whole)
+pipe = StableDiffusionPipeline.from_pretrained("{model}", safety_checker=None)"""
 
-    trainable = count_parameters(parameters)
+
+def finish_run(accelerator, args, state, data, losses, repo_id):
+    """Write the model card and, last of all, the summary; upload the run with --push_to_hub."""
+    output_dir = Path(args.output_dir)
+    summary = summarize(accelerator, args, state, data, losses)
+    model_card(args, summary, usage_example(args, repo_id or args.output_dir)).save(output_dir / "README.md")
+    write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")
+    if repo_id:
+        upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", "logs/*", ".*"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(args):
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    accelerator = Accelerator(
+        # Otherwise processes that torchrun starts on a machine without a GPU would each train for themselves.
+        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        # A plugin, since accelerate's config or environment overrides a plain number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        fail("only data parallelism is supported; launch/accelerate/ has configurations")
+    return accelerator
+
+
+def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
+    """Print what the run is about to do, with all warnings."""
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items() if count)
+    size, world = state.identity["global_batch_size"], accelerator.num_processes
+    layout = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
+    train, epochs = data.train, max_train_steps * size / len(data.train)
+    lines = [
+        ("data", f"{data.source}, {data.rows:,} rows; left out: {left_out or 'none'}"),
+        ("train", f"{len(train):,} images, {train['patient'].nunique():,} patients"),
+        ("captions", f"{train['prompt'].nunique():,}, such as {train['prompt'].iloc[0]!r}"),
+        ("held out", f"{len(data.heldout):,} images, {data.heldout['patient'].nunique():,} patients"),
+        ("method", f"{args.method}, {sum(p.numel() for p in state.parameters.values()):,} trainable parameters"),
+        ("steps", f"{max_train_steps:,} of {size} images ({layout}), {epochs:.1f} epochs"),
+        ("device", f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"),
+        ("output", f"{args.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}"),
+        *(("warning", note) for note in data.notes),
+    ]
+    print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
+
+
+def start_run(accelerator, args, checkpoint):
+    """Prepare the output folder, the hub repository and the trackers. Return the repository's id, or None."""
+    repo_id, output_dir = None, Path(args.output_dir)
     if accelerator.is_main_process:
-        print_plan(args, accelerator, data, trainable, totals, total_steps, cached, output_dir, checkpoint)
-        if args.overwrite_output_dir and not checkpoint:
-            clear_run(output_dir)
-    start_reporting(args, accelerator, output_dir)
-    prompts = validation_prompts(args, data)
-    validate_now = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args, output_dir)
-    # Before a checkpoint is loaded: this is the base model.
-    before = validate_now()
+        resumes_here = checkpoint and checkpoint.resolve().parent == output_dir.resolve()
+        if args.overwrite_output_dir and not resumes_here:
+            for path in (output_dir / name for name in RUN_FILES):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for folder in list_checkpoints(output_dir):
+                remove_checkpoint(folder)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if args.push_to_hub:  # before training, when a missing login costs nothing
+            repo_id = create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True).repo_id
+    settings = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in vars(args).items()}
+    accelerator.init_trackers(Path(__file__).stem, config=settings)
+    return repo_id
+
+
+def stop_on_signals(accelerator):
+    """Let SIGTERM, SIGUSR1 and Ctrl-C stop training after a checkpoint; a second Ctrl-C stops at once."""
+
+    def request_stop(number, frame):
+        accelerator.set_trigger()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, request_stop)
+
+
+def ignore_signals(worker):
+    """Leave stop signals, which may be sent to the whole job, to the training process."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def iterate_batches(accelerator, stream, args, first_sample, num_batches):
+    """Yield this process's part of each micro-batch of the stream, on the device."""
+    batch_size, rank, world = args.train_batch_size, accelerator.process_index, accelerator.num_processes
+    starts = (first_sample + (batch * world + rank) * batch_size for batch in range(num_batches))
+    cuda, workers = accelerator.device.type == "cuda", args.dataloader_num_workers
+    loader = torch.utils.data.DataLoader(
+        stream,
+        batch_sampler=[range(start, start + batch_size) for start in starts],
+        num_workers=(4 if cuda else 0) if workers is None else workers,
+        pin_memory=cuda,
+        worker_init_fn=ignore_signals,
+    )
+    for batch in loader:
+        yield {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+
+
+def train(accelerator, state, stream, max_train_steps, run_validation, args):
+    """Run the remaining optimizer steps. Return whether a signal stopped the run (after writing a checkpoint)."""
+    accumulation, parameters = args.gradient_accumulation_steps, list(state.parameters.values())
+    global_batch_size = state.identity["global_batch_size"]
+    num_batches = (max_train_steps - state.step) * accumulation
+    batches = iterate_batches(accelerator, stream, args, state.samples_seen, num_batches)
+    quiet = not accelerator.is_main_process
+    bar = tqdm(desc="training", total=max_train_steps, initial=state.step, unit="step", disable=quiet)
+    # Losses and gradient norms are summed on the device. Reading them forces a synchronization: at logging steps only.
+    sums, count = torch.zeros(2, device=accelerator.device), 0
+    began = window_began = time.perf_counter()
+    state.model.train()
+    while state.step < max_train_steps:
+        for micro in range(accumulation):
+            batch = next(batches)  # the first call draws from the global generator, so seed after it
+            # Dropout draws from it too. Seeding every micro-batch means that resuming needs no saved random state.
+            torch.manual_seed(keyed_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
+            with accelerator.accumulate(state.model):
+                loss = state.model(batch)["loss"].mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                    # A gradient scaler skips steps with an infinite norm.
+                    sums[1] += norm.nan_to_num(0.0, 0.0, 0.0) if accelerator.scaler else norm
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+            sums[0] += loss.detach() / accumulation
+        state.lr_scheduler.step()
+        if state.ema:
+            state.ema.step(parameters)
+        state.step, state.samples_seen, count = state.step + 1, state.samples_seen + global_batch_size, count + 1
+        bar.update()
+
+        last, stopped = state.step == max_train_steps, False
+        checkpointing = args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or last)
+        validating = args.validation_steps and state.step % args.validation_steps == 0 and not last
+        if state.step % args.logging_steps == 0 or checkpointing or validating or last:
+            stopped = accelerator.check_trigger()
+            state.train_loss, norm = (accelerator.reduce(sums, "mean") / count).tolist()
+            # A scale this small has been halved at every step, because no gradient was finite.
+            overflowing = accelerator.scaler and accelerator.scaler.get_scale() < 1e-4
+            if overflowing or not math.isfinite(state.train_loss + norm):
+                bar.close()
+                accelerator.end_training()
+                remedies = "--lr_scheduler constant_with_warmup, --max_grad_norm, --snr_gamma or --mixed_precision no"
+                found = f"loss {state.train_loss:.3g}, gradient norm {norm:.3g}"
+                fail(f"diverged by step {state.step:,} ({found}); try a lower learning rate, {remedies}")
+            rate = count * global_batch_size / (time.perf_counter() - window_began)
+            logs = {"loss": state.train_loss, "gradient_norm": norm, "lr": state.lr_scheduler.get_last_lr()[0]}
+            bar.set_postfix_str(f"loss {state.train_loss:.4f}, lr {logs['lr']:.1e}, {rate:.3g} images/s")
+            accelerator.log(logs | {"images_per_second": rate}, step=state.step)
+            sums, count, window_began = torch.zeros_like(sums), 0, time.perf_counter()
+        if checkpointing or validating or stopped or last:
+            state.seconds += time.perf_counter() - began
+            if (checkpointing or stopped) and accelerator.is_main_process:
+                save_checkpoint(accelerator, state, args)
+            accelerator.wait_for_everyone()
+            if stopped and not last:
+                break
+            if validating:
+                run_validation()
+                state.model.train()
+            began = window_began = time.perf_counter()
+    bar.close()
+    return state.step < max_train_steps
+
+
+def main(args):
+    accelerator = make_accelerator(args)
+    data = load_training_data(args)
+    checkpoint = find_checkpoint(args)
+    pipeline = load_base_pipeline(args)
+    hashes = {name: fingerprint(getattr(pipeline, name)) for name in ("unet", "text_encoder", "vae")}
+    stream, heldout = prepare_streams(accelerator, pipeline, data, args, hashes["vae"])
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / global_batch_size)
+    identity = run_identity(args, data, hashes, global_batch_size, max_train_steps)
+    identity["mixed_precision"] = accelerator.mixed_precision
     if checkpoint:
-        load_checkpoint(accelerator, state, checkpoint, output_dir)
-    train(args, accelerator, state, stream, total_steps, list(parameters.values()), validate_now, output_dir)
+        data.notes += check_identity(checkpoint, identity, max_train_steps)
+
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, after the latents were cached with PyTorch's default
+    model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(args, parameter_groups(args, parameters))
+    schedule = {"num_cycles": args.lr_num_cycles, "power": args.lr_power, "num_training_steps": max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, **schedule)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(parameters.values(), decay=args.ema_decay) if args.use_ema else None
+    state = TrainState(model, parameters, optimizer, lr_scheduler, ema, identity)
+
+    if accelerator.is_main_process:
+        print_plan(accelerator, args, state, data, max_train_steps, checkpoint)
+    repo_id = start_run(accelerator, args, checkpoint)
+    frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
+    prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
+    run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
+    before = run_validation()  # of the base model, so before a checkpoint is loaded
+    if checkpoint:
+        load_checkpoint(accelerator, state, checkpoint, args)
+    stop_on_signals(accelerator)
+    if train(accelerator, state, stream, max_train_steps, run_validation, args):
+        accelerator.end_training()
+        accelerator.print(f"stopped after step {state.step:,}; continue with --resume_from_checkpoint latest")
+        sys.exit(EXIT_PREEMPTED)
 
     if ema:
         ema.copy_to(parameters.values())
-    if not args.fsdp:
-        check_replicas(parameters)
-    after = validate_now()
-    data.left_out["unreadable later, replaced by the next"] = len(stream.told) + len(heldout.told)
-    weights = gather(accelerator, parameters)
+    after = run_validation()
     if accelerator.is_main_process:
-        save_full(args, weights, hashes, output_dir)
-        usage = f'from diffusers import StableDiffusionPipeline\n\npipe = StableDiffusionPipeline.from_pretrained("{output_dir}", safety_checker=None)'
-        rows = [result_row("train_loss", state.train_loss, note="mean of the last logging window"), *heldout_rows(before, after)]
-        summary = {"script": "train_full.py", "method": name, "trainable_parameters": trainable, "results": rows}
-        finish_run(args, accelerator, state, data, summary, usage, output_dir)
+        save_model(args, state, pipeline)
+        finish_run(accelerator, args, state, data, (before, after), repo_id)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    arguments = parse_args()
+    try:
+        main(arguments)
+    except torch.OutOfMemoryError as error:
+        smaller = "lower --train_batch_size and raise --gradient_accumulation_steps, or pass --gradient_checkpointing"
+        fail(f"{error}; {smaller}, --mixed_precision bf16, --use_8bit_adam or a smaller --resolution")
