@@ -1,20 +1,18 @@
-# Sourced by the demo and the tests.
+# Sourced by launch/demo.sh and tests/run.sh.
 
-# Makes .venv, unless a virtual environment is active already, and installs the requirement files named.
+# Activate .venv, made if missing, unless a virtual environment is active; install the requirement files given.
 use_environment() {
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     source .venv/bin/activate
   fi
-  unset PYTHONDONTWRITEBYTECODE
   local requirements installed
   for requirements in "$@"; do
-    # A copy of the list is left in the environment, so that an unchanged list costs nothing the next time.
+    # A copy of the file in the environment shows that it has been installed.
     installed=$VIRTUAL_ENV/installed-${requirements//\//-}
     if ! cmp -s "$requirements" "$installed"; then
       echo "installing $requirements into $VIRTUAL_ENV (once, some minutes)"
-      # Python compiles a module when it is first imported, which most of these never are, and keeps it if it may.
-      python -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
+      python -m pip install --quiet --disable-pip-version-check -r "$requirements"
       cp "$requirements" "$installed"
     fi
   done

@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# The whole study: every row of the paper's Table 1 is trained, sampled from and judged (Tables 3 and 4); then the report.
+# Run the whole study: train every row of the paper's Table 1, sample from each, evaluate (Tables 3 and 4), and report.
 #   bash launch/sweep.sh
 #   METHODS="lora bitfit" STUDY=study/small RESOLUTION=256 bash launch/sweep.sh --max_train_steps 2000
 #   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=/data/xrays bash launch/sweep.sh
 #   BUDGET=authors bash launch/sweep.sh
-# Finished steps are skipped and an interrupted one goes on. Flags are passed on to the training scripts. Relative paths start
-# from the repository's folder.
+# Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. Every variable below can
+# be set from outside. Relative paths start from the repository's folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Folder of the results, base model, and rows to run.
 STUDY=${STUDY:-study}
 MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
 ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder lora dora bitfit difffit"
 METHODS=(${METHODS-$ALL_METHODS})
-# How many processes work together, and how a script is started with them; left to itself accelerate takes every GPU, which
-# would change the number of images a step.
+# Number of processes, and the command that starts a script with them. By default accelerate would take every GPU, which would
+# change the number of images per step.
 PROCESSES=${PROCESSES:-1}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes $PROCESSES}
 
-# One table, split by patient here; or ready-made tables, used whole.
+# One table, split by patient here; or with TEST_CSV three ready-made tables, used in full.
 TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv} # or CheXpert-v1.0-small/train.csv
 VALIDATION_CSV=${VALIDATION_CSV:-}
 TEST_CSV=${TEST_CSV:-}
 IMAGE_ROOT=${IMAGE_ROOT:-}
 IFS=, read -ra LABELS <<<"${LABELS:-Cardiomegaly,Lung Opacity,Edema,No Finding,Pneumothorax,Pleural Effusion}"
-# What all scripts must agree on.
+# Settings that all scripts must agree on.
 SPLIT_SEED=${SPLIT_SEED:-0}
 UNCERTAIN=${UNCERTAIN:-ignore}
 PROMPT_TEMPLATE=${PROMPT_TEMPLATE:-Chest X-ray of a subject with {\}}
 
-# The paper's recipe. What its text leaves open is from its authors' code.
+# The paper's recipe; what its text leaves open is from its authors' code.
 RESOLUTION=${RESOLUTION:-512}
 RESIZE_MODE=${RESIZE_MODE:-squash}
 TRAIN_IMAGES=${TRAIN_IMAGES:-20000}
@@ -40,12 +41,10 @@ declare -A RATE=(
 )
 OPTIMIZER=(--lr_scheduler constant --adam_beta1 0.9 --adam_beta2 0.999 --adam_weight_decay 1e-2 --adam_epsilon 1e-8 --max_grad_norm 1.0)
 ADAPTER=(--rank 8 --lora_alpha 16 --lora_dropout 0)
-# `joint` is the paper's; why it is not the default stands in the README.
-VAE_LOSS=${VAE_LOSS:-anchored}
-# The paper's is fp16. bf16 has its range and needs no loss scaling; `no` on a CPU.
-MIXED_PRECISION=${MIXED_PRECISION:-bf16}
-# equal: 64 images a step in every row, the paper's 4 GPUs x batch 4 x 4 accumulated; so the same number of steps.
-# authors: the PEFT rows with batches of 8, as in the authors' code, hence half as many steps of twice the images.
+VAE_LOSS=${VAE_LOSS:-anchored} # joint is the paper's; the README says why it is not the default
+MIXED_PRECISION=${MIXED_PRECISION:-bf16} # the paper's is fp16; bf16 needs no loss scaling; no on a CPU
+# equal: GLOBAL_BATCH images per step in every row (the paper's 4 GPUs x batch 4 x 4 accumulated), so equal numbers of steps.
+# authors: the PEFT rows with twice the batch and half the steps, as in the authors' code.
 BUDGET=${BUDGET:-equal}
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}
 BATCH=${BATCH:-4}
@@ -54,7 +53,7 @@ SAMPLE_FLAGS=(${SAMPLE_FLAGS:---images_per_label 5000 --num_inference_steps 50 -
 EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
 REPORT_TITLE=${REPORT_TITLE:-}
-# JUDGE=no trains the rows and samples from them, and leaves the base model and all judging to a later call; REPORT=no leaves the report.
+# JUDGE=no trains and samples the rows only; base model and evaluations are left to a later call. REPORT=no skips the report.
 JUDGE=${JUDGE:-yes}
 REPORT=${REPORT:-yes}
 
@@ -63,23 +62,22 @@ refuse() {
   exit 2
 }
 
-# What can be known before the first hour is said before it.
+# Check now what would otherwise fail after hours.
 for table in "$TRAIN_CSV" ${TEST_CSV:+"$TEST_CSV" "$VALIDATION_CSV"}; do
   [ -f "$table" ] || refuse "no table '$table'; set TRAIN_CSV (with TEST_CSV also VALIDATION_CSV), or try bash launch/demo.sh"
 done
 for row in "${METHODS[@]}"; do
-  [[ " $ALL_METHODS " == *" $row "* ]] || refuse "METHODS: '$row' is none of $ALL_METHODS"
+  [[ " $ALL_METHODS " == *" $row "* ]] || refuse "METHODS: '$row' is not one of $ALL_METHODS"
 done
-[ -z "$VALIDATION_CSV" ] || [ -n "$TEST_CSV" ] || refuse "VALIDATION_CSV is set and TEST_CSV is not; set both, for three ready-made tables, or none"
+[ -z "$VALIDATION_CSV" ] || [ -n "$TEST_CSV" ] || refuse "VALIDATION_CSV is set and TEST_CSV is not; set both, for three ready-made tables, or neither"
 [[ $BUDGET == equal || $BUDGET == authors ]] || refuse "BUDGET=$BUDGET is neither equal nor authors"
 ((GLOBAL_BATCH % (BATCH * PROCESSES) == 0)) ||
-  refuse "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
+  refuse "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
 for flag in "$@"; do
   case $flag in
     --split_seed* | --uncertain* | --prompt_template* | --resolution* | --max_train_samples* | --data_csv* | --image_root* | --output_dir* | \
-      --split* | --validation_csv* | --dataset_name* | --pretrained_model_name_or_path* | --train_batch_size*)
-      refuse "${flag%%=*} is not for the trainings alone; set the variable at the top of launch/sweep.sh" ;;
-    --resize_mode*) refuse "--resize_mode is not for the trainings alone; set RESIZE_MODE" ;;
+      --split* | --validation_csv* | --dataset_name* | --pretrained_model_name_or_path* | --train_batch_size* | --resize_mode*)
+      refuse "${flag%%=*} must be the same in all scripts; set the variable at the top of launch/sweep.sh instead" ;;
   esac
 done
 
@@ -124,7 +122,7 @@ sample() { # model, name
     "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2"
 }
 
-judge() { # name: of the base or of a row
+evaluate() { # name: base or a row
   unless "evaluations/$1/generation_metrics.json" $LAUNCH eval_generation.py --synthetic "$STUDY/samples/$1" "${compared[@]}" \
     --max_train_samples "$TRAIN_IMAGES" --labels "${LABELS[@]}" --classifier "$STUDY/downstream/real/classifier" \
     --baseline "$STUDY/samples/base" --vae "$MODEL" \
@@ -142,16 +140,16 @@ unless() { # the file that a step writes last, the step
   "${@:2}"
 }
 
-# The base model's samples, which every row is compared with; and a classifier trained on as many real images, which is both
-# what synthetic ones are measured by (Table 4) and what says whether an image shows its prompt (Table 3).
+# The base model's samples, which every row is compared with; and a classifier trained on as many real images: the reference for
+# those trained on synthetic images (Table 4), and the judge of whether an image shows its prompt (Table 3).
 if [ "$JUDGE" != no ]; then
   unless samples/base/metadata.csv sample "$MODEL" base
   unless downstream/real/downstream_metrics.json classify real --synthetic "$STUDY/samples/base" --train_on real
-  judge base
+  evaluate base
 fi
 for row in "${METHODS[@]}"; do
   unless "runs/$row/training_summary.json" train "$row" "$@"
   unless "samples/$row/metadata.csv" sample "$STUDY/runs/$row" "$row"
-  [ "$JUDGE" = no ] || judge "$row"
+  [ "$JUDGE" = no ] || evaluate "$row"
 done
 [ "$REPORT" = no ] || python launch/report.py --study "$STUDY" ${REPORT_TITLE:+--title "$REPORT_TITLE"}

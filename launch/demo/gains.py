@@ -1,59 +1,63 @@
-"""Says of each fine-tuned model whether it beats the base model beyond the intervals, from the study's own figures (of FID,
-beyond the interval of the difference over the same images):
+"""Compare each fine-tuned model of a study with the base model; the last step of launch/demo.sh.
 
     python launch/demo/gains.py --study demo --methods lora dora unet
+
+As in launch/report.py, the 95% interval of a difference comes from the differences draw by draw.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-# The figure, its name, its digits, and the row that has the difference to the base model, where there is one.
+from safetensors.numpy import load_file
+from scipy import stats
+
+# Metric: its name, digits to print, and whether lower is better.
 FIGURES = {
-    "fid": ("FID", 1, "fid_gain"),
-    "class_consistency": ("class consistency, mean of the labels", 2, None),
-    "class_consistency_auroc": ("AUROC of the prompt's head, mean of the labels", 2, None),
+    "fid": ("FID", 1, True),
+    "class_consistency": ("class consistency, mean over the prompts", 2, False),
+    "class_consistency_auroc": ("AUROC of the prompt's head, mean over the prompts", 2, False),
 }
 
 
-def read_figures(study: Path, name: str) -> dict[str, dict]:
-    """The rows of results over all labels, by metric."""
-    summary = json.loads((study / "evaluations" / name / "generation_metrics.json").read_text())
-    return {row["metric"]: row for row in summary["results"] if row["label"] == "all"}
-
-
-def beats(one: dict, base: dict, gain: dict | None) -> bool:
-    """Whether the difference's 95 % interval is above 0, or without one the two intervals lie apart; never without an interval."""
-    if gain:
-        return gain["low"] is not None and gain["low"] > 0
-    return None not in (one["low"], base["high"]) and one["low"] > base["high"]
-
-
-def in_words(row: dict, digits: int) -> str:
-    if None in (row["value"], row["low"], row["high"]):
-        return f"without an interval ({row['note']})"
-    return f"{row['value']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, required=True, help="folder that launch/sweep.sh filled")
     parser.add_argument("--methods", nargs="+", required=True, help="rows to compare with the base model")
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
-    base, missed = read_figures(args.study, "base"), 0
+def read_evaluation(study, name):
+    """Return values and draws over all labels by metric; only metrics that could be computed have draws."""
+    folder = study / "evaluations" / name
+    results = json.loads((folder / "generation_metrics.json").read_text())["results"]
+    draws = load_file(folder / "generation_draws.safetensors")
+    values = {row["metric"]: row["value"] for row in results if row["label"] == "all"}
+    return values, {metric: draws[f"{metric}/all"] for metric in FIGURES if f"{metric}/all" in draws}
+
+
+def main(args):
+    base, base_draws = read_evaluation(args.study, "base")
+    all_better = True
     for method in args.methods:
-        figures = read_figures(args.study, method)
-        for metric, (name, digits, difference) in FIGURES.items():
-            gain = figures[difference] if difference else None
-            beaten = beats(figures[metric], base[metric], gain)
-            missed += not beaten
-            told = [in_words(figures[metric], digits), f"base {in_words(base[metric], digits)}", *([f"difference {in_words(gain, digits)}"] if gain else [])]
-            print(f"{method}: {name} {', '.join(told)}: {'better' if beaten else 'NOT better'} beyond the intervals")
-    if missed:
-        print("not every figure gained: train for longer, with STEPS=2000 and another STUDY")
+        values, draws = read_evaluation(args.study, method)
+        for metric, (name, digits, lower_is_better) in FIGURES.items():
+            if metric not in draws or metric not in base_draws:
+                print(f"{method}: {name} could not be computed")
+                all_better = False
+                continue
+            paired = draws[metric] - base_draws[metric]
+            half = stats.t.ppf(0.975, len(paired) - 1) * paired.std(ddof=1)
+            difference = values[metric] - base[metric]
+            better = difference < -half if lower_is_better else difference > half
+            numbers = (
+                f"{values[metric]:.{digits}f}, base {base[metric]:.{digits}f}, difference {difference:+.{digits}f}"
+            )
+            interval = f"({difference - half:+.{digits}f} to {difference + half:+.{digits}f})"
+            print(f"{method}: {name} {numbers} {interval}: {'better' if better else 'not shown to be better'}")
+            all_better &= better
+    if not all_better:
+        print("not all better; to train longer: STUDY=demo/long STEPS=2000 bash launch/demo.sh")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,25 @@
-#!/usr/bin/env python
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy", "pillow", "scipy", "tqdm"]
 # ///
-"""Draws a chest phantom data set in CheXpert's layout, offline and in half a minute, so the demo needs no download.
+"""Draw a chest phantom data set in CheXpert's layout, offline and in half a minute.
 
     python launch/demo/make_phantoms.py --output_dir data/phantoms
     python launch/demo/make_phantoms.py --output_dir data/phantoms --num_patients 100 --seed 1
 
-Writes <output_dir>/CheXpert-phantom/train.csv and the grayscale JPEGs that it names. The pictures are caricatures of
-radiographs: each finding is drawn so that a small classifier can find it, and nothing about them is medically useful.
+Writes <output_dir>/CheXpert-phantom/train.csv and its grayscale JPEGs. The images are caricatures of radiographs, drawn so
+that a small classifier can see each finding. They have no medical use.
 """
 
 import argparse
 import csv
 import functools
+import itertools
 import json
-import sys
-import tempfile
-from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -30,29 +28,8 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 DATASET_NAME = "CheXpert-phantom"
-LABELS = [
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-]
-HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS]
-
-# CheXpert's hierarchy: a study with one of these is also positive for Lung Opacity.
-OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Lung Lesion", "Atelectasis")
-
-# How often a study that is not normal has each finding. The six that the demo trains and scores on are frequent, the
-# others rare, as in CheXpert. Lung Opacity is here without the studies that get it from the hierarchy.
+# How often an abnormal study has each finding. The six that the demo trains and evaluates on are frequent, the others rare,
+# as in CheXpert. Lung Opacity is counted here without the studies that get it from CheXpert's label hierarchy.
 PREVALENCE = {
     "Enlarged Cardiomediastinum": 0.07,
     "Cardiomegaly": 0.29,
@@ -68,56 +45,37 @@ PREVALENCE = {
     "Fracture": 0.05,
     "Support Devices": 0.12,
 }
+LABELS = ["No Finding", *PREVALENCE]
+# CheXpert's hierarchy: a study with one of these is also positive for Lung Opacity.
+OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Lung Lesion", "Atelectasis")
 NORMAL_RATE = 0.21
+# Studies that are abnormal, with nothing that the 14 labels name.
 UNNAMED_RATE = 0.02
-UNCERTAIN_POSITIVES = {
-    name: 0.08 for name in ("Cardiomegaly", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pleural Effusion")
-}
+# How often the table has -1 (uncertain) for a finding that is present, -1 for one that is absent, and 0 rather than a blank.
+SOMETIMES_UNCERTAIN = ("Cardiomegaly", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pleural Effusion")
+UNCERTAIN_POSITIVE_RATE = 0.08
 UNCERTAIN_NEGATIVE_RATE = 0.01
 EXPLICIT_NEGATIVE_RATE = 0.12
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Anatomy
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """What stays the same in all studies of one patient. Lengths are in half pictures: x and y run from -1 to 1."""
+def random_anatomy(rng, spread=1.0):
+    """Draw what all studies of one patient share. Lengths are in half images: x and y run from -1 to 1.
 
-    width: int
-    height: int
-    rotation: float
-    shift_x: float
-    shift_y: float
-    lung_top: float
-    lung_width: float
-    diaphragm: float
-    dome: float
-    heart: float
-    mediastinum: float
-    rib_spacing: float
-    rib_phase: float
-    ribs: float
-    vessels: float
-    tissue: float
-    exposure: float
-    contrast: float
-    noise: float
-    texture_seed: int
+    `spread` scales the ranges; above 1, patients look unlike those of the data set.
+    """
 
+    def around(center, half_range):
+        return center + spread * half_range * rng.uniform(-1, 1)
 
-def random_anatomy(rng: np.random.Generator, spread: float = 1.0) -> Anatomy:
-    """Draws a patient. A larger `spread` gives wider ranges, for pictures that are not to look like this data set."""
-
-    def around(centre: float, half_range: float) -> float:
-        return centre + spread * half_range * rng.uniform(-1, 1)
-
-    return Anatomy(
-        width=int(rng.integers(136, 153)),
+    return SimpleNamespace(
+        width=int(rng.integers(136, 153)),  # pixels
         height=int(rng.integers(160, 177)),
-        rotation=around(0, 0.05),
+        rotation=around(0, 0.05),  # radians
         shift_x=around(0, 0.04),
         shift_y=around(0, 0.03),
         lung_top=around(-0.80, 0.05),
@@ -138,58 +96,20 @@ def random_anatomy(rng: np.random.Generator, spread: float = 1.0) -> Anatomy:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def grid(anatomy: Anatomy, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The patient's x and y at every pixel, (height, width) each."""
-    height, width = size
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    x, y = x.astype(np.float32), y.astype(np.float32)
-    cos, sin = np.cos(anatomy.rotation), np.sin(anatomy.rotation)
-    return cos * x + sin * y - anatomy.shift_x, cos * y - sin * x - anatomy.shift_y
-
-
-def inside(distance: np.ndarray, softness: float = 0.015) -> np.ndarray:
-    """1 where `distance` is positive, 0 where it is negative, with an edge that does not alias."""
-    return expit(distance / softness)
-
-
-def bump(distance: np.ndarray, width: float) -> np.ndarray:
-    return np.exp(-np.square(distance / width))
-
-
-def cloud(rng: np.random.Generator, size: tuple[int, int], cells: int) -> np.ndarray:
-    """Smooth noise of unit variance with about `cells` cells to a side."""
-    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC))
-
-
-def polyline(x: np.ndarray, y: np.ndarray, points: Collection[tuple[float, float]], width: float) -> np.ndarray:
-    nearest = np.full(x.shape, np.inf, x.dtype)
-    points = list(points)
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        along = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / ((x1 - x0) ** 2 + (y1 - y0) ** 2), 0, 1)
-        nearest = np.minimum(nearest, np.hypot(x - x0 - along * (x1 - x0), y - y0 - along * (y1 - y0)))
-    return bump(nearest, width)
-
-
 @dataclass
 class Lung:
-    """One lung: `air` is 1 inside it; `lateral` runs from 0 at the mediastinum to 1 at the ribs, `depth` from 0 at the
-    apex to 1 at the diaphragm; `x` points outwards on both sides."""
+    """Coordinates of one lung, (height, width) each."""
 
-    air: np.ndarray
-    lateral: np.ndarray
-    depth: np.ndarray
-    x: np.ndarray
+    air: np.ndarray  # 1 inside the lung, 0 outside
+    lateral: np.ndarray  # 0 at the mediastinum, 1 at the ribs
+    depth: np.ndarray  # 0 at the apex, 1 at the diaphragm
+    x: np.ndarray  # points outwards on both sides
 
 
-def make_lung(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, side: int, raised: float) -> Lung:
+def make_lung(anatomy, x, y, side, raised):
+    """Return the lung on one `side` of the image (-1 or 1), its diaphragm `raised` by that much."""
     out = side * x
-    # The liver lifts the right diaphragm, which is on the left of the picture.
+    # The liver lifts the right diaphragm, which is on the left of the image.
     base = anatomy.diaphragm - raised - (0.05 if side < 0 else 0.0)
     dome = base + anatomy.dome * (np.square((out - 0.36) / 0.36) - 0.5)
     depth = (y - anatomy.lung_top) / (base + 0.1 - anatomy.lung_top)
@@ -201,8 +121,45 @@ def make_lung(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, side: int, raised:
     return Lung(inside(edge, 0.012), lateral, depth, out)
 
 
-def rib_cage(anatomy: Anatomy, lung: Lung, y: np.ndarray, step: np.ndarray | float) -> np.ndarray:
-    """Back ribs falling outwards and, fainter, front ribs rising; `step` shifts a broken rib."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grid(anatomy, size=None):
+    """Return the patient's x and y at every pixel, (height, width) each; `size` defaults to the patient's own."""
+    height, width = size or (anatomy.height, anatomy.width)
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    cos, sin = np.cos(anatomy.rotation), np.sin(anatomy.rotation)
+    return cos * x + sin * y - anatomy.shift_x, cos * y - sin * x - anatomy.shift_y
+
+
+def inside(distance, softness=0.015):
+    """Return 1 where `distance` is positive and 0 where it is negative, with an antialiased edge."""
+    return expit(distance / softness)
+
+
+def bump(distance, width):
+    return np.exp(-np.square(distance / width))
+
+
+def cloud(rng, size, cells):
+    """Return smooth noise of unit variance with about `cells` cells to a side."""
+    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+    return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def polyline(x, y, points, width):
+    nearest = np.full(x.shape, np.inf, x.dtype)
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        along = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / ((x1 - x0) ** 2 + (y1 - y0) ** 2), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(x - x0 - along * (x1 - x0), y - y0 - along * (y1 - y0)))
+    return bump(nearest, width)
+
+
+def rib_cage(anatomy, lung, y, step):
+    """Draw back ribs, which fall outwards, and fainter front ribs, which rise; `step` displaces a broken rib."""
     curve = y - 0.30 * lung.x + 0.55 * np.square(lung.x - 0.28) - step
     phase = curve / anatomy.rib_spacing + anatomy.rib_phase
     back = bump(np.abs(phase - np.round(phase)), 0.19)
@@ -211,8 +168,8 @@ def rib_cage(anatomy: Anatomy, lung: Lung, y: np.ndarray, step: np.ndarray | flo
     return back + 0.35 * front
 
 
-def vessel_tree(rng: np.random.Generator, lung: Lung, y: np.ndarray) -> np.ndarray:
-    """Bright spokes that leave the hilum and fade outwards."""
+def vessel_tree(rng, lung, y):
+    """Draw bright spokes that leave the hilum and fade outwards."""
     from_x, from_y = lung.x - 0.13, y - 0.02
     radius, angle = np.hypot(from_x, from_y), np.arctan2(from_y, from_x)
     spokes = np.sort(rng.uniform(-1.9, 1.9, 12)).astype(np.float32)
@@ -222,25 +179,14 @@ def vessel_tree(rng: np.random.Generator, lung: Lung, y: np.ndarray) -> np.ndarr
     return bump(nearest * radius, 0.022) * np.exp(-radius / 0.38) + 0.4 * bump(radius, 0.12)
 
 
-def place(lung: Lung, lateral: float, depth: float) -> tuple[float, float]:
-    """The pixel index of the point of the lung nearest to these lung coordinates."""
-    return np.unravel_index(np.argmin(np.square(lung.lateral - lateral) + np.square(lung.depth - depth)), lung.x.shape)
-
-
-def draw_opacities(
-    density: np.ndarray,
-    lungs: dict[int, Lung],
-    y: np.ndarray,
-    findings: set[str],
-    sides: dict[str, int],
-    rng: np.random.Generator,
-) -> None:
-    """Adds, in place, what fills air spaces: the findings below Lung Opacity, or a plain hazy patch for it alone."""
+def draw_opacities(density, lungs, y, findings, sides, rng):
+    """Add to `density`, in place, what fills air spaces; Lung Opacity alone is a plain hazy patch."""
     size = density.shape
 
-    def around(lung: Lung, lateral: float, depth: float) -> np.ndarray:
-        row, column = place(lung, lateral, depth)
-        return np.hypot(lung.x - lung.x[row, column], y - y[row, column])
+    def around(lung, lateral, depth):
+        """Return the distance from the pixel nearest to these lung coordinates."""
+        center = np.argmin(np.square(lung.lateral - lateral) + np.square(lung.depth - depth))
+        return np.hypot(lung.x - lung.x.flat[center], y - y.flat[center])
 
     if "Lung Opacity" in findings and not findings.intersection(OPACITIES):
         lung = lungs[sides["Lung Opacity"]]
@@ -255,7 +201,9 @@ def draw_opacities(
     if "Consolidation" in findings:
         lung = lungs[sides["Consolidation"]]
         fissure = rng.uniform(0.38, 0.5) + 0.12 * lung.lateral
-        lobe = inside(fissure - lung.depth, 0.015) if rng.uniform() < 0.5 else inside(lung.depth - fissure - 0.1, 0.015)
+        lobe = (
+            inside(fissure - lung.depth, 0.015) if rng.uniform() < 0.5 else inside(lung.depth - fissure - 0.1, 0.015)
+        )
         density += 0.36 * lobe * (1 + 0.08 * cloud(rng, size, 14)) * lung.air
     if "Pneumonia" in findings:
         lung = lungs[sides["Pneumonia"]]
@@ -275,27 +223,21 @@ def draw_opacities(
         density += 0.36 * inside(rng.uniform(0.08, 0.115) - radius, 0.012) * lung.air
 
 
-def draw_support_devices(
-    density: np.ndarray, x: np.ndarray, y: np.ndarray, side: int, rng: np.random.Generator
-) -> None:
-    """Adds, in place, a tube in the airway and either a pacemaker with its lead or a central line."""
-    tube = polyline(x, y, [(0.02, -1.1), (-0.01, -0.7), (0.01, rng.uniform(-0.4, -0.3))], 0.022)
-    left, top = side * rng.uniform(0.50, 0.56), rng.uniform(-0.62, -0.54)
-    line = [(left, top), (side * 0.3, -0.66), (side * 0.12, -0.45), (0.05, -0.1), (0.16, rng.uniform(0.3, 0.4))]
-    density += 0.40 * np.maximum(tube, polyline(x, y, line, 0.020))
-    if rng.uniform() < 0.7:
-        box = np.maximum(np.abs(x - left) / 0.13, np.abs(y - top) / 0.10)
-        density += 0.50 * inside(1 - box, 0.06)
+def draw_mediastinum(density, anatomy, x, y, body, findings, rng):
+    """Add heart, great vessels and aortic knob to `density`, in place."""
+    grown = rng.uniform(1.50, 1.65) if "Cardiomegaly" in findings else rng.uniform(0.96, 1.04)
+    wide, tall = anatomy.heart * grown, 0.36 * (1 + 0.35 * (grown - 1))
+    heart_x, heart_y = 0.11 + 0.10 * (grown - 1), anatomy.diaphragm - 0.28 - 0.25 * (grown - 1)
+    heart = inside(1 - np.hypot((x - heart_x) / wide, (y - heart_y) / tall), 0.04)
+    wide = anatomy.mediastinum * (rng.uniform(2.0, 2.3) if "Enlarged Cardiomediastinum" in findings else 1.0)
+    vessels = inside(wide * (1 - 0.25 * np.abs(y + 0.35)) - np.abs(x - 0.02), 0.03) * inside(heart_y - y, 0.05)
+    knob = inside(0.09 - np.hypot(x - wide, y + 0.38), 0.02)
+    shadow = np.maximum(np.maximum(heart, vessels), knob) * body * inside(y + 0.85, 0.05)
+    density += shadow * np.maximum(anatomy.tissue - 0.04 - density, 0)
 
 
-def draw_pleura(
-    density: np.ndarray,
-    lungs: dict[int, Lung],
-    findings: set[str],
-    sides: dict[str, int],
-    rng: np.random.Generator,
-) -> None:
-    """Changes, in place, what lies between lung and ribs: fluid, air or scar."""
+def draw_pleura(density, lungs, findings, sides, rng):
+    """Change `density`, in place, between lung and ribs: scar, air or fluid."""
     if "Pleural Other" in findings:
         lung = lungs[sides["Pleural Other"]]
         thickness = 0.19 * (1 + 0.35 * np.sin(9 * lung.depth + rng.uniform(0, 6)))
@@ -315,28 +257,28 @@ def draw_pleura(
                 density += fluid * np.maximum(0.66 - density, 0)
 
 
-def to_picture(density: np.ndarray, anatomy: Anatomy, rng: np.random.Generator) -> np.ndarray:
+def draw_support_devices(density, x, y, side, rng):
+    """Add to `density`, in place, a tube in the airway and either a pacemaker with its lead or a central line."""
+    tube = polyline(x, y, [(0.02, -1.1), (-0.01, -0.7), (0.01, rng.uniform(-0.4, -0.3))], 0.022)
+    left, top = side * rng.uniform(0.50, 0.56), rng.uniform(-0.62, -0.54)
+    line = [(left, top), (side * 0.3, -0.66), (side * 0.12, -0.45), (0.05, -0.1), (0.16, rng.uniform(0.3, 0.4))]
+    density += 0.40 * np.maximum(tube, polyline(x, y, line, 0.020))
+    if rng.uniform() < 0.7:
+        box = np.maximum(np.abs(x - left) / 0.13, np.abs(y - top) / 0.10)
+        density += 0.50 * inside(1 - box, 0.06)
+
+
+def to_image(density, anatomy, rng):
     grain = gaussian_filter(rng.standard_normal(density.shape, dtype=np.float32), 0.6) * 1.8
-    picture = 0.5 + (density - 0.5) * anatomy.contrast + anatomy.noise * grain
-    return np.round(255 * np.power(np.clip(picture, 0, 1), anatomy.exposure)).astype(np.uint8)
+    image = 0.5 + (density - 0.5) * anatomy.contrast + anatomy.noise * grain
+    return np.round(255 * np.power(np.clip(image, 0, 1), anatomy.exposure)).astype(np.uint8)
 
 
-def render(
-    anatomy: Anatomy,
-    findings: Collection[str],
-    rng: np.random.Generator,
-    size: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """A frontal view of this patient with these findings.
-
-    Returns uint8 (height, width); `size` is (height, width), the patient's own where it is not given. The same
-    arguments and generator state give the same pixels.
-    """
-    findings = set(findings)
-    x, y = grid(anatomy, size or (anatomy.height, anatomy.width))
-    own = np.random.default_rng(anatomy.texture_seed)
+def render_frontal(anatomy, findings, rng, size=None):
+    """Return a frontal view of this patient with these findings, uint8 (height, width)."""
+    x, y = grid(anatomy, size)
+    own = np.random.default_rng(anatomy.texture_seed)  # the same texture in all studies of a patient
     sides = dict(zip(LABELS, rng.choice((-1, 1), len(LABELS)).tolist()))
-
     body = inside(0.24 + 0.70 * expit((y + 0.80) / 0.05) - np.abs(x), 0.02)
     density = body * (anatomy.tissue + 0.06 * inside(y - anatomy.diaphragm, 0.05) + 0.02 * cloud(own, x.shape, 7))
 
@@ -347,24 +289,13 @@ def render(
         broken = "Fracture" in findings and side == sides["Fracture"]
         break_x, break_y = rng.uniform(0.42, 0.55), rng.uniform(-0.45, 0.1)
         near_break = broken * bump(np.hypot((lung.x - break_x) / 1.6, y - break_y), 0.17)
-        step = 0.5 * anatomy.rib_spacing * near_break * np.tanh((lung.x - break_x) / 0.02)
+        ribs = rib_cage(anatomy, lung, y, 0.5 * anatomy.rib_spacing * near_break * np.tanh((lung.x - break_x) / 0.02))
         markings = anatomy.vessels * (1.25 if "Edema" in findings else 1.0) * vessel_tree(own, lung, y)
-        density += lung.air * (0.20 - density + markings + anatomy.ribs * rib_cage(anatomy, lung, y, step))
+        density += lung.air * (0.20 - density + markings + anatomy.ribs * ribs)
         callus = bump(np.hypot(lung.x - break_x, y - break_y), 0.055)
-        density += broken * (0.45 * callus + 0.10 * near_break * rib_cage(anatomy, lung, y, step)) * body
-
+        density += broken * (0.45 * callus + 0.10 * near_break * ribs) * body
     draw_opacities(density, lungs, y, findings, sides, rng)
-
-    grown = rng.uniform(1.50, 1.65) if "Cardiomegaly" in findings else rng.uniform(0.96, 1.04)
-    wide, tall = anatomy.heart * grown, 0.36 * (1 + 0.35 * (grown - 1))
-    heart_x, heart_y = 0.11 + 0.10 * (grown - 1), anatomy.diaphragm - 0.28 - 0.25 * (grown - 1)
-    heart = inside(1 - np.hypot((x - heart_x) / wide, (y - heart_y) / tall), 0.04)
-    wide = anatomy.mediastinum * (rng.uniform(2.0, 2.3) if "Enlarged Cardiomediastinum" in findings else 1.0)
-    vessels = inside(wide * (1 - 0.25 * np.abs(y + 0.35)) - np.abs(x - 0.02), 0.03) * inside(heart_y - y, 0.05)
-    knob = inside(0.09 - np.hypot(x - wide, y + 0.38), 0.02)
-    shadow = np.maximum(np.maximum(heart, vessels), knob) * body * inside(y + 0.85, 0.05)
-    density += shadow * np.maximum(anatomy.tissue - 0.04 - density, 0)
-
+    draw_mediastinum(density, anatomy, x, y, body, findings, rng)
     draw_pleura(density, lungs, findings, sides, rng)
 
     vertebrae = 1 + 0.35 * np.sin(y * 38 + 6 * anatomy.rib_phase)
@@ -372,20 +303,15 @@ def render(
     for side in (-1, 1):
         clavicle = [(side * 0.10, -0.60), (side * 0.35, -0.70), (side * 0.75, -0.78)]
         density += body * 0.13 * polyline(x, y, clavicle, 0.035)
-    density *= 1 - 0.25 * bump(np.hypot(x, y + 0.9), 0.12)
+    density *= 1 - 0.25 * bump(np.hypot(x, y + 0.9), 0.12)  # trachea
     if "Support Devices" in findings:
         draw_support_devices(density, x, y, sides["Support Devices"], rng)
-    return to_picture(density, anatomy, rng)
+    return to_image(density, anatomy, rng)
 
 
-def render_lateral(
-    anatomy: Anatomy,
-    findings: Collection[str],
-    rng: np.random.Generator,
-    size: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """A side view, there for the training scripts to leave out: only the heart and an effusion differ by findings."""
-    x, y = grid(anatomy, size or (anatomy.height, anatomy.width))
+def render_lateral(anatomy, findings, rng):
+    """Return a lateral view, which the training scripts should leave out; only heart and effusion depend on findings."""
+    x, y = grid(anatomy)
     body = inside(0.72 - 0.12 * np.cos(2 * y) - np.abs(x), 0.02)
     density = body * (anatomy.tissue + 0.02 * cloud(rng, x.shape, 7))
     base = anatomy.diaphragm - 0.25 * np.cos(3 * x)
@@ -398,16 +324,16 @@ def render_lateral(
     vertebrae = 1 + 0.4 * np.sin(y * 30)
     density += body * 0.14 * bump(x - 0.42 - 0.08 * np.cos(2 * y), 0.08) * vertebrae
     density += 0.05 * air * rib_cage(anatomy, Lung(air, x, y, np.abs(x)), y, 0.0)
-    return to_picture(density, anatomy, rng)
+    return to_image(density, anatomy, rng)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Labels
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels and files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_findings(rng: np.random.Generator) -> set[str]:
-    """What is truly there in one study."""
+def draw_findings(rng):
+    """Draw the findings that one study really has."""
     if rng.uniform() < NORMAL_RATE:
         return {"No Finding"}
     if rng.uniform() < UNNAMED_RATE:
@@ -415,18 +341,16 @@ def draw_findings(rng: np.random.Generator) -> set[str]:
     findings = set()
     while not findings:
         findings = {name for name, rate in PREVALENCE.items() if rng.uniform() < rate}
-    if findings.intersection(OPACITIES):
-        findings.add("Lung Opacity")
-    return findings
+    return findings | {"Lung Opacity"} if findings.intersection(OPACITIES) else findings
 
 
-def to_labels(findings: set[str], rng: np.random.Generator) -> dict[str, float | str]:
-    """What the table says of it, with CheXpert's gaps: most negatives are blank, some findings uncertain."""
+def to_labels(findings, rng):
+    """Return the study's label columns. As in CheXpert most negatives are blank and some findings uncertain."""
     labels = {}
     for name in LABELS:
         chance = rng.uniform()
         if name in findings:
-            labels[name] = -1.0 if chance < UNCERTAIN_POSITIVES.get(name, 0.0) else 1.0
+            labels[name] = -1.0 if name in SOMETIMES_UNCERTAIN and chance < UNCERTAIN_POSITIVE_RATE else 1.0
         elif name == "No Finding" or "No Finding" in findings:
             labels[name] = ""
         elif chance < UNCERTAIN_NEGATIVE_RATE:
@@ -436,13 +360,8 @@ def to_labels(findings: set[str], rng: np.random.Generator) -> dict[str, float |
     return labels
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The data set
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def write_patient(folder: Path, patient: int, seed: int) -> list[dict[str, float | str]]:
-    """Writes one patient's pictures below `folder` and returns their rows. Depends on nothing but seed and patient."""
+def write_patient(folder, patient, seed):
+    """Write one patient's images and return their rows, which depend on seed and patient only."""
     rng = np.random.default_rng([seed, patient])
     anatomy = random_anatomy(rng)
     person = {"Sex": str(rng.choice(["Female", "Male"])), "Age": int(rng.integers(20, 91))}
@@ -450,61 +369,48 @@ def write_patient(folder: Path, patient: int, seed: int) -> list[dict[str, float
     for study in range(1, 1 + int(rng.choice((1, 2, 3), p=(0.35, 0.35, 0.30)))):
         findings = draw_findings(rng)
         labels = to_labels(findings, rng)
-        projection = str(rng.choice(["AP", "PA"], p=(0.8, 0.2)))
-        views = [("view1_frontal", "Frontal", projection, render)]
+        views = [("view1_frontal", "Frontal", str(rng.choice(["AP", "PA"], p=(0.8, 0.2))), render_frontal)]
         if rng.uniform() < 0.15:
             views.append(("view2_lateral", "Lateral", "", render_lateral))
-        for name, plane, projection, draw in views:
+        for name, plane, projection, render in views:
             path = Path("train", f"patient{patient:05d}", f"study{study}", f"{name}.jpg")
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw(anatomy, findings, rng)).save(folder / path, quality=92)
-            location = {"Path": f"{DATASET_NAME}/{path.as_posix()}", "Frontal/Lateral": plane, "AP/PA": projection}
-            rows.append(location | person | labels)
+            Image.fromarray(render(anatomy, findings, rng)).save(folder / path, quality=92)
+            view = {"Frontal/Lateral": plane, "AP/PA": projection}
+            rows.append({"Path": f"{DATASET_NAME}/{path.as_posix()}"} | person | view | labels)
     return rows
 
 
-def write_dataset(folder: Path, num_patients: int, seed: int) -> None:
-    with ProcessPoolExecutor() as pool:
-        drawn = pool.map(functools.partial(write_patient, folder, seed=seed), range(1, num_patients + 1), chunksize=4)
-        rows = [row for patient in tqdm(drawn, "phantoms", num_patients, unit="patient") for row in patient]
-    with open(folder / "train.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help=f"folder that gets {DATASET_NAME}/")
-    parser.add_argument("--num_patients", type=int, default=900, help="patients, of one to three studies each")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures and table")
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--output_dir", type=Path, required=True, help=f"folder to write {DATASET_NAME}/ to")
+    flag("--num_patients", type=int, default=900, help="patients, with one to three studies each")
+    flag("--seed", type=int, default=0, help="the same seed gives the same images and table")
     args = parser.parse_args(argv)
-    if args.num_patients < 1:
-        parser.error(f"--num_patients is {args.num_patients}, but at least 1 is needed")
-    if args.seed < 0:
-        parser.error(f"--seed is {args.seed}, but it may not be negative")
+    args.recipe = {"num_patients": args.num_patients, "seed": args.seed}
+    made_with = args.output_dir / DATASET_NAME / "made_with.json"
+    if made_with.is_file() and json.loads(made_with.read_text()) != args.recipe:
+        parser.error(f"{made_with.parent} was made with other settings; remove it or choose another --output_dir")
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    final = args.output_dir / DATASET_NAME
-    recipe = {"num_patients": args.num_patients, "seed": args.seed}
-    if final.exists():
-        made_with = final / "made_with.json"
-        if not made_with.is_file() or json.loads(made_with.read_text()) != recipe:
-            sys.stderr.write(f"{final} holds something else than {recipe}: remove it or choose another --output_dir\n")
-            sys.exit(2)
-        print(f"{final} is complete already")
-    else:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        # A stopped run must leave nothing that looks like a data set, so the folder gets its name when it is complete.
-        with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".phantoms-") as partial:
-            folder = Path(partial) / DATASET_NAME
-            folder.mkdir()
-            write_dataset(folder, args.num_patients, args.seed)
-            (folder / "made_with.json").write_text(json.dumps(recipe) + "\n")
-            folder.rename(final)
-    print(final / "train.csv")
+def main(args):
+    folder = args.output_dir / DATASET_NAME
+    made_with = folder / "made_with.json"  # written last: without it the data set is incomplete
+    if not made_with.is_file():
+        write = functools.partial(write_patient, folder, seed=args.seed)
+        with ProcessPoolExecutor() as pool:
+            patients = pool.map(write, range(1, args.num_patients + 1), chunksize=4)
+            rows = [row for patient in tqdm(patients, "phantoms", args.num_patients) for row in patient]
+        with open(folder / "train.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        made_with.write_text(json.dumps(args.recipe) + "\n")
+    print(folder / "train.csv")
 
 
 if __name__ == "__main__":

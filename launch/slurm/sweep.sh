@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One task of launch/slurm/submit.sh: launch/sweep.sh for the row of this task, on the four GPUs of one machine. Five minutes
-# before the time limit it is told so, saves what it has, and queues up again. Tried with stand-ins for SLURM, not on a cluster.
+# One job of launch/slurm/submit.sh: launch/sweep.sh for one row, on the four GPUs of one machine. Five minutes before the time
+# limit SLURM sends SIGUSR1; the training then writes a checkpoint, and the job is queued again. Not tested on a cluster;
+# tests/faults/test_faults.py runs it with stand-ins.
 #SBATCH --nodes 1
 #SBATCH --gpus-per-node 4
 #SBATCH --cpus-per-task 32
@@ -19,24 +20,24 @@ rows=(${ROWS:-lora})
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then export METHODS=${rows[$SLURM_ARRAY_TASK_ID]}; fi
 export PROCESSES=4 LAUNCH="accelerate launch --config_file launch/accelerate/multi_gpu.yaml --num_processes 4 --main_process_port 0"
 
-signal_below() { # signal, process: all processes below it, then itself
+signal_tree() { # signal, process: the process and all its descendants, deepest first
   local child
-  for child in $(pgrep -P "$2"); do signal_below "$1" "$child"; done
+  for child in $(pgrep -P "$2"); do signal_tree "$1" "$child"; done
   kill -s "$1" "$2" 2>/dev/null || true
 }
 requeue() {
   trap '' USR1
-  # Training writes a checkpoint and ends; whatever else runs goes on for as long as there is time.
-  signal_below USR1 "$job"
+  # A training writes a checkpoint and ends; other steps continue for the time that is left.
+  signal_tree USR1 "$job"
   for ((second = 0; second < ${GRACE:-240}; second++)); do
     kill -0 "$job" 2>/dev/null || break
     sleep 1
   done
-  signal_below TERM "$job"
+  signal_tree TERM "$job"
   scontrol requeue "$SLURM_JOB_ID"
   exit 75
 }
-# Ignored by shells, launchers and all scripts but those that train.
+# Shells, launchers and all scripts but the trainings ignore the signal.
 (trap '' USR1 && exec bash launch/sweep.sh "$@") &
 job=$!
 trap requeue USR1

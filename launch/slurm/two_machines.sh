@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One training on two machines of four GPUs each: sbatch launch/slurm/two_machines.sh [flags of train_full.py]
-# Start it in the repository's folder. Not tried on a cluster: there was none where it was written.
+# Train on two machines with four GPUs each: sbatch launch/slurm/two_machines.sh [flags of train_full.py]
+# Submit it from the repository's folder. Not tested on a cluster.
 #SBATCH --nodes 2
 #SBATCH --ntasks-per-node 1
 #SBATCH --gpus-per-node 4
@@ -17,7 +17,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 
 requeue() {
   trap '' USR1
-  # To all processes that srun has started; training writes a checkpoint and ends. Before its first step it does not hear.
+  # To all processes that srun started. Training writes a checkpoint and ends; before its first step it does not react.
   scancel --signal USR1 "$SLURM_JOB_ID"
   for ((second = 0; second < ${GRACE:-240}; second++)); do
     kill -0 "$job" 2>/dev/null || break
@@ -26,8 +26,8 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID"
   exit 75
 }
-# srun starts the line once on each machine, which is when its rank and the first machine's address are known. The launcher
-# ignores the signal, which training answers.
+# srun runs this once on each machine, where its rank and the address of the first machine are known. The launcher ignores the
+# signal; the training answers it.
 srun bash -c 'trap "" USR1; accelerate launch --config_file launch/accelerate/multi_machine.yaml --machine_rank "${SLURM_NODEID:-0}" \
   --main_process_ip "${SLURM_LAUNCH_NODE_IPADDR:-127.0.0.1}" train_full.py --train_unet --resume_from_checkpoint latest "$@"' _ "$@" &
 job=$!
