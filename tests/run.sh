@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# All tests, with everything they need: bash tests/run.sh [pytest's own flags]
+# Run the tests, after installing what they need. Flags are passed on to pytest.
+#   bash tests/run.sh
+#   bash tests/run.sh --slow                    # also what takes long: random kills, all rows on two processes, the demo
+#   bash tests/run.sh -n 0 -k lora
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 use_environment requirements.txt tests/requirements.txt
-# The models of the tests are too small to gain from more threads, and two processes share the cores.
+# More threads would not speed up models this small, and two tests run at a time.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-# Two files of tests at a time, begun in the order that tests/conftest.py gives; `-n 0` for one after the other.
+# Files start in the order that tests/conftest.py gives, each on one worker.
 python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --timeout 1500 --durations=15 "$@"

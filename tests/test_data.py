@@ -1,78 +1,68 @@
 """The image table, the split, prompts, images and the stream of samples."""
 
-import csv
 import itertools
+import os
+import struct
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import phantoms
+from common import phantoms, picture, small_table, write_table
 from PIL import Image
 
 import train_full
-
-HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *train_full.LABELS]
-
-
-def write_table(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
-    with path.open("w", newline="", encoding=encoding) as file:
-        writer = csv.DictWriter(file, HEADER, restval="")
-        writer.writeheader()
-        writer.writerows({"Frontal/Lateral": "Frontal", **row} for row in rows)
-    return path
+from train_full import load_image
 
 
-def picture(path: Path, size=(30, 20), mode="L", **options) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.effect_noise(size, 60).convert(mode).save(path, **options)
-    return str(path)
-
-
-def load(table: Path, *flags: str) -> train_full.TrainingData:
-    return train_full.load_training_data(train_full.parse_args(["--train_unet", "--data_csv", str(table), *flags]))
+def load(table, *flags):
+    return train_full.load_training_data(train_full.parse_args(["--train_unet", f"--data_csv={table}", *flags]))
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path):
+    for patient in "12345":
+        picture(tmp_path / f"patient0000{patient}" / "1.jpg")
     rows = [
-        {"Path": "a/patient00001/study1/view1_frontal.jpg", "Edema": "1.0", "Cardiomegaly": "1"},
-        {"Path": "a/patient00001/study1/view2_lateral.jpg", "Edema": "1.0", "Frontal/Lateral": "Lateral"},
-        {"Path": "a/patient00002/study1/view1_frontal.jpg", "Edema": "0.0"},
-        {"Path": "a/patient00003/study1/view1_frontal.jpg", "Edema": "-1.0"},
-        {"Path": "a/patient00004/study1/view1_frontal.jpg", "No Finding": "1.0", "Support Devices": "1.0", "Pneumonia": "-1"},
+        {"Path": "patient00001/1.jpg", "Edema": "1.0", "Cardiomegaly": "1"},
+        {"Path": "patient00002/1.jpg", "Edema": "1.0", "Frontal/Lateral": "Lateral"},
+        {"Path": "patient00003/1.jpg", "Edema": "0.0"},
+        {"Path": "patient00004/1.jpg", "Edema": "-1.0"},
+        {"Path": "patient00005/1.jpg", "Support Devices": "1.0", "No Finding": "1.0", "Pneumonia": "-1"},
     ]
-    table = write_table(tmp_path / "t.csv", rows, encoding="utf-8-sig")
-    data = load(table, "--split=all")
-    assert data.rows == 5
-    assert data.left_out == {"not frontal": 1, "no positive label": 2, "not in split 'all'": 0}
-    template = "Chest X-ray of a subject with "
+    table = write_table(tmp_path / "t.csv", rows)
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())  # as spreadsheets save it
+    data, template = load(table, "--split=all"), "Chest X-ray of a subject with "
+    assert data.rows == 5 and list(data.left_out.values()) == [1, 2, 0]
     # Findings in CheXpert's order, uncertain ones not named.
     assert list(data.train["prompt"]) == [template + "Cardiomegaly, Edema", template + "No Finding, Support Devices"]
-    assert list(data.train["patient"]) == ["patient00001", "patient00004"]
+    assert list(data.train["patient"]) == ["patient00001", "patient00005"]
     ones = load(table, "--split=all", "--uncertain=ones", "--prompt_template=A film: {}.")
-    assert list(ones.train["prompt"]) == ["A film: Cardiomegaly, Edema.", "A film: Edema.", "A film: No Finding, Pneumonia, Support Devices."]
+    findings = ["Cardiomegaly, Edema", "Edema", "No Finding, Pneumonia, Support Devices"]
+    assert list(ones.train["prompt"]) == [f"A film: {text}." for text in findings]
 
 
-def test_split_is_by_patient_stable_and_of_the_papers_sizes():
+def test_the_split_is_by_patient_stable_and_of_the_papers_sizes():
     patients = pd.Series([f"patient{i:05d}" for i in range(64_540)])
     splits = train_full.assign_splits(patients, 0)
-    shares = splits.value_counts(normalize=True)
-    for name, share in train_full.SPLIT_FRACTIONS.items():
-        assert shares[name] == pytest.approx(share, abs=0.01)
+    assert splits.value_counts(normalize=True).to_dict() == pytest.approx(train_full.SPLIT_FRACTIONS, abs=0.01)
+    # Fixed values: the split must not change from version to version.
+    assert list(splits[:8]) == ["train", "test", "train", "test", "train", "test", "test", "test"]
     shuffled = patients.sample(frac=0.3, random_state=1)
     assert (train_full.assign_splits(shuffled, 0) == splits[shuffled.index]).all()
     assert not (train_full.assign_splits(patients, 1) == splits).all()
     data = load(phantoms())
-    assert len(data.train) and len(data.heldout)
+    assert len(data.train) and len(data.heldout) and data.train["patient"].duplicated().any()
     assert not set(data.train["patient"]) & set(data.heldout["patient"])
-    assert data.train["patient"].duplicated().any()
 
 
-def test_ready_made_tables_are_used_whole_and_their_overlap_is_told(tmp_path):
-    train = write_table(tmp_path / "train.csv", [{"Path": f"patient0000{i}/1.jpg", "Edema": "1"} for i in range(5)])
-    valid = write_table(tmp_path / "valid.csv", [{"Path": f"patient0000{i}/2.jpg", "Edema": "1"} for i in range(3, 9)])
-    data = load(train, f"--validation_csv={valid}")
+def test_ready_made_tables_are_used_in_full_with_a_warning_about_shared_patients(tmp_path):
+    header, *rows = small_table(tmp_path, 9).read_text().splitlines(keepends=True)
+    (tmp_path / "train.csv").write_text("".join([header, *rows[:5]]))
+    (tmp_path / "valid.csv").write_text("".join([header, *rows[3:]]))
+    data = load(tmp_path / "train.csv", f"--validation_csv={tmp_path / 'valid.csv'}")
     assert (len(data.train), len(data.heldout)) == (5, 6)
     assert any(note.startswith("2 patients are in both") for note in data.notes)
 
@@ -80,125 +70,158 @@ def test_ready_made_tables_are_used_whole_and_their_overlap_is_told(tmp_path):
 @pytest.mark.parametrize("layout", ["root", "parent", "renamed", "image_root"])
 def test_paths_are_found_where_chexpert_puts_them(layout, tmp_path):
     """CheXpert's paths start with the data set's own folder, which resized copies rename."""
-    folder = tmp_path / ("CheXpert-512" if layout == "renamed" else "CheXpert-v1.0")
-    picture(folder / "train/patient00001/study1/view1_frontal.jpg")
-    path = "train/patient00001/study1/view1_frontal.jpg" if layout == "root" else "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
-    table = write_table((tmp_path if layout == "image_root" else folder) / "train.csv", [{"Path": path, "Edema": "1"}])
-    loaded = train_full.load_image_table(str(table), str(tmp_path) if layout == "image_root" else None)
-    assert Path(loaded["image"][0]).is_file()
-
-
-def test_a_missing_first_image_does_not_hide_the_others(tmp_path):
-    picture(tmp_path / "DS/train/patient00002/1.jpg")
-    rows = [{"Path": f"DS/train/patient0000{i}/1.jpg", "Edema": "1"} for i in (1, 2)]
-    loaded = train_full.load_image_table(str(write_table(tmp_path / "DS" / "train.csv", rows)))
+    folder, path = tmp_path / ("CheXpert-512" if layout == "renamed" else "CheXpert-v1.0"), "train/patient00001/1.jpg"
+    picture(folder / path)
+    name = path if layout == "root" else f"CheXpert-v1.0/{path}"
+    rows = [{"Path": name.replace("1.jpg", "0.jpg"), "Edema": "1"}, {"Path": name, "Edema": "1"}]
+    elsewhere = layout == "image_root"
+    table = write_table((tmp_path if elsewhere else folder) / "train.csv", rows)
+    loaded = train_full.load_image_table(str(table), str(tmp_path) if elsewhere else None)
+    # The first image is missing, which does not hide the other.
     assert [Path(image).is_file() for image in loaded["image"]] == [False, True]
 
 
 def test_other_tables_have_prompts_patients_and_file_names_of_their_own(tmp_path):
-    table = tmp_path / "metadata.csv"
-    table.write_text('file_name,patient_id,prompt,Edema\n"ä, b.png",p1,"quoted, with\na line break",\nc.png,,,1\n')
-    loaded = train_full.load_image_table(str(table))
+    picture(tmp_path / "ä, b.png")
+    content = 'file_name,patient_id,prompt,Edema\n"ä, b.png",p1,"quoted, with\na line break",\nc.png,,,1\n'
+    (tmp_path / "metadata.csv").write_text(content, encoding="utf-8")
+    loaded = train_full.load_image_table(str(tmp_path / "metadata.csv"))
     assert list(loaded["patient"]) == ["p1", "c.png"]
     prompts = train_full.add_prompts(loaded, "X {}", "ignore")["prompt"]
     assert list(prompts) == ["quoted, with\na line break", "X Edema"]
 
 
 def test_imagefolder_datasets_load_like_tables(tmp_path):
-    for name in ("a.png", "b.png"):
-        picture(tmp_path / "data" / name)
-    (tmp_path / "data" / "metadata.csv").write_text("file_name,patient_id,Edema,Cardiomegaly\na.png,p1,1.0,\nb.png,p2,-1.0,1.0\n")
+    direct = [load_image(picture(tmp_path / "data" / name), 16, "squash") for name in ("a.png", "b.png")]
+    content = "file_name,patient_id,Edema,Cardiomegaly\na.png,p1,1.0,\nb.png,p2,-1.0,1.0\n"
+    (tmp_path / "data" / "metadata.csv").write_text(content)
     args = train_full.parse_args(["--train_unet", f"--dataset_name={tmp_path / 'data'}", "--split=all"])
-    data = train_full.load_training_data(args)
-    assert list(data.train["prompt"]) == ["Chest X-ray of a subject with Edema", "Chest X-ray of a subject with Cardiomegaly"]
-    assert list(data.train["patient"]) == ["p1", "p2"]
-    direct = train_full.load_image(str(tmp_path / "data" / "a.png"), 16, "squash")
-    assert np.array_equal(train_full.load_image(data.train["image"][0], 16, "squash"), direct)
-    assert train_full.image_problem(data.train["image"][0]) is None
+    train = train_full.load_training_data(args).train
+    assert list(train["prompt"]) == [f"Chest X-ray of a subject with {text}" for text in ("Edema", "Cardiomegaly")]
+    assert list(train["patient"]) == ["p1", "p2"]
+    assert np.array_equal([load_image(image, 16, "squash") for image in train["image"]], direct)
 
 
-def test_geometry_keeps_what_it_promises(tmp_path):
-    white = tmp_path / "white.png"
+def test_geometry(tmp_path):
+    white, left = str(tmp_path / "white.png"), str(tmp_path / "left.png")
     Image.new("L", (40, 20), 255).save(white)
-    assert (train_full.load_image(str(white), 16, "squash") == 255).all()
-    assert (train_full.load_image(str(white), 16, "crop") == 255).all()
-    padded = train_full.load_image(str(white), 16, "pad")
-    assert (padded[0] == 0).all() and (padded[-1] == 0).all() and (padded[8] == 255).all()
-    left = tmp_path / "left.png"
+    assert (load_image(white, 16, "squash") == 255).all() and (load_image(white, 16, "crop") == 255).all()
+    padded = load_image(white, 16, "pad")
+    assert (padded[[0, -1]] == 0).all() and (padded[8] == 255).all()
+    # No flip: what is on the left stays there.
     Image.fromarray(np.repeat([[255] * 10 + [0] * 30], 20, axis=0).astype(np.uint8)).save(left)
-    squashed = train_full.load_image(str(left), 16, "squash")
-    # No flip: the marker stays on its side.
+    squashed = load_image(left, 16, "squash")
     assert squashed.shape == (16, 16, 3) and squashed[:, :3].min() > 200 and squashed[:, 8:].max() < 20
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("L", "png"), ("RGB", "jpg"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("CMYK", "jpg"), ("L", "tif"), ("L", "bmp")])
-def test_still_8_bit_images_are_accepted(mode, suffix, tmp_path):
-    path = picture(tmp_path / f"image.{suffix}", mode=mode)
-    assert train_full.image_problem(path) is None
-    assert train_full.load_image(path, 8, "squash").shape == (8, 8, 3)
+def test_still_8_bit_images_are_read(tmp_path):
+    for name in "L.jpg L.png RGB.jpg P.png LA.png RGBA.png 1.png CMYK.jpg L.tif RGB.tif L.bmp".split():
+        path = picture(tmp_path / name, mode=name.split(".")[0])
+        assert load_image(path, 8, "squash").shape == (8, 8, 3)
 
 
-def test_bad_images_are_told_apart(tmp_path):
-    whole = Path(picture(tmp_path / "whole.jpg", (200, 200))).read_bytes()
-    png = Path(picture(tmp_path / "whole.png", (200, 200))).read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "cut.png").write_bytes(png[: len(png) // 2])
+def write_deep_png(path, colour_type, channels):
+    """Write 4x4 pixels of 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">2I5B", 4, 4, 16, colour_type, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + b"\x12\x34" * channels * 4) * 4)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+def test_other_images_are_refused(tmp_path):
+    for name in ("grey.png", "grey.tif"):
+        Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / name)
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    write_deep_png(tmp_path / "rgb.png", 2, 3)
+    write_deep_png(tmp_path / "grey_alpha.png", 4, 2)
+    # Pillow does not write these either: change the bits per sample, and for the second the planar configuration.
+    deep = Path(picture(tmp_path / "rgb.tif", mode="RGB"))
+    deep.write_bytes(deep.read_bytes().replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 16, 16, 16)))
+    planar = [struct.pack("<HHIH", 284, 3, 1, value) for value in (1, 2)]
+    (tmp_path / "planar.tif").write_bytes(deep.read_bytes().replace(*planar))
+    for name in ("moving.gif", "moving.png", "moving.tif"):
+        frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    whole = Path(picture(tmp_path / "cut.jpg", (200, 200)))
+    whole.write_bytes(whole.read_bytes()[:5000])
     (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "trailing.jpg").write_bytes(whole + b"\0" * 500)
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
-    frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    problems = {name: train_full.image_problem(str(tmp_path / name)) for name in ("cut.jpg", "cut.png", "text.jpg", "empty.jpg", "deep.png", "moving.gif", "absent.jpg")}
-    assert all(problem and name in problem for name, problem in problems.items()), problems
-    assert "8 bits" in problems["deep.png"] and "2 frames" in problems["moving.gif"] and "no such file" in problems["absent.jpg"]
-    assert train_full.image_problem(str(tmp_path / "trailing.jpg")) is None
+    expected = {"moving": "more than one frame", "cut": "truncated", "text": "identify", "absent": "no such file"}
+    for name in [*os.listdir(tmp_path), "absent.jpg"]:
+        with pytest.raises(ValueError, match=expected.get(name[:-4], "more than 8 bits")) as error:
+            load_image(str(tmp_path / name), 8, "squash")
+        assert name in str(error.value)
 
 
-def make_stream(images: int, **options) -> train_full.SampleStream:
-    defaults = {"seed": 3, "resolution": 64, "resize_mode": "squash", "input_ids": torch.zeros(images + 1, 77, dtype=torch.long), "with_pixels": False}
-    return train_full.SampleStream(
-        list(range(images)), list(range(images)), (4, 8, 8), 1000, moments=np.zeros((images, 8, 8, 8), np.float16), **(defaults | options)
-    )
+@pytest.fixture
+def make_stream(tmp_path):
+    """Return a function that makes a stream whose captions are the numbers of the images, and -1 the empty one."""
+    np.save(tmp_path / "latents.npy", np.zeros((8, 8, 8), np.float16))
+    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+    pipeline = SimpleNamespace(vae=vae, vae_scale_factor=8, scheduler=scheduler)
+    defaults = {"resolution": 64, "resize_mode": "squash", "seed": 3, "caption_dropout": 0.0, "noise_offset": 0.0}
+
+    def make(images, heldout=False, **options):
+        table = pd.DataFrame({"image": map(str, range(images)), "prompt": map(str, range(images))})
+        captions = {text: {"input_ids": torch.tensor(int(text or -1))} for text in [*table["prompt"], ""]}
+        latents, args = [tmp_path / "latents.npy"] * images, SimpleNamespace(**defaults | options)
+        return train_full.SampleStream(table, latents, captions, pipeline, args, heldout=heldout)
+
+    return make
 
 
-@pytest.mark.parametrize("processes, batch_size, accumulation", [(1, 3, 1), (2, 3, 1), (4, 2, 2), (3, 1, 5)])
-def test_every_image_comes_once_an_epoch_whatever_the_layout(processes, batch_size, accumulation):
-    images, batches = 37, 40
-    stream = make_stream(images)
-    parts = [list(train_full.rank_batches(0, batches, batch_size, rank, processes)) for rank in range(processes)]
-    order = [n for batch in zip(*parts) for n in itertools.chain(*batch)]
-    assert order == list(range(batches * batch_size * processes))
-    for epoch in range(len(order) // images):
-        assert sorted(stream.index(n) for n in range(epoch * images, (epoch + 1) * images)) == list(range(images))
-    assert [stream.index(n) for n in range(images)] != [stream.index(n) for n in range(images, 2 * images)]
-    # Going on after any number of samples is the tail of the same order.
-    assert list(train_full.rank_batches(batch_size * processes, batches - 1, batch_size, 0, processes)) == parts[0][1:]
+@pytest.mark.parametrize("processes, batch_size", [(1, 3), (2, 3), (4, 2), (3, 1)])
+def test_every_image_comes_once_an_epoch_in_any_layout(processes, batch_size, make_stream):
+    args, stream = SimpleNamespace(train_batch_size=batch_size, dataloader_num_workers=0), make_stream(37)
+
+    class Numbers(torch.utils.data.Dataset):
+        def __getitem__(self, n):
+            return {"n": torch.tensor(n)}
+
+    def order(first_sample, num_batches):
+        parts, layout = [], {"device": torch.device("cpu"), "num_processes": processes}
+        for rank in range(processes):
+            process = SimpleNamespace(process_index=rank, **layout)
+            batches = train_full.iterate_batches(process, Numbers(), args, first_sample, num_batches)
+            parts.append([batch["n"].tolist() for batch in batches])
+        return [n for batch in zip(*parts) for n in itertools.chain(*batch)]
+
+    size = processes * batch_size
+    assert order(0, 40) == list(range(40 * size))
+    assert order(3 * size, 37) == list(range(3 * size, 40 * size))  # as after resuming
+    epochs = [[stream.image_index(n) for n in range(start, start + 37)] for start in (0, 37, 74)]
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
-def test_samples_are_a_function_of_seed_and_number():
+def test_samples_are_a_function_of_seed_and_number(make_stream):
     stream, other = make_stream(10), make_stream(10, seed=4)
     first, again = stream[13], make_stream(10)[13]
+    assert first.keys() == {"noise", "latent_noise", "timesteps", "input_ids", "posterior"}
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["noise"], stream[14]["noise"]) and not torch.equal(first["noise"], other[13]["noise"])
-    assert not torch.equal(first["noise"], first["latent_noise"])
-    drawn = torch.stack([stream[n]["noise"] for n in range(200)])
-    assert abs(drawn.mean()) < 0.02 and abs(drawn.std() - 1) < 0.02
+    assert first["input_ids"] == stream.image_index(13)
+    for noise in (stream[14]["noise"], other[13]["noise"], first["latent_noise"]):
+        assert not torch.equal(first["noise"], noise)
+    noise = torch.stack([stream[n]["noise"] for n in range(200)])
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     timesteps = torch.tensor([int(stream[n]["timesteps"]) for n in range(2000)]).float()
     assert timesteps.min() >= 0 and timesteps.max() <= 999 and abs(timesteps.mean() - 499.5) < 25
 
 
-def test_caption_dropout_and_noise_offset():
-    ids = torch.arange(11)[:, None].expand(11, 77)
-    dropped = [int(make_stream(10, input_ids=ids, caption_dropout=0.25)[n]["input_ids"][0]) == 10 for n in range(2000)]
-    assert abs(np.mean(dropped) - 0.25) < 0.03
-    plain, offset = make_stream(10)[5]["noise"], make_stream(10, noise_offset=0.5)[5]["noise"]
-    shift = offset - plain
+def test_caption_dropout_and_noise_offset(make_stream):
+    stream, plain = make_stream(10, caption_dropout=0.25), make_stream(10)
+    assert np.mean([int(stream[n]["input_ids"]) == -1 for n in range(2000)]) == pytest.approx(0.25, abs=0.03)
+    assert all(int(plain[n]["input_ids"]) >= 0 for n in range(100))
+    shift = make_stream(10, noise_offset=0.5)[5]["noise"] - plain[5]["noise"]
     assert shift.std(dim=(1, 2)).max() < 1e-6 and shift.abs().max() > 0.05
 
 
-def test_heldout_samples_are_the_same_for_every_seed_and_cover_the_timesteps():
-    one, two = make_stream(100, heldout=True), make_stream(100, heldout=True, seed=99)
+def test_heldout_samples_are_the_same_for_every_seed_and_cover_the_timesteps(make_stream):
+    one = make_stream(100, heldout=True)
+    two = make_stream(100, heldout=True, seed=99, caption_dropout=1.0, noise_offset=1.0)
     assert all(torch.equal(one[7][name], two[7][name]) for name in one[7])
     timesteps = sorted(int(one[n]["timesteps"]) for n in range(100))
-    assert max(b - a for a, b in zip(timesteps, timesteps[1:])) < 30 and [one.index(n) for n in range(100)] == list(range(100))
+    assert max(b - a for a, b in itertools.pairwise(timesteps)) < 30
+    assert [one.image_index(n) for n in range(100)] == list(range(100))

@@ -1,317 +1,344 @@
-"""What each of the eleven rows trains: counts at full size, the loss, what changes, clipping, saving and resuming."""
+"""What each of the eleven rows trains: parameter counts, losses, what changes, precision, saving and loading."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import common
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import BASE, FULL_ROWS, PEFT_ROWS, ROWS, arguments, draw, phantoms, pipeline_of, result, script_of, train, trained_weights, weights_of
+from accelerate import Accelerator
+from common import BASE, FULL_ROWS, PEFT_ROWS, ROOT, ROWS, draw, phantoms, pipeline_of, result, same, train, weights_of
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-# The architecture of Stable Diffusion v1.5.
-SD15_UNET = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8,
-}  # fmt: skip
-SD15_VAE = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2,
-}  # fmt: skip
-SD15_TEXT = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77}
+import train_full
+import train_peft
 
-
-@pytest.mark.parametrize(
-    "method, rank, count",
-    [("lora", 8, 1_594_368), ("lora", 4, 797_184), ("dora", 8, 1_694_208), ("bitfit", 8, 343_684), ("difffit", 8, 481_284)],
-)
-def test_counts_of_adapters_at_full_size(method, rank, count):
-    import train_peft
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15_UNET)
-        train_peft.apply_method(unet, method, rank)
-    parameters = train_peft.trainable_parameters(unet)
-    assert sum(p.numel() for p in parameters.values()) == count
-    if method == "bitfit":
-        assert len(parameters) == 295
-
-
-@pytest.mark.parametrize("row", FULL_ROWS)
-def test_counts_of_components_at_full_size(row):
-    import train_full
-
-    with torch.device("meta"):
-        parts = {
-            "unet": UNet2DConditionModel(**SD15_UNET),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT)),
-            "vae": AutoencoderKL(**SD15_VAE),
-        }
-    counts = {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
-    args = train_full.parse_args([*FULL_ROWS[row], "--data_csv", str(phantoms())])
-    groups = train_full.select_components(args, SimpleNamespace(**parts))
-    chosen = [name for name in counts if f"--train_{name}" in FULL_ROWS[row]]
-    assert sum(p.numel() for group in groups for p in group["params"]) == sum(counts[name] for name in chosen)
-    assert [group["lr"] for group in groups] == [{"unet": 1e-5, "text_encoder": 1e-6, "vae": 1e-6}[name] for name in chosen]
-    for name, part in parts.items():
-        assert all(p.requires_grad == (name in chosen) for p in part.parameters())
-
-
-def expected_changes(row: str, pipeline) -> set[str]:
-    """The names of exactly those weights of a plain pipeline that a row changes."""
-    if row in FULL_ROWS:
-        chosen = tuple(f"{flag[8:]}." for flag in ROWS[row])
-        return {name for name in weights_of(pipeline) if name.startswith(chosen)}
-    names = [f"unet.{name}" for name, _ in pipeline.unet.named_parameters()]
-    if row in ("lora", "dora"):
-        return {n for n in names if n.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))}
-    biases = {n for n in names if n.endswith(".bias")}
-    if row == "bitfit":
-        return biases
-    norms = {f"unet.{n}.weight" for n, m in pipeline.unet.named_modules() if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm))}
-    return biases | norms | {n for n in names if n.endswith(("to_out.0.weight", "ff.net.2.weight"))}
+COUNTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+COUNTS |= {"lora": 1_594_368, "dora": 1_694_208, "bitfit": 343_684, "difffit": 481_284}
+RATES = {"unet": 1e-5, "vae": 1e-6, "text_encoder": 1e-6} | dict.fromkeys(PEFT_ROWS, 1e-4)
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_exactly_the_methods_parameters_change(row, tmp_path):
-    flags = ["--save_merged", "--learning_rate=1e-2"] if row in PEFT_ROWS else [f"--{c}_lr=1e-3" for c in ("unet", "text_encoder", "vae")]
-    train(row, tmp_path / "run", *flags, steps=3)
-    base = pipeline_of(BASE)
-    before, after = weights_of(base), weights_of(pipeline_of(tmp_path / "run" / ("merged" if row in PEFT_ROWS else "")))
-    assert before.keys() == after.keys()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == expected_changes(row, base)
+def test_parameter_counts_on_the_architecture_of_stable_diffusion(row, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    import benchmark
+
+    args = common.script_of(row).parse_args([*ROWS[row], f"--data_csv={phantoms()}"])
+    stream = SimpleNamespace(latents=True, has_embeddings="text_encoder" not in args.components)
+    with torch.device("meta"):  # no memory for the weights
+        parts = {"unet": UNet2DConditionModel(**benchmark.UNET), "vae": AutoencoderKL(**benchmark.VAE)}
+        parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**benchmark.TEXT_ENCODER))
+        model = common.script_of(row).build_loss(
+            args, SimpleNamespace(**parts, scheduler=DDPMScheduler()), stream, "no"
+        )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = common.script_of(row).parameter_groups(args, parameters)
+    parts = [row] if row in PEFT_ROWS else args.components
+    assert [sum(p.numel() for p in group["params"]) for group in groups] == [COUNTS[part] for part in parts]
+    assert [group["lr"] for group in groups] == [RATES[part] for part in parts]
 
 
-def reference_loss(row: str, stream, pipeline, positions, vae_loss: str = "anchored", cached: bool = False) -> float:
-    """The training loss written out from diffusers' own parts; only the random numbers come from the script's stream."""
+# ----------------------------------------------------------------------------------------------------------------------
+# One recorded run of each row
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The checkpoint is in the middle of an epoch.
+OPTIONS = [
+    "--gradient_accumulation_steps=2",
+    "--max_train_samples=7",
+    "--checkpointing_steps=2",
+    "--lr_scheduler=cosine",
+]
+OPTIONS += ["--caption_dropout=0", "--adam_weight_decay=0"]
+OPTIONS = {row: [*OPTIONS, "--unet_lr=1e-3", "--text_encoder_lr=1e-3", "--vae_lr=1e-3"] for row in FULL_ROWS} | {
+    row: [*OPTIONS, "--learning_rate=1e-2", "--rank=4", "--save_merged"] for row in PEFT_ROWS
+}
+OPTIONS["unet"] += ["--use_ema"]
+OPTIONS["lora"] += ["--use_ema", "--lora_dropout=0.3"]
+
+
+def record(row, folder, *flags, **options):
+    """Train a row and return its summary, losses and learning rates by step, both streams and the trained pipeline."""
+    script, logs, streams, pipelines = common.script_of(row), [], [], []
+    load, prepare = script.load_base_pipeline, script.prepare_streams
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "load_base_pipeline", lambda args: pipelines.append(load(args)) or pipelines[-1])
+        patch.setattr(script, "prepare_streams", lambda *args: streams.extend(prepare(*args)) or streams)
+        patch.setattr(Accelerator, "log", lambda self, values, step: logs.append(values))
+        summary = train(row, folder, *flags, **options)
+    losses, rates = ([values[name] for values in logs if name in values] for name in ("loss", "lr"))
+    found = {"folder": folder, "saved": folder / ("merged" if row in PEFT_ROWS else ""), "pipeline": pipelines[0]}
+    return SimpleNamespace(**found, summary=summary, losses=losses, rates=rates, streams=streams)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a function that trains a row for three steps, once."""
+    runs, folder = {}, tmp_path_factory.mktemp("whole")
+    return lambda row: runs.get(row) or runs.setdefault(row, record(row, folder / row, *OPTIONS[row], steps=3))
+
+
+@torch.no_grad()
+def reference(stream, pipeline, positions, cached=False):
+    """Return mean losses written out with diffusers' own parts; only random numbers and images come from the stream."""
     samples = [stream[n] for n in positions]
-    noise, eps = (torch.stack([s[k] for s in samples]) for k in ("noise", "latent_noise"))
-    timesteps = torch.stack([s["timesteps"] for s in samples])
-    pixels = torch.stack([s["pixel_values"] for s in samples])
-    base_posterior = pipeline.vae.encode(pixels).latent_dist
-    mean, logvar = base_posterior.mean, base_posterior.logvar
-    if cached:
-        mean, logvar = base_posterior.parameters.half().float().chunk(2, dim=1)
-    raw = mean + torch.exp(0.5 * logvar) * eps
-    latents = raw * pipeline.vae.config.scaling_factor
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    embeddings = pipeline.text_encoder(torch.stack([s["input_ids"] for s in samples]))[0]
-    prediction = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
-    loss = F.mse_loss(prediction, noise)
-    if "vae" not in row:
-        return loss.item()
-    reconstruction = F.mse_loss(pipeline.vae.decode(raw).sample, pixels)
-    # At the first step the VAE still is the base model's: the anchor is zero. A VAE alone does not train on the diffusion loss.
-    return (reconstruction + (0 if row == "vae" and vae_loss == "anchored" else loss)).item()
+    names = ("noise", "latent_noise", "timesteps")
+    noise, latent_noise, timesteps = (torch.stack([sample[name] for sample in samples]) for name in names)
+    indices = [stream.image_index(n) for n in positions]
+    images = np.stack([train_full.load_image(stream.images[i], 64, "squash") for i in indices])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    padding = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    input_ids = pipeline.tokenizer([stream.prompts[i] for i in indices], **padding).input_ids
+    # One image at a time, as for the cache: in a batch, other last digits would round otherwise in fp16.
+    posterior = torch.cat([pipeline.vae.encode(image[None]).latent_dist.parameters for image in pixels])
+    mean, logvar = (posterior.half().float() if cached else posterior).chunk(2, dim=1)
+    latents = mean + torch.exp(logvar / 2) * latent_noise
+    signal = pipeline.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    noisy = signal.sqrt() * latents * pipeline.vae.config.scaling_factor + (1 - signal).sqrt() * noise
+    prediction = pipeline.unet(noisy, timesteps, pipeline.text_encoder(input_ids)[0]).sample
+    reconstruction = F.mse_loss(pipeline.vae.decode(latents).sample, pixels)
+    return {"diffusion": F.mse_loss(prediction, noise).item(), "reconstruction": reconstruction.item()}
 
 
-def make_stream(script, csv, with_embeddings: bool = False):
-    """A stream without any cache over the training images that a short run has."""
-    args = script.parse_args([*ROWS["bitfit" if script.__name__ == "train_peft" else "unet"], f"--data_csv={csv}"])
-    data = script.load_training_data(args)
-    tokenizer = pipeline_of(BASE).tokenizer
-    captions = [*sorted(set(data.train["prompt"])), ""]
-    ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    codes = [captions.index(prompt) for prompt in data.train["prompt"]]
-    return script.SampleStream(list(data.train["image"]), codes, (4, 8, 8), 1000, 0, 64, "squash", ids)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("row", ROWS)
-def test_loss_of_one_step_equals_the_reference(row, tmp_path):
-    options = ["--caption_dropout=0", "--latent_cache_dir=none"]
-    with torch.enable_grad():
-        summary = train(row, tmp_path / "run", *options, steps=1)
-    reference = reference_loss(row, make_stream(script_of(row), phantoms()), pipeline_of(BASE), [0, 1])
-    assert result(summary, "train_loss") == pytest.approx(reference, abs=1e-6)
+def test_losses_equal_the_reference(row, whole):
+    run, base, vae = whole(row), pipeline_of(BASE), "vae" in row
+    first = reference(run.streams[0], base, range(4), not vae)
+    # In the first step the VAE is still the base model's, so the anchor is zero; trained alone, it does without the U-Net.
+    assert run.losses[0] == pytest.approx(
+        first["reconstruction"] * vae + first["diffusion"] * (row != "vae"), abs=1e-6
+    )
+    for suffix, pipeline in (("_start", base), ("", pipeline_of(run.saved))):
+        losses = reference(run.streams[1], pipeline, range(4), not vae)
+        for name in ("diffusion", "reconstruction") if vae else ("diffusion",):
+            assert result(run.summary, f"heldout_{name}{suffix}") == pytest.approx(losses[name], rel=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("row", ["vae", "unet_vae", "vae_text_encoder", "unet_vae_text_encoder"])
-def test_joint_vae_loss_equals_the_reference(row, tmp_path):
-    with torch.enable_grad():
-        summary = train(row, tmp_path / "run", "--caption_dropout=0", "--vae_loss=joint", steps=1)
-    reference = reference_loss(row, make_stream(script_of(row), phantoms()), pipeline_of(BASE), [0, 1], "joint")
-    assert result(summary, "train_loss") == pytest.approx(reference, abs=1e-6)
+@pytest.mark.parametrize("row", ["vae", "unet_vae_text_encoder"])
+def test_the_joint_vae_loss_equals_the_reference(row, tmp_path):
+    run = record(row, tmp_path / "run", "--vae_loss=joint", "--vae_recon_weight=0.5", "--caption_dropout=0", steps=1)
+    losses = reference(run.streams[0], pipeline_of(BASE), range(2))
+    assert run.losses[0] == pytest.approx(0.5 * losses["reconstruction"] + losses["diffusion"], abs=1e-6)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("row", ["unet", *PEFT_ROWS])
-def test_loss_later_in_a_run_equals_the_reference_on_the_merged_model(row, tmp_path):
-    """A first step cannot tell whether an adapter is applied at all; the fourth can, on the weights that the third left."""
-    options = ["--caption_dropout=0", *(["--save_merged", "--learning_rate=1e-2"] if row in PEFT_ROWS else ["--unet_lr=1e-3"])]
-    with torch.enable_grad():
-        train(row, tmp_path / "three", *options, steps=3)
-        summary = train(row, tmp_path / "four", *options, steps=4)
-    pipeline = pipeline_of(tmp_path / "three" / ("merged" if row in PEFT_ROWS else ""))
-    stream = make_stream(script_of(row), phantoms())
-    loss = result(summary, "train_loss")
-    # Merging rounds each weight once more.
-    assert loss == pytest.approx(reference_loss(row, stream, pipeline, [6, 7], cached=True), abs=1e-5)
-    assert abs(loss - reference_loss(row, stream, pipeline_of(BASE), [6, 7], cached=True)) > 1e-3
+def changed_parameters(row, pipeline):
+    """Return the names of the weights of a plain pipeline that a row changes."""
+    names = weights_of(pipeline).keys()
+    if row in FULL_ROWS:
+        return {name for name in names if f"--train_{name.split('.')[0]}" in ROWS[row]}
+    unet, norms = [name for name in names if name.startswith("unet.")], pipeline.unet.named_modules()
+    norms = tuple(f"unet.{name}.weight" for name, module in norms if "Norm" in type(module).__name__)
+    projections = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+    ends = {"lora": projections, "dora": projections, "bitfit": (".bias",)}
+    ends["difffit"] = (".bias", "to_out.0.weight", "ff.net.2.weight", *norms)
+    return {name for name in unet if name.endswith(ends[row])}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_exactly_the_methods_parameters_change(row, whole):
+    run, base = whole(row), pipeline_of(BASE)
+    before, after, expected = weights_of(base), weights_of(pipeline_of(run.saved)), changed_parameters(row, base)
+    assert before.keys() == after.keys()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == expected
+    # A checkpoint holds what trains and nothing else.
+    checkpoint = load_file(run.folder / "checkpoint-2" / "trainable.safetensors")
+    assert sum(weight.numel() for weight in checkpoint.values()) == sum(run.summary["trainable_parameters"].values())
+    assert row in ("lora", "dora", "difffit") or checkpoint.keys() == expected
+
+
+def assert_resumes_bit_identically(row, whole, tmp_path, *options, steps):
+    resume = f"--resume_from_checkpoint={whole / 'checkpoint-2'}"
+    summary = train(row, tmp_path / "resumed", *options, resume, steps=steps)
+    assert same(common.trained_weights(row, whole), common.trained_weights(row, tmp_path / "resumed"))
+    return summary
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_resumed_run_is_bit_identical(row, whole, tmp_path):
+    summary = assert_resumes_bit_identically(row, whole(row).folder, tmp_path, *OPTIONS[row], steps=3)
+    for metric in ("train_loss", "heldout_diffusion"):
+        assert result(summary, metric) == result(whole(row).summary, metric)
+
+
+def test_resuming_is_bit_identical_in_the_memory_layout_of_gpus(tmp_path, monkeypatch):
+    """Fused AdamW goes through weights and state as they lie in memory, which a checkpoint's file does not keep."""
+    monkeypatch.setattr(train_full, "to_channels_last", lambda module: module.to(memory_format=torch.channels_last))
+    options = ["--checkpointing_steps=2", "--unet_lr=1e-3", "--vae_lr=1e-3", "--use_ema"]
+    train("unet_vae", tmp_path / "whole", *options, steps=4)
+    assert_resumes_bit_identically("unet_vae", tmp_path / "whole", tmp_path, *options, steps=4)
+
+
+def test_8bit_adam_resumes_bit_identically(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(8192))
+    weight.grad = torch.ones(8192)
+    try:
+        __import__("bitsandbytes").optim.AdamW8bit([weight]).step()
+    except Exception as error:  # depends on bitsandbytes' build
+        pytest.skip(f"8-bit AdamW does not run on this CPU: {error}")
+    options = ["--use_8bit_adam", "--unet_lr=1e-3", "--checkpointing_steps=2"]
+    train("unet", tmp_path / "whole", *options, steps=4)
+    state = load_file(tmp_path / "whole" / "checkpoint-2" / "optimizer.safetensors")
+    assert any(value.dtype == torch.uint8 for value in state.values())
+    assert_resumes_bit_identically("unet", tmp_path / "whole", tmp_path, *options, steps=4)
+
+
+# Run in a fresh process: the model card's own code, and for DiffFit, whose card has none, the function that merges.
+LOAD = """
+import json, re, sys
+sys.path[:0] = sys.argv[1:3]
+import numpy, common, train_peft
+for method, run in json.loads(sys.argv[3]).items():
+    if method == "difffit":
+        pipe = common.pipeline_of(common.BASE)
+        train_peft.merge_delta(pipe.unet, f"{run}/unet_delta.safetensors")
+    else:
+        exec(re.search("```python(.*?)```", open(f"{run}/README.md").read(), re.DOTALL)[1])
+    pipe.set_progress_bar_config(disable=True)
+    numpy.save(f"{run}/images.npy", common.draw(pipe))
+"""
+
+
+def test_adapters_load_in_a_fresh_process_and_equal_the_merged_pipelines(whole):
+    """alpha is 16 and the rank 4: without its metadata, an adapter would be applied at another scale."""
+    folders = json.dumps({method: str(whole(method).folder) for method in PEFT_ROWS})
+    command = [sys.executable, "-c", LOAD, str(ROOT), str(ROOT / "tests"), folders]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    base = draw(pipeline_of(BASE))
+    for method in PEFT_ROWS:
+        whole(method).pipeline.unet.eval()  # LoRA dropout
+        trained = draw(whole(method).pipeline)
+        assert abs(trained - base).max() > 1e-2
+        assert abs(draw(pipeline_of(whole(method).saved)) - trained).max() < 1e-6, method
+        assert abs(np.load(whole(method).folder / "images.npy") - trained).max() < 1e-6, method
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss functions and optimizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def loss_parts(pipeline, **config):
+    """Return the arguments of a loss, and a batch of random images, captions and noise."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **config)
+    random = torch.Generator().manual_seed(0)
+    batch = {"pixel_values": torch.rand(4, 3, 64, 64, generator=random) * 2 - 1, "timesteps": torch.arange(4) * 333}
+    batch |= {name: torch.randn(4, 4, 8, 8, generator=random) for name in ("noise", "latent_noise")}
+    batch["input_ids"] = torch.randint(pipeline.tokenizer.vocab_size, (4, 77), generator=random)
+    scaling_factor = pipeline.vae.config.scaling_factor
+    return [pipeline.unet, pipeline.vae, pipeline.text_encoder, scheduler, scaling_factor], batch
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_min_snr_weights_and_velocity_equal_the_papers_formulas(prediction_type):
-    import train_full
-
-    pipeline = pipeline_of(BASE)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
-    factor = pipeline.vae.config.scaling_factor
-    model = train_full.DiffusionLoss(pipeline.unet, pipeline.vae, pipeline.text_encoder, scheduler, factor, 5.0)
-    stream = make_stream(train_full, phantoms())
-    batch = torch.utils.data.default_collate([stream[n] for n in range(4)])
-    losses = model(batch)
+def test_min_snr_weights_and_velocity_equal_the_formulas(prediction_type):
+    parts, batch = loss_parts(pipeline_of(BASE), prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    losses = train_full.DiffusionLoss(*parts, 5.0)(batch)
+    unet, vae, text_encoder, scheduler, scaling_factor = parts
+    posterior = vae.encode(batch["pixel_values"]).latent_dist
+    latents = (posterior.mean + posterior.std * batch["latent_noise"]) * scaling_factor
     signal = scheduler.alphas_cumprod[batch["timesteps"]]
-    snr = signal / (1 - signal)
-    weight = torch.minimum(snr, torch.full_like(snr, 5.0)) / (snr if prediction_type == "epsilon" else snr + 1)
-    posterior = pipeline.vae.encode(batch["pixel_values"]).latent_dist
-    latents = (posterior.mean + posterior.std * batch["latent_noise"]) * factor
-    noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
-    prediction = pipeline.unet(noisy, batch["timesteps"], pipeline.text_encoder(batch["input_ids"])[0]).sample
     alpha, sigma = signal.sqrt()[:, None, None, None], (1 - signal).sqrt()[:, None, None, None]
+    noisy, states = alpha * latents + sigma * batch["noise"], text_encoder(batch["input_ids"])[0]
     target = batch["noise"] if prediction_type == "epsilon" else alpha * batch["noise"] - sigma * latents
-    squared = (prediction - target).square().mean(dim=(1, 2, 3))
-    assert torch.allclose(losses["diffusion"], squared, atol=1e-6, rtol=1e-5)
-    assert torch.allclose(losses["loss"], weight * squared, atol=1e-6, rtol=1e-5)
+    squared = (unet(noisy, batch["timesteps"], states).sample - target).square().mean(dim=(1, 2, 3))
+    snr = signal / (1 - signal)
+    weight = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
+    # At the last timestep the SNR is 0, or nearly; the weight's limit is 1 or 0.
+    assert snr[-1] < 1e-9
+    weight[-1] = prediction_type == "epsilon"
+    assert torch.allclose(losses["diffusion"], squared, rtol=1e-5)
+    assert torch.allclose(losses["loss"], weight * squared, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("anchored", [True, False])
-def test_diffusion_loss_reaches_the_vae_only_in_the_joint_loss(anchored):
-    import train_full
-
+@pytest.mark.parametrize("vae_loss", ["anchored", "joint"])
+def test_the_diffusion_loss_reaches_the_vae_only_in_the_joint_loss(vae_loss):
     pipeline = pipeline_of(BASE)
-    stream = make_stream(train_full, phantoms())
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    model = train_full.JointLoss(
-        pipeline.unet, pipeline.vae, pipeline.text_encoder, scheduler, pipeline.vae.config.scaling_factor, None,
-        base_vae=pipeline_of(BASE).vae, anchored=anchored, recon_weight=0.0, anchor_weight=1.0, needs_unet=True,
-    )  # fmt: skip
-    losses = model(torch.utils.data.default_collate([stream[0], stream[1]]))
-    (gradient,) = torch.autograd.grad(losses["diffusion"].mean(), pipeline.vae.encoder.conv_in.weight, allow_unused=True, retain_graph=True)
-    assert (gradient is None) == anchored
-    if anchored:
-        assert losses["anchor"].max() < 1e-9
-        with torch.no_grad():
-            pipeline.vae.quant_conv.weight.mul_(0.5)
-        assert model(torch.utils.data.default_collate([stream[0]]))["anchor"].item() > 1e-2
+    parts, batch = loss_parts(pipeline)
+    flags = ["--train_unet", "--train_vae", f"--vae_loss={vae_loss}", f"--data_csv={phantoms()}"]
+    model = train_full.VAELoss(*parts, base_vae=pipeline_of(BASE).vae, args=train_full.parse_args(flags))
+    weight = pipeline.vae.encoder.conv_in.weight
+    (gradient,) = torch.autograd.grad(model(batch)["diffusion"].mean(), weight, allow_unused=True)
+    assert (gradient is None) == (vae_loss == "anchored")
+    if vae_loss == "anchored":
+        assert model(batch)["anchor"].max() < 1e-9
+        pipeline.vae.quant_conv.weight.data.mul_(0.5)
+        assert model(batch)["anchor"].min() > 1e-2
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_gradient_clipping_bites(row, tmp_path):
-    """Clipped to next to nothing, gradients vanish beside AdamW's epsilon and the weights stay where they were."""
-    change = {}
-    for name, norm in (("clipped", "1e-14"), ("free", "0")):
-        options = [f"--max_grad_norm={norm}", "--adam_weight_decay=0", "--checkpointing_steps=1", "--checkpoints_total_limit=2"]
-        train(row, tmp_path / name, *options, steps=2)
-        first, second = (load_file(tmp_path / name / f"checkpoint-{step}" / "trainable.safetensors") for step in (1, 2))
-        change[name] = max((second[key] - first[key]).abs().max().item() for key in first)
-    assert change["clipped"] < 1e-3 * change["free"]
-
-
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_lora_weights_load_in_a_fresh_process(method, tmp_path, monkeypatch):
-    """With alpha different from the rank, a file without its metadata would be applied at the wrong scale."""
-    import train_peft
-
-    pipelines = []
-    load = train_peft.load_base_pipeline
-    monkeypatch.setattr(train_peft, "load_base_pipeline", lambda args: pipelines.append(load(args)) or pipelines[-1])
-    train(method, tmp_path / "run", "--rank=4", "--lora_alpha=16", "--learning_rate=1e-2", "--num_validation_images=1", steps=3)
-    images = draw(pipelines[0])
-    code = f"""
-import sys; sys.path.insert(0, {str(BASE.parents[2] / "tests")!r})
-import numpy, common
-pipeline = common.pipeline_of({str(BASE)!r})
-pipeline.load_lora_weights({str(tmp_path / "run")!r})
-numpy.save({str(tmp_path / "images.npy")!r}, common.draw(pipeline))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    import numpy
-
-    loaded = numpy.load(tmp_path / "images.npy")
-    assert abs(loaded - images).max() < 1e-6
-    assert abs(draw(pipeline_of(BASE)) - images).max() > 1e-2
-
-
-@pytest.mark.parametrize("method", PEFT_ROWS)
-def test_merged_pipeline_equals_the_unmerged(method, tmp_path, monkeypatch):
-    import train_peft
-
-    pipelines = []
-    load = train_peft.load_base_pipeline
-    monkeypatch.setattr(train_peft, "load_base_pipeline", lambda args: pipelines.append(load(args)) or pipelines[-1])
-    train(method, tmp_path / "run", "--rank=4", "--lora_alpha=16", "--learning_rate=1e-2", "--save_merged", "--num_validation_images=1", steps=3)
-    unmerged = draw(pipelines[0])
-    assert abs(draw(pipeline_of(tmp_path / "run" / "merged")) - unmerged).max() < 1e-6
-    assert abs(draw(pipeline_of(BASE)) - unmerged).max() > 1e-2
-    if method == "bitfit":
-        plain = pipeline_of(BASE)
-        keys = plain.unet.load_state_dict(load_file(tmp_path / "run" / "unet_delta.safetensors"), strict=False)
-        assert not keys.unexpected_keys
-        assert abs(draw(plain) - unmerged).max() < 1e-6
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_resumed_run_is_bit_identical(row, tmp_path):
-    """From a checkpoint in the middle of an epoch and with accumulation; averaged and 8-bit state in two rows."""
-    options = ["--gradient_accumulation_steps=2", "--lr_scheduler=cosine", "--checkpointing_steps=3", "--max_train_samples=7"]
-    options += {"unet": ["--use_ema"], "lora": ["--use_8bit_adam", "--lora_dropout=0.3"], "bitfit": ["--use_ema"]}.get(row, [])
-    train(row, tmp_path / "whole", *options, steps=5)
-    assert (tmp_path / "whole" / "checkpoint-3").is_dir()
-    train(row, tmp_path / "resumed", *options, f"--resume_from_checkpoint={tmp_path / 'whole' / 'checkpoint-3'}", steps=5)
-    whole, resumed = trained_weights(row, tmp_path / "whole"), trained_weights(row, tmp_path / "resumed")
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    early = load_file(tmp_path / "whole" / "checkpoint-3" / "trainable.safetensors")
-    assert set(early) and json.loads((tmp_path / "whole" / "checkpoint-3" / "state.json").read_text())["samples_seen"] == 12
+def test_gradients_are_clipped_to_their_global_norm(row, tmp_path):
+    """After one step, AdamW's first moment is a tenth of the gradient."""
+    flags = ["--max_grad_norm=1e-4", "--checkpointing_steps=1", "--gradient_accumulation_steps=2"]
+    train(row, tmp_path / "run", *flags, steps=1)
+    state = load_file(tmp_path / "run" / "checkpoint-1" / "optimizer.safetensors")
+    norm = sum(value.square().sum() for name, value in state.items() if name.endswith("exp_avg")).sqrt()
+    assert norm == pytest.approx(1e-5, rel=1e-2)
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path):
-    """AdamW hides a wrong scale in the weights; its first moments do not."""
     options = ["--max_grad_norm=0", "--checkpointing_steps=1"]
     train("unet", tmp_path / "one", *options, "--train_batch_size=4", steps=1)
     train("unet", tmp_path / "two", *options, "--gradient_accumulation_steps=2", steps=1)
     one, two = (load_file(tmp_path / name / "checkpoint-1" / "optimizer.safetensors") for name in ("one", "two"))
-    moments = [name for name in one if name.endswith("exp_avg")]
-    assert moments and all(torch.allclose(one[name], two[name], atol=1e-6, rtol=1e-4) for name in moments)
+    gradients = [name for name in one if name.endswith("exp_avg")]
+    assert gradients and all(torch.allclose(one[name], two[name], atol=1e-6, rtol=1e-4) for name in gradients)
+
+
+SCHEDULES = {  # of the share of the steps after warm-up
+    "constant_with_warmup": lambda share: 1,
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+    "cosine_with_restarts": lambda share: (share < 1) * (1 + math.cos(math.pi * (2 * share % 1))) / 2,
+    "polynomial": lambda share: (1 - share) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_equal_the_formulas(name, tmp_path):
+    """Logged is the learning rate of the step to come."""
+    flags = [f"--lr_scheduler={name}", "--lr_warmup_steps=2", "--lr_num_cycles=2", "--lr_power=2", "--learning_rate=1"]
+    run = record("bitfit", tmp_path / "run", *flags, "--adam_epsilon=1e9", "--adam_weight_decay=0", steps=6)
+    expected = [0.5, *(SCHEDULES[name](step / 4) for step in range(5))]
+    assert run.rates == pytest.approx(expected, abs=2e-4)  # polynomial ends at 1e-4 of the rate
+
+
+@pytest.mark.parametrize("row", ["unet_vae_text_encoder", *PEFT_ROWS])
+def test_masters_are_taken_in_float32_before_the_base_is_cast(row, tmp_path):
+    """At a learning rate of 0 under bf16, nothing moves at all."""
+    peft = row in PEFT_ROWS
+    flags = ["--learning_rate=0", "--save_merged"] if peft else ["--unet_lr=0", "--text_encoder_lr=0", "--vae_lr=0"]
+    flags += ["--mixed_precision=bf16", "--gradient_checkpointing", "--checkpointing_steps=1"]
+    train(row, tmp_path / "run", *flags, steps=1)
+    for name in ("trainable", "optimizer"):
+        tensors = load_file(tmp_path / "run" / "checkpoint-1" / f"{name}.safetensors").values()
+        assert {value.dtype for value in tensors} == {torch.float32}
+    assert same(weights_of(pipeline_of(tmp_path / "run" / ("merged" if peft else ""))), weights_of(pipeline_of(BASE)))
 
 
 def test_a_dataset_trains_like_the_table_of_the_same_images(tmp_path):
-    """The same images in the same order, once as a CSV and once through datasets.load_dataset."""
-    from test_data import picture
-
     names = [f"{i}.png" for i in range(6)]
     for name in names:
-        picture(tmp_path / "data" / name)
-    (tmp_path / "data" / "metadata.csv").write_text("file_name,Edema\n" + "".join(f"{name},1\n" for name in names))
-    train("bitfit", tmp_path / "csv", "--split=all", csv=tmp_path / "data" / "metadata.csv")
-    flags = [a for a in arguments("bitfit", tmp_path / "set", "--split=all") if not a.startswith("--data_csv")]
-    script = script_of("bitfit")
-    script.main(script.parse_args([*flags, f"--dataset_name={tmp_path / 'data'}"]))
-    table, dataset = (load_file(tmp_path / name / "unet_delta.safetensors") for name in ("csv", "set"))
-    assert all(torch.equal(table[name], dataset[name]) for name in table)
+        common.picture(tmp_path / "data" / name)
+    table = tmp_path / "data" / "metadata.csv"
+    table.write_text("file_name,Edema\n" + "".join(f"{name},1\n" for name in names))
+    train("bitfit", tmp_path / "csv", "--split=all", csv=table)
+    argv = [word for word in common.arguments("bitfit", tmp_path / "set", "--split=all") if "--data_csv" not in word]
+    common.run_main(train_peft, [*argv, f"--dataset_name={tmp_path / 'data'}"])
+    assert same(common.trained_weights("bitfit", tmp_path / "csv"), common.trained_weights("bitfit", tmp_path / "set"))
 
 
-def test_checkpoints_hold_only_what_trains_and_the_oldest_go(tmp_path):
-    train("bitfit", tmp_path / "run", "--checkpointing_steps=1", "--checkpoints_total_limit=2", steps=4)
-    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-    names = load_file(tmp_path / "run" / "checkpoint-4" / "trainable.safetensors")
-    assert names and all(name.startswith("unet.") and name.endswith(".bias") for name in names)
-
-
-@pytest.mark.parametrize("row, precision", [("unet_vae_text_encoder", "bf16"), ("difffit", "bf16"), ("lora", "bf16")])
-def test_masters_stay_in_float32(row, precision, tmp_path):
-    train(row, tmp_path / "run", f"--mixed_precision={precision}", "--gradient_checkpointing", "--checkpointing_steps=2")
-    saved = load_file(tmp_path / "run" / "checkpoint-2" / "trainable.safetensors")
-    state = load_file(tmp_path / "run" / "checkpoint-2" / "optimizer.safetensors")
-    assert {t.dtype for t in saved.values()} == {t.dtype for t in state.values()} == {torch.float32}
-    # A weight in bfloat16 has no bits below its eighth; one in float32 that trained has.
-    assert any(not torch.equal(t, t.bfloat16().float()) for t in saved.values())
+def test_old_checkpoints_go_and_later_ones_of_another_branch(tmp_path):
+    flags = ["--checkpointing_steps=1", "--checkpoints_total_limit=3"]
+    train("bitfit", tmp_path / "run", *flags, steps=4)
+    assert [path.name[-1] for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["2", "3", "4"]
+    back = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"
+    train("bitfit", tmp_path / "run", *flags, back, "--learning_rate=1e-2", steps=3)
+    assert [path.name[-1] for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["2", "3"]

@@ -1,4 +1,4 @@
-"""Each script stands alone: copied into an empty folder it still runs, and it says itself what it needs."""
+"""Each script stands alone: copied into an empty folder it still runs, and it lists what it needs."""
 
 import ast
 import importlib.metadata
@@ -6,100 +6,81 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from common import ROOT
+from packaging.requirements import Requirement
 
 try:
     import tomllib
-except ModuleNotFoundError:
-    # Python 3.10, where pytest brings it.
+except ModuleNotFoundError:  # Python 3.10, where pytest installs tomli
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-PACKAGE_OF = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "vendi_score": "vendi-score"}
-# Needed without an import of their own: peft by diffusers for adapters, tensorboard by accelerate for the default logs,
-# torchvision by transformers, bitsandbytes by a flag.
+PACKAGE_OF = {
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+    "sklearn": "scikit-learn",
+    "vendi_score": "vendi-score",
+}
+# Needed without an import: peft by diffusers for adapters, tensorboard by accelerate for its logs, torchvision by
+# transformers, bitsandbytes by a flag.
 INDIRECT = {"peft", "tensorboard", "torchvision", "bitsandbytes"}
 
 
-def metadata(script: str) -> dict:
-    """The PEP 723 block at the top of a script."""
-    text = (ROOT / f"{script}.py").read_text()
-    block = re.match(r"# /// script\n((?:#(?: .*)?\n)+?)# ///\n", text)
-    assert block, f"{script}.py does not begin with a PEP 723 block"
-    return tomllib.loads("\n".join(line[2:] for line in block[1].splitlines()))
+def parse_requirements(lines):
+    """Return version specifiers by package."""
+    parsed = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    return {requirement.name.lower(): requirement.specifier for requirement in parsed}
 
 
-def requirements(lines: list[str]) -> dict[str, str]:
-    """{"torch": ">=2.6"} from ["torch>=2.6"]."""
-    parsed = [re.match(r"([\w.-]+)\s*(.*)", line).groups() for line in lines if line.strip() and not line.startswith("#")]
-    return {name.lower(): specifier for name, specifier in parsed}
+ALL = parse_requirements((ROOT / "requirements.txt").read_text().splitlines())
 
 
-def imported(script: str) -> set[str]:
-    """Top-level names of all modules that a script imports, at its top or inside a function."""
-    names = set()
-    for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{script}.py has a relative import"
-            names.add(node.module.split(".")[0])
-    return names
+# One process for all, since most of the time is for importing torch and diffusers.
+HELP_OF_ALL = """
+import os, runpy, sys
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    (script,) = os.listdir()
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0
+"""
 
 
-@pytest.fixture(scope="module")
-def helps(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
-    """--help of every script, each copied alone into an empty folder, started together to share the wait."""
-    started = {}
+def test_each_runs_alone_in_an_empty_folder(tmp_path):
     for script in SCRIPTS:
-        folder = tmp_path_factory.mktemp(script)
-        shutil.copy(ROOT / f"{script}.py", folder)
-        # Isolated: neither the script's folder, nor PYTHONPATH, nor the user's packages are on the path.
-        command = [sys.executable, "-I", f"{script}.py", "--help"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started[script] = subprocess.Popen(command, cwd=folder, text=True, **pipes)
-    done = {}
-    for script, process in started.items():
-        out, err = process.communicate(timeout=300)
-        done[script] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
-    return done
+        (tmp_path / script).mkdir()
+        shutil.copy(ROOT / f"{script}.py", tmp_path / script)
+    # -I: neither the working folder nor PYTHONPATH nor the user's packages are on the path.
+    command = [sys.executable, "-I", "-c", HELP_OF_ALL, *(tmp_path / script for script in SCRIPTS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert re.findall(r"^usage: (\w+)\.py", done.stdout, re.MULTILINE) == SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_runs_alone_in_an_empty_folder(script, helps):
-    assert helps[script].returncode == 0, helps[script].stderr[-2000:]
-    assert helps[script].stdout.startswith(f"usage: {script}.py")
-    assert helps[script].stderr == ""
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_imports_no_file_of_this_repository(script):
-    paths = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "launch").rglob("*.py")]
-    siblings = {"tests", "launch", *(path.stem for path in paths)}
-    assert imported(script) & siblings == set()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_names_its_dependencies_as_requirements_txt_does(script):
-    block = metadata(script)
-    assert block["requires-python"] == ">=3.10"
-    ours, all_of_them = requirements(block["dependencies"]), requirements((ROOT / "requirements.txt").read_text().splitlines())
-    assert {name: all_of_them.get(name) for name in ours} == ours
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_names_everything_that_it_imports(script):
-    packages = {PACKAGE_OF.get(name, name) for name in imported(script) - set(sys.stdlib_module_names)}
-    named = set(requirements(metadata(script)["dependencies"]))
-    assert packages <= named, f"imported but not named: {sorted(packages - named)}"
-    assert named - packages <= INDIRECT, f"named but not imported: {sorted(named - packages - INDIRECT)}"
+def test_lists_what_it_imports(script):
+    source = (ROOT / f"{script}.py").read_text()
+    block = re.match(r"# /// script\n((?:#(?: .*)?\n)+?)# ///\n", source)
+    metadata = tomllib.loads("\n".join(line[2:] for line in block[1].splitlines()))
+    listed = parse_requirements(metadata["dependencies"])
+    assert metadata["requires-python"] == ">=3.10" and listed.items() <= ALL.items()
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    siblings = {path.stem for folder in (ROOT, ROOT / "tests", ROOT / "launch") for path in folder.rglob("*.py")}
+    assert not imported & siblings
+    packages = {PACKAGE_OF.get(name, name) for name in imported - set(sys.stdlib_module_names)}
+    assert packages <= listed.keys() <= packages | INDIRECT
 
 
 def test_what_is_installed_satisfies_requirements_txt():
-    from packaging.specifiers import SpecifierSet
-
-    for name, specifier in requirements((ROOT / "requirements.txt").read_text().splitlines()).items():
-        assert importlib.metadata.version(name) in SpecifierSet(specifier), name
+    for name, specifier in ALL.items():
+        assert importlib.metadata.version(name) in specifier, name

@@ -1,28 +1,22 @@
-"""Kills the scripts at random moments and checks that nothing is lost, doubled or damaged.
+"""Kill the scripts at random moments, start them again, and check that nothing is lost, doubled or damaged.
 
     python tests/faults/run.py --rounds 100
     python tests/faults/run.py --rounds 4 --jobs train_peft sample --processes 2 --seed 7
 
-A job is a script, or launch/sweep.sh, on a small problem on the CPU, started by `accelerate launch` where it has several
-processes. It is first run undisturbed. Then, once, its surroundings fail: images that vanish, before it starts and while it runs,
-a folder that is read-only, a disk that fills up at a random point of the work. Each has to end it with a sentence, and with more
-room it goes on to its end, while the clock and the times of its files jump.
-Then it is started in a new folder and hit again and again, each a round: SIGKILL or
-SIGTERM to all its processes, or SIGKILL to one of them, which has to end the others within a minute. The moment is random over
-the job's whole duration, or, in half of the rounds, soon after a new file has appeared. After each round every file that has its
-final name must be whole; then, in a third of them, the newest checkpoint loses its end or has a bit flipped where there is
-another to go on from.
-After --kills rounds the job runs to its end. What it leaves is each time compared with the undisturbed one's: the same files, no
-more and no fewer, trained weights bit by bit, images and figures. Exit status 1 if anything is found.
+A job is a script on a small problem on the CPU, started by `accelerate launch` if it has several processes. It runs once
+undisturbed. Then it is started in a new folder and hit several times, each a round: SIGKILL or SIGTERM to all its
+processes, or SIGKILL to one of them, which must end the others within a minute. The moment is random, in most rounds
+soon after a new file has appeared. After each round, every file under its final name must be whole. After --kills rounds
+the job runs to its end and is compared with the undisturbed run: the same files, weights bit by bit, images and figures.
+Exits with status 1 if anything differs.
 """
 
 import argparse
 import contextlib
-import csv
+import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -35,81 +29,96 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "launch" / "demo" / "base"
-JOBS = ("train_full", "train_peft", "sample", "eval_generation", "eval_downstream", "sweep")
-LABELS = ["Edema", "No Finding", "Pleural Effusion"]
-# What may differ between two runs of the same job: times, memory, and where the results lie.
-FREE = {"seconds", "seconds_per_epoch", "peak_memory_gib", "arguments", "versions", "notes", "resume_from_checkpoint"}
-# An undisturbed run that needs longer than this hangs.
-LIMIT = 900
-# A sitecustomize.py for the scripts' own processes: a clock that is thirty years wrong now and then.
-CLOCK = f"""
-import random, sys, time
-if any(word.endswith(tuple(name + ".py" for name in {JOBS})) for word in sys.orig_argv[1:4]):
-    jumps, right = random.Random(0), time.time
-    time.time = lambda: right() + jumps.choice((-1e9, 0, 1e9))
-"""
+JOBS = ["train_full", "train_peft", "sample", "eval_generation", "eval_downstream"]
+CLASSIFIER = "--arch resnet18 --weights none --resolution 32 --train_batch_size 4 --bootstrap_samples 50"
+# What may differ between two runs of the same job.
+FREE = "seconds seconds_per_epoch peak_memory_gib arguments notes".split()
+# Seconds after which a job hangs: undisturbed, and after a fault.
+RUN_LIMIT, END_LIMIT = 900, 60
+EXIT_PREEMPTED = 75  # as in train_full.py
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Jobs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start(command, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, cwd=ROOT, **options)
+
+
+def prepare(folder, jobs):
+    """Make what the jobs start from: phantoms and, for the evaluations, samples and a classifier."""
+    size = "--images_per_label 12 --num_inference_steps 3 --resolution 64"
+    training = f"--train_on real {CLASSIFIER} --num_train_epochs 2 --num_seeds 1"
+    commands = [
+        f"launch/demo/make_phantoms.py --num_patients 60 --output_dir {folder}/phantoms",
+        f"sample.py --model {BASE} {size} --labels Edema Pneumothorax --output_dir {folder}/samples",
+        f"eval_downstream.py {tables(folder)} {training} --output_dir {folder}/real",
+    ]
+    for command in commands if any(name.startswith("eval") for name in jobs) else commands[:1]:
+        if start(command.split(), stdout=subprocess.DEVNULL).wait():
+            raise RuntimeError(f"{command} failed")
+
+
+def tables(data):
+    return f"--synthetic {data}/samples --real_csv {data}/phantoms/CheXpert-phantom/train.csv"
 
 
 class Job:
-    """A command and how to judge what it leaves."""
+    """A script on a number of processes, with a folder for its runs and its log."""
 
-    def __init__(self, name: str, processes: int, data: dict):
-        self.name, self.processes, self.data = name, processes, data
+    def __init__(self, name, processes, root):
+        self.name, self.processes, self.place = name, processes, root / f"{name}-{processes}"
+        self.place.mkdir()
+        self.data, self.log, self.duration = root / "data", self.place / "log", None
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"{self.name} on {self.processes}"
 
-    def start(self, folder: Path, log: Path | None, room: int | None = None, **variables: str) -> subprocess.Popen:
-        """Starts it, its output to the log or, without one, to a pipe; with `room` for the bytes of any file that it writes."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        launcher = [sys.executable]
-        if self.processes > 1:
-            launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(self.processes)]
-            launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables
-        if self.name == "sweep":
-            small = {
-                "STUDY": folder, "METHODS": "bitfit", "MODEL": BASE, "LAUNCH": " ".join(launcher), "PROCESSES": self.processes, "LABELS": ",".join(LABELS),
-                "TRAIN_CSV": self.data["csv"], "RESOLUTION": 64, "BATCH": 1, "GLOBAL_BATCH": 2, "BITFIT_LR": "1e-3", "MIXED_PRECISION": "no",
-                "SAMPLE_FLAGS": "--images_per_label 6 --num_inference_steps 3", "EVALUATION_FLAGS": f"--features {folder}/downstream/real/classifier --num_subsamples 3",
-                "DOWNSTREAM_FLAGS": "--arch resnet18 --weights none --resolution 32 --num_train_epochs 3 --num_seeds 1 --train_batch_size 4 --bootstrap_samples 50",
-            }  # fmt: skip
-            environment |= {key: str(value) for key, value in small.items()}
-            command = ["bash", ROOT / "launch" / "sweep.sh", "--max_train_steps", "12", "--checkpointing_steps", "3", "--num_validation_images", "0"]
-        else:
-            command = [*launcher, ROOT / f"{self.name}.py", *self.flags(folder), "--output_dir", folder]
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with log.open("a") if log else contextlib.nullcontext(subprocess.PIPE) as output:
-            return subprocess.Popen(
-                [str(word) for word in command], env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room or soft, hard)),
-            )  # fmt: skip
+    def flags(self, caches):
+        csv = f"{self.data}/phantoms/CheXpert-phantom/train.csv"
+        training = (
+            f"--data_csv {csv} --pretrained_model_name_or_path {BASE} --latent_cache_dir {caches}/latents --resolution 64 "
+            f"--train_batch_size 1 --gradient_accumulation_steps {4 // self.processes} --max_train_steps 16 --use_ema "
+            "--max_validation_samples 4 --num_validation_images 0 --checkpointing_steps 3 --logging_steps 2 "
+            "--report_to none --resume_from_checkpoint latest"
+        )
+        networks = f"--features {self.data}/real/classifier --vae {BASE} --feature_cache_dir {caches}/features"
+        return {
+            "train_full": f"--train_unet --train_vae {training}",
+            "train_peft": f"--method difffit {training}",
+            "sample": f"--model {BASE} --images_per_label 8 --num_inference_steps 4 --resolution 64 --batch_size 2",
+            "eval_generation": f"{tables(self.data)} --train_csv {csv} {networks} --num_subsamples 3 --batch_size 4",
+            "eval_downstream": f"{tables(self.data)} --train_on both {CLASSIFIER} --num_train_epochs 4 --patience 0 "
+            f"--num_seeds 2 --image_cache_dir {caches}/images",
+        }[self.name].split()
 
-    def flags(self, folder: Path) -> list:
-        if self.name.startswith("train"):
-            what = ["--train_unet", "--train_vae"] if self.name == "train_full" else ["--method", "difffit", "--use_ema"]
-            return [
-                *what, "--data_csv", self.data["csv"], "--pretrained_model_name_or_path", BASE, "--resolution", 64, "--train_batch_size", 1,
-                "--gradient_accumulation_steps", 4 // self.processes, "--max_train_steps", 16, "--max_validation_samples", 4, "--num_validation_images", 0,
-                "--checkpointing_steps", 3, "--logging_steps", 2, "--report_to", "none", "--resume_from_checkpoint", "latest",
-                "--latent_cache_dir", folder.parent / "latent_cache",
-            ]  # fmt: skip
-        if self.name == "sample":
-            return ["--model", BASE, "--labels", *LABELS, "--images_per_label", 16, "--num_inference_steps", 4, "--resolution", 64, "--batch_size", 2]
-        if self.name == "eval_generation":
-            return [
-                "--synthetic", self.data["samples"], "--real_csv", self.data["csv"], "--train_csv", self.data["csv"], "--features", self.data["classifier"],
-                "--vae", BASE, "--num_subsamples", 3, "--batch_size", 4, "--feature_cache_dir", folder.parent / "feature_cache",
-            ]  # fmt: skip
-        return [
-            "--synthetic", self.data["samples"], "--real_csv", self.data["csv"], "--train_on", "both", "--arch", "resnet18", "--weights", "none",
-            "--resolution", 32, "--num_train_epochs", 4, "--patience", 0, "--num_seeds", 2, "--train_batch_size", 4, "--bootstrap_samples", 50,
-            "--image_cache_dir", folder.parent / "image_cache",
-        ]  # fmt: skip
+    def start(self, folder):
+        launcher = (
+            "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_machines 1 --mixed_precision no".split()
+        )
+        launcher += f"--dynamo_backend no --main_process_port 0 --num_processes {self.processes}".split()
+        command = [f"{self.name}.py", *self.flags(folder.parent), "--output_dir", folder]
+        folder.parent.mkdir(exist_ok=True)
+        with self.log.open("a") as log:
+            return start((launcher if self.processes > 1 else []) + command, stdout=log, start_new_session=True)
+
+    def run_to_the_end(self, folder):
+        """Return the seconds that an undisturbed run takes."""
+        began, process = time.monotonic(), self.start(folder)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(RUN_LIMIT)
+        if process.returncode != 0:
+            send(signal.SIGKILL, process_tree(process.pid))
+            raise RuntimeError(f"{self}: status {process.returncode}: {self.log.read_text()[-2000:]}")
+        return time.monotonic() - began
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,382 +126,204 @@ class Job:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def tree(pid: int) -> list[psutil.Process]:
-    """A process and all below it, the launcher's sessions included."""
+def process_tree(pid):
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         return [parent, *parent.children(recursive=True)]
     return []
 
 
-def signal_all(processes: list[psutil.Process], number: int) -> None:
+def send(number, processes):
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
 
 
-def ended(processes: list[psutil.Process], seconds: float) -> bool:
-    return not psutil.wait_procs(processes, timeout=seconds)[1]
+def is_worker(process):
+    """Return whether a process runs one of the scripts itself, and is not its launcher."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return any(Path(word).stem in JOBS for word in process.cmdline()[1:3])
+    return False
 
 
-def files_of(folder: Path) -> set[Path]:
-    return {path for path in folder.parent.rglob("*") if path.is_file()} if folder.parent.exists() else set()
+def files_in(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
 
 
-def wait_for_the_moment(job: subprocess.Popen, folder: Path, duration: float, generator: random.Random) -> None:
-    """Waits over a random part of the job's duration; half of the times from the first new file on, for a short while."""
-    # Not quite to its end, since the machine may be faster than when the duration was taken.
-    writing, share = generator.random() < 0.5, 0.9 * generator.random()
-    before, began = files_of(folder), time.monotonic()
-    while job.poll() is None and time.monotonic() - began < (2 * duration if writing else duration * share):
-        if writing and files_of(folder) - before:
+def wait_for_the_moment(process, folder, duration, rng):
+    """Wait for a random part of the job's duration or, in most rounds, shortly after the first new file."""
+    # Short of the whole duration, since the machine may be faster now than it was then.
+    after_a_file, share = rng.random() < 0.7, 0.9 * rng.random()
+    before, began = files_in(folder.parent), time.monotonic()
+    while process.poll() is None and time.monotonic() - began < duration * (2 if after_a_file else share):
+        if after_a_file and files_in(folder.parent) - before:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                job.wait(0.3 * duration * share)
+                process.wait(0.3 * duration * share)
             return
         time.sleep(0.01)
 
 
-def hit(job: subprocess.Popen, fault: str, processes: int, generator: random.Random) -> list[str]:
-    """Does the fault to a running job; returns what went wrong with its end."""
-    everything = tree(job.pid)
+def hit(process, fault, rng):
+    """Apply a fault to a running job. Returns its exit status, None if it does not end by itself."""
+    processes = process_tree(process.pid)
     if fault == "SIGKILL":
-        # Stopped first, or the launcher would start or end others in between.
-        signal_all(everything[:1], signal.SIGSTOP)
-        signal_all(tree(job.pid)[::-1], signal.SIGKILL)
+        send(signal.SIGSTOP, processes[:1])  # or the launcher would react in between
+        send(signal.SIGKILL, process_tree(process.pid)[::-1])
     elif fault == "SIGTERM":
-        signal_all(everything[::-1], signal.SIGTERM)
+        send(signal.SIGTERM, processes[::-1])
     else:
-        workers = [process for process in everything if is_worker(process)]
-        signal_all(generator.sample(workers, 1) if workers else everything, signal.SIGKILL)
-    began = time.monotonic()
-    fine = ended(everything, 60)
-    signal_all(tree(job.pid) + everything, signal.SIGKILL)
-    job.wait()
-    return [] if fine else [f"{fault}: processes were left after {time.monotonic() - began:.0f} s"]
-
-
-def damage(folder: Path, generator: random.Random) -> Path | None:
-    """Cuts or flips a bit in one file of the newest checkpoint, where there is an older one; returns the checkpoint."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if len(checkpoints) < 2 or generator.random() > 1 / 3:
-        return None
-    path = generator.choice(sorted(path for path in checkpoints[-1].iterdir() if path.stat().st_size))
-    content = bytearray(path.read_bytes())
-    if generator.random() < 0.5:
-        del content[generator.randrange(len(content)) :]
-    else:
-        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-    path.write_bytes(content)
-    return checkpoints[-1]
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, options: str):
-    """A folder on a file system of its own, in memory; gives False where none may be mounted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fine = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode == 0
-    try:
-        yield fine
-    finally:
-        if fine:
-            subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def ending(job: Job, process: subprocess.Popen, words: list[str]) -> list[str]:
-    """What is wrong with how a job ended that could not go on: status 2 and one sentence, with one of the words in it."""
-    try:
-        said = process.communicate(timeout=LIMIT)[0].replace("\r", "\n")
-    except subprocess.TimeoutExpired:
-        signal_all(tree(process.pid), signal.SIGKILL)
-        return ["hangs"]
-    sentences = [line for line in said.splitlines() if ".py: error: " in line]
-    # The launcher of several has a status and a traceback of its own, and each process its sentence.
-    fine = process.returncode == 2 and len(sentences) == 1 and "Traceback" not in said if job.processes == 1 else process.returncode and sentences
-    if not fine or not any(word in line for word in words for line in sentences):
-        return [f"status {process.returncode}, {sentences or said[-2000:]}"]
-    return []
-
-
-def note(text: str) -> None:
-    print(f"      {text}", flush=True)
-
-
-def vanishing_images(job: Job, place: Path, duration: float, generator: random.Random) -> list[str]:
-    """All images are moved away before a job starts, and while another runs; what went wrong."""
-    images, gone, found = job.data["images"], job.data["images"].with_name("gone"), []
-    for moment in (0, duration * generator.uniform(0.2, 0.8)):
-        folder = place / f"vanishing-{moment:.1f}" / "out"
-        if not moment:
-            images.rename(gone)
-        process = job.start(folder, None)
-        if moment:
-            time.sleep(moment)
-            images.rename(gone)
-        wrong = ending(job, process, ["view1_"])
-        gone.rename(images)
-        # What vanishes late may not be looked for any more.
-        noticed = process.returncode != 0
-        found += [f"images gone after {moment:.1f} s: {line}" for line in wrong if noticed or not moment] + damaged_files(folder)
-        note(f"images gone after {moment:.1f} s: {'noticed' if noticed else 'not noticed'}")
-    return found
-
-
-def read_only_folder(job: Job, place: Path) -> list[str]:
-    """A job is to write where it may not; what went wrong."""
-    folder, found = place / "read-only" / "out", []
-    with mounted(folder.parent, "ro") as fine:
-        if not fine:
-            folder.parent.chmod(0o500)
-        # Root passes over permissions.
-        possible = fine or os.geteuid() != 0
-        if possible:
-            found = [f"read-only folder: {line}" for line in ending(job, job.start(folder, None), ["cannot be written"])]
-        note("read-only folder" if possible else "no read-only folder for root, who may not mount one here")
-    folder.parent.chmod(0o700)
-    return found
-
-
-def full_disk(job: Job, whole: Path, place: Path, log: Path, generator: random.Random) -> list[str]:
-    """A job's disk fills up; with room it goes on to its end, while the clock and the times of its files jump; what went wrong.
-
-    The room is a part of what an undisturbed run leaves, or, where no disk may be mounted, of its largest file.
-    """
-    folder, share = place / "full" / "out", generator.uniform(0.1, 0.9)
-    sizes = [path.stat().st_size for path in files_of(whole)]
-    with mounted(folder.parent, f"size={int(share * sum(-(-size // 4096) for size in sizes)) * 4}k") as fine:
-        process = job.start(folder, None, room=None if fine else int(share * max(sizes)))
-        found = [f"full disk: {line}" for line in ending(job, process, ["make room", "cannot be written"])] + damaged_files(folder)
-        note(f"{'disk' if fine else 'quota'} full at {share:.0%}, with {len(files_of(folder))} of {len(sizes)} files there")
-        if fine:
-            subprocess.run(["mount", "-o", "remount,size=50%", folder.parent], check=True)
-        for path in files_of(folder):
-            os.utime(path, (jump := generator.choice([0, 1e9, 4e9]), jump))
-        run_whole(job, folder, log, PYTHONPATH=str(log.parent / "clock"))
-        return found + differences(job, whole, folder)
-
-
-def is_worker(process: psutil.Process) -> bool:
-    """Whether a process is one of the script's own, not a launcher or a shell."""
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        words = process.cmdline()
-        return len(words) > 1 and any(word.endswith(f"{name}.py") for name in JOBS for word in words[1:3])
-    return False
+        workers = [process for process in processes if is_worker(process)]
+        send(signal.SIGKILL, rng.sample(workers, 1) if workers else processes)
+    left = psutil.wait_procs(processes, timeout=END_LIMIT)[1]
+    send(signal.SIGKILL, processes + process_tree(process.pid))
+    status = process.wait()
+    return None if left else status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What must hold
+# Checks
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def damaged_files(folder: Path, known: list[str] = []) -> list[str]:
-    """Files under their final names that are not whole; what is still being written is hidden or ends in .part.
-
-    What is in the `known` folders was damaged by this harness.
-    """
-    sys.path.insert(0, str(ROOT))
-    import train_full
-
-    found = []
-    for path in folder.parent.rglob("*"):
-        if any(part.startswith(".") or part.endswith((".part", ".sizes")) for part in path.relative_to(folder.parent).parts):
-            continue
-        if known and any(str(part) in known for part in (path, path.parent)):
+def broken_files(folder):
+    """Return files under their final names that are not whole; unfinished ones are hidden or end in .tmp."""
+    problems, checkpoint = [], {"state.json", "trainable.safetensors", "optimizer.safetensors", "ema.safetensors"}
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") or part.endswith(".tmp") for part in path.relative_to(folder).parts):
             continue
         try:
-            if path.is_dir() and path.name.startswith("checkpoint-"):
-                assert train_full.checkpoint_problem(path) is None, train_full.checkpoint_problem(path)
+            if path.name.startswith("checkpoint-"):
+                assert checkpoint == {file.name for file in path.iterdir()}, "files are missing"
             elif path.suffix == ".json":
                 json.loads(path.read_text())
             elif path.suffix == ".safetensors":
                 load_file(path)
-            elif path.suffix == ".png":
-                with Image.open(path) as image:
-                    image.load()
             elif path.suffix == ".npy":
-                np.load(path, mmap_mode="r", allow_pickle=False)
-            elif path.suffix in (".csv", ".md", ".html"):
-                assert path.stat().st_size
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # of whatever reads that kind of file
-            found.append(f"{path.relative_to(folder.parent)} is damaged: {type(error).__name__} {error}")
-    return found
+                np.load(path, mmap_mode="r")
+            elif path.suffix == ".png":
+                Image.open(path).load()
+            elif path.suffix in (".csv", ".md"):
+                assert path.read_text().endswith("\n"), "its end is missing"
+        except Exception as error:  # broken files can raise anything
+            problems.append(f"{path.relative_to(folder)} is broken: {type(error).__name__} {error}")
+    return problems
 
 
-def names_of(folder: Path) -> list[str]:
-    """What a finished job leaves, but for what is named by the time or the place of a run: its checkpoints, caches and logs."""
-    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return sorted(str(path) for path in paths if not any(part.startswith("checkpoint-") or part.endswith("_cache") or part == "logs" for part in path.parts))
-
-
-def same(one, two, path: str = "") -> list[str]:
-    """Where two results differ, beyond the rounding that other batches bring."""
+def json_differences(one, two, path=""):
+    """Return where two results differ by more than the rounding errors of other batches."""
     if isinstance(one, dict) and isinstance(two, dict):
-        if one.get("metric") in FREE or two.get("metric") in FREE:
+        if one.get("metric") in FREE:
             return []
         keys = [key for key in {**one, **two} if key not in FREE]
-        return [line for key in keys for line in same(one.get(key), two.get(key), f"{path}/{key}")]
+        return [line for key in keys for line in json_differences(one.get(key), two.get(key), f"{path}/{key}")]
     if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
-        return [line for i, pair in enumerate(zip(one, two)) for line in same(*pair, f"{path}/{i}")]
-    if isinstance(one, float) and isinstance(two, (int, float)):
-        return [] if abs(one - two) <= 1e-3 * max(abs(one), abs(two), 1e-2) else [f"{path}: {one} and {two}"]
-    return [] if one == two else [f"{path}: {str(one)[:80]} and {str(two)[:80]}"]
+        return [line for i, pair in enumerate(zip(one, two)) for line in json_differences(*pair, f"{path}/{i}")]
+    if isinstance(one, float) and isinstance(two, float):
+        return [] if abs(one - two) <= 1e-3 * max(abs(one), abs(two), 1e-2) else [f"{path}: {one}, {two}"]
+    return [] if one == two else [f"{path}: {str(one)[:80]}, {str(two)[:80]}"]
 
 
-def differences(job: Job, whole: Path, folder: Path) -> list[str]:
-    """What a job that was hit has otherwise than one that was not."""
-    found = []
-    names, expected = names_of(folder), names_of(whole)
-    if names != expected:
-        found.append(f"files: lost {sorted(set(expected) - set(names))[:5]}, too many {sorted(set(names) - set(expected))[:5]}")
-    for name in sorted(set(names) & set(expected)):
-        one, two = whole / name, folder / name
-        if name.endswith(".safetensors"):
-            first, second = load_file(one), load_file(two)
-            if first.keys() != second.keys() or not all(first[key].equal(second[key]) for key in first):
-                found.append(f"{name}: the weights are not bit-identical")
-        elif name.endswith(".png") and (job.name == "sample" or name.startswith("samples/")):
-            pictures = [np.asarray(Image.open(path).convert("RGB"), int) for path in (one, two)]
-            # Other batches round otherwise.
-            if np.abs(pictures[0] - pictures[1]).max() > 2:
-                found.append(f"{name}: another picture")
-        elif name.endswith("metadata.csv"):
-            rows = [list(csv.DictReader(path.open(newline=""))) for path in (one, two)]
-            files = [row["file_name"] for row in rows[1]]
-            if [row["file_name"] for row in rows[0]] != files or len(set(files)) < len(files):
-                found.append(f"{name}: rows lost or doubled")
-        elif name.endswith(("_metrics.json", "training_summary.json")):
-            texts = (one.read_text().replace(str(whole), "OUT"), two.read_text().replace(str(folder), "OUT"))
-            found += [f"{name}{line}" for line in same(*map(json.loads, texts))]
-        elif name.endswith("report.csv"):
-            rows = [[row for row in csv.DictReader(path.open(newline="")) if row["metric"] not in FREE] for path in (one, two)]
-            count = [len(part) for part in rows]
-            if count[0] != count[1] or [row["metric"] for row in rows[0]] != [row["metric"] for row in rows[1]]:
-                found.append(f"{name}: {count[0]} rows and {count[1]}")
-    kept = [path.name for path in folder.rglob("checkpoint-*")]
-    if len(kept) > 2:
-        found.append(f"{len(kept)} checkpoints are kept: {kept}")
-    return found + damaged_files(folder)
+def file_differences(name, whole, folder):
+    one, two, same = whole / name, folder / name, True
+    if name.endswith(".safetensors"):
+        first, second = load_file(one), load_file(two)
+        tolerance = {"rtol": 1e-3, "atol": 1e-5, "equal_nan": True} if "draws" in name else {"rtol": 0, "atol": 0}
+        same = first.keys() == second.keys() and all(np.allclose(first[k], second[k], **tolerance) for k in first)
+    elif name.endswith(".png") and (folder / "metadata.csv").is_file():  # a sample, no plot
+        first, second = (np.asarray(Image.open(path).convert("RGB"), int) for path in (one, two))
+        same = np.abs(first - second).max() <= 2
+    elif name.endswith(".csv"):
+        same = one.read_text() == two.read_text()
+    elif name.endswith(".json"):
+        texts = one.read_text().replace(str(whole.parent), "OUT"), two.read_text().replace(str(folder.parent), "OUT")
+        return [f"{name}{line}" for line in json_differences(*map(json.loads, texts))]
+    return [] if same else [f"{name}: other content"]
+
+
+def differences(whole, folder):
+    """Return how the files of a job that was hit differ from those of one that was not, checkpoints left out."""
+    # safetensors writes to .tmp… first, which a kill leaves behind.
+    listed = (
+        {str(path.relative_to(run)) for path in files_in(run) if path.name[:4] != ".tmp"} for run in (whole, folder)
+    )
+    expected, found = ({name for name in names if "checkpoint-" not in name} for names in listed)
+    problems = [f"{name}: lost" for name in expected - found] + [f"{name}: too many" for name in found - expected]
+    problems += [line for name in sorted(expected & found) for line in file_differences(name, whole, folder)]
+    kept = [path.name for path in folder.glob("checkpoint-*")]
+    return problems + ([f"{len(kept)} checkpoints are kept: {kept}"] if len(kept) > 2 else [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The work
+# Main
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run_whole(job: Job, folder: Path, log: Path, **variables: str) -> float:
-    """Runs a job to its end; the seconds that it took."""
-    began = time.monotonic()
-    process = job.start(folder, log, **variables)
-    try:
-        status = process.wait(LIMIT)
-    except subprocess.TimeoutExpired:
-        signal_all(tree(process.pid), signal.SIGKILL)
-        raise RuntimeError(f"{job}: hangs; see {log}") from None
-    if status:
-        raise RuntimeError(f"{job}: exit status {status}: {log.read_text()[-2000:]}")
-    return time.monotonic() - began
+def hit_and_compare(job, folder, kills, rng):
+    """Hit a job `kills` times, let it end, and compare it with an undisturbed run. Returns faults and problems."""
+    whole, faults, problems = job.place / "whole" / "out", Counter(), []
+    job.duration = job.duration or job.run_to_the_end(whole)
+    for _ in range(kills):
+        checkpoints, process, began = set(folder.glob("checkpoint-*")), job.start(folder), time.monotonic()
+        wait_for_the_moment(process, folder, job.duration, rng)
+        if process.poll() is not None:
+            if process.returncode:
+                raise RuntimeError(f"{job}: status {process.returncode}: {job.log.read_text()[-2000:]}")
+            break  # faster than expected; other jobs take over its rounds
+        fault = rng.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGKILL to one"])
+        moment = f"{fault} after {time.monotonic() - began:.1f} of {job.duration:.0f} s"
+        training = bool(set(folder.glob("checkpoint-*")) - checkpoints)  # it answers SIGTERM from its first step on
+        status, found = hit(process, fault, rng), broken_files(folder.parent)
+        if status is None:
+            found.append(f"processes are left after {END_LIMIT} s")
+        # 0: after the last step. `accelerate launch` turns 75 into 1.
+        elif training and fault == "SIGTERM" and job.processes == 1 and status not in (EXIT_PREEMPTED, 0):
+            found.append(f"exit status {status} instead of {EXIT_PREEMPTED}")
+        problems += [f"{job}, {moment}: {line}" for line in found]
+        faults[f"{job}, {fault}"] += 1
+    job.run_to_the_end(folder)
+    return faults, problems + [f"{job}, in the end: {line}" for line in differences(whole, folder)]
 
 
-def prepare(folder: Path, jobs: list[str]) -> dict:
-    """Phantoms and, for the evaluations, samples and a classifier, which the jobs start from."""
-    commands = [
-        [ROOT / "launch/demo/make_phantoms.py", "--output_dir", folder / "phantoms", "--num_patients", 60],
-        [ROOT / "sample.py", "--model", BASE, "--labels", *LABELS, "--images_per_label", 12, "--num_inference_steps", 3, "--resolution", 64, "--output_dir", folder / "samples"],
-        [
-            ROOT / "eval_downstream.py", "--synthetic", folder / "samples", "--real_csv", folder / "phantoms/CheXpert-phantom/train.csv", "--train_on", "real", "--arch", "resnet18",
-            "--weights", "none", "--resolution", 32, "--num_train_epochs", 2, "--num_seeds", 1, "--train_batch_size", 4, "--bootstrap_samples", 50, "--output_dir", folder / "real",
-        ],
-    ]  # fmt: skip
-    for command in commands if {"eval_generation", "eval_downstream"} & set(jobs) else commands[:1]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, env=environment)
-    phantoms = folder / "phantoms/CheXpert-phantom"
-    return {"csv": phantoms / "train.csv", "images": phantoms / "train", "samples": folder / "samples", "classifier": folder / "real/classifier"}
-
-
-def main(args: argparse.Namespace) -> int:
-    generator, faults, failures, moments = random.Random(args.seed), Counter(), [], []
-    # Of its own, so that the moments of the kills stay those of the seed.
-    damages, damaged, faults_of_files = random.Random(args.seed), [], Counter()
-    root = Path(args.keep or tempfile.mkdtemp(prefix="faults-"))
-    root.mkdir(parents=True, exist_ok=True)
-    log = root / "log"
-    log.touch()
-    (root / "clock").mkdir(exist_ok=True)
-    (root / "clock" / "sitecustomize.py").write_text(CLOCK)
-    jobs = [Job(name, processes, {}) for processes in args.processes for name in args.jobs]
-    data, durations, finished, number = prepare(root / "data", args.jobs), {}, 0, 0
+def main(args):
+    rng, faults, failures = random.Random(args.seed), Counter(), []
+    root = Path(args.keep or tempfile.mkdtemp(prefix="faults-")).resolve()
+    prepare(root / "data", args.jobs)
+    jobs = [Job(name, processes, root) for processes in args.processes for name in args.jobs]
     print(f"seed {args.seed}, {args.rounds} rounds of {', '.join(map(str, jobs))}, in {root}", flush=True)
-    while sum(faults.values()) < args.rounds:
-        job = jobs[number % len(jobs)]
-        job.data, place = data, root / str(job).replace(" ", "-")
-        whole, folder = place / "whole" / "out", place / f"hit-{number}" / "out"
-        number += 1
-        hits, known = 0, len(failures)
-        try:
-            if job not in durations:
-                durations[job] = run_whole(job, whole, log)
-                note(f"{job}: {durations[job]:.0f} s undisturbed")
-                # Each job's own, whatever others are asked for.
-                own = random.Random(f"{args.seed} {job}")
-                found = vanishing_images(job, place, durations[job], own) if job.name != "sample" else []
-                found += read_only_folder(job, place) + full_disk(job, whole, place, log, own)
-                failures += [f"{job}, {line}" for line in found]
-            ran_out = False
-            # The sweep has all the other jobs in it, and takes as long as they do together.
-            while hits < (2 if job.name == "sweep" else args.kills) and sum(faults.values()) < args.rounds and not ran_out:
-                process, began = job.start(folder, log), time.monotonic()
-                wait_for_the_moment(process, folder, durations[job], generator)
-                ran_out = process.poll() is not None
-                if ran_out:
-                    # It came to its end before its turn; the rest of its rounds go to others.
-                    if process.returncode:
-                        raise RuntimeError(f"{job}: exit status {process.returncode} without a fault: {log.read_text()[-2000:]}")
-                    break
-                fault = generator.choice(["SIGKILL", "SIGKILL", "SIGTERM", "one process"])
-                moments.append(round(time.monotonic() - began, 1))
-                found = hit(process, fault, job.processes, generator) + damaged_files(folder, damaged)
-                failures += [f"{job}, {fault} after {moments[-1]} s: {line}" for line in found]
-                faults[f"{job}, {fault}"] += 1
-                hits += 1
-                if job.name.startswith("train") and not found and (checkpoint := damage(folder, damages)):
-                    damaged.append(str(checkpoint))
-                    faults_of_files[job.name] += 1
-            if not ran_out:
-                run_whole(job, folder, log)
-            failures += [f"{job}, in the end: {line}" for line in differences(job, whole, folder)]
-            finished += 1
-        except RuntimeError as error:
-            failures.append(str(error))
-        print(f"{sum(faults.values()):>5} rounds, {job}: {hits} hits, {len(failures)} failures so far", flush=True)
-        for line in failures[known:]:
-            note(line)
-        if len(failures) > 20 or number > 20 * args.rounds:
+    for number, job in enumerate(itertools.cycle(jobs)):
+        left = args.rounds - faults.total()
+        if left <= 0 or len(failures) > 20 or number > 5 * args.rounds:
             break
-        if not failures and not args.keep:
+        folder, found = job.place / f"hit-{number}" / "out", []
+        try:
+            counts, found = hit_and_compare(job, folder, min(left, args.kills), rng)
+            faults += counts
+        except RuntimeError as error:
+            found = [str(error)]
+        failures += found
+        print(
+            f"{faults.total():>5} rounds, {job}, {len(failures)} failures so far", *found, sep="\n      ", flush=True
+        )
+        if not found and not args.keep:
             shutil.rmtree(folder.parent)
     for name, count in sorted(faults.items()):
         print(f"{count:>5}  {name}")
-    for name, count in sorted(faults_of_files.items()):
-        print(f"{count:>5}  {name}, newest checkpoint damaged")
-    if sum(faults.values()) < args.rounds:
-        failures.append(f"only {sum(faults.values())} of {args.rounds} rounds: the jobs end before they are hit")
-    print(f"{sum(faults.values())} rounds with seed {args.seed}, {finished} jobs brought to their end, {len(failures)} failures")
-    print("\n".join(failures))
+    if not failures and faults.total() < args.rounds:
+        failures = ["too few rounds: the jobs end before they are hit"]
+    print(f"{faults.total()} rounds with seed {args.seed}, {len(failures)} failures")
     if not failures and not args.keep:
         shutil.rmtree(root)
     return bool(failures)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100, help="faults in all")
-    parser.add_argument("--kills", type=int, default=8, help="faults to one run before it may come to its end; two to the sweep")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, help="what is hit")
+    parser.add_argument("--rounds", type=int, default=100, help="number of faults")
+    parser.add_argument("--kills", type=int, default=8, help="faults to one run before it may end")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="numbers of processes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the faults and their moments; the machine's speed has its part in these")
-    parser.add_argument("--keep", help="folder that everything is left in (default: a temporary one, left only after failures)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of faults and moments")
+    parser.add_argument("--keep", help="empty folder that keeps all files (default: a temporary one, kept on failure)")
     return parser.parse_args()
 
 
