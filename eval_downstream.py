@@ -90,7 +90,7 @@ def fail(message):
 def add_arguments(parser):
     flag = parser.add_argument_group("images").add_argument
     flag("--synthetic", help="folder of sample.py, or any image table of synthetic images")
-    flag("--real_csv", help=f"image table of real images (default: {' or '.join(DEFAULT_TABLES)})")
+    flag("--real_csv", help="image table of real images (default: CheXpert's train.csv, if found)")
     flag("--validation_csv", help="separate real validation table; --real_csv is then for training only")
     flag("--test_csv", help="separate real test table; --real_csv is then for training and validation only")
     flag("--image_root", help="folder that real image paths are relative to (default: the table's or its parent)")

@@ -274,6 +274,8 @@ def load_pipeline(name, revision=None, variant=None):
 
     Raise ValueError if weights are missing (the libraries would only warn and initialize them randomly) or not finite.
     """
+    if Path(name).is_dir() and not (Path(name) / "tokenizer").is_dir():
+        raise ValueError("no tokenizer folder")  # transformers would use an empty tokenizer
     parts = {}
     options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
     for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):

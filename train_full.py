@@ -17,6 +17,7 @@ and checkpoints.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -72,6 +73,7 @@ SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 MAX_CACHED_CAPTIONS = 4096
 # EX_TEMPFAIL: stopped by a signal after writing a checkpoint; start again with --resume_from_checkpoint latest.
 EXIT_PREEMPTED = 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -708,6 +710,8 @@ def load_pipeline(name, revision=None, variant=None):
 
     Raise ValueError if weights are missing (the libraries would only warn and initialize them randomly) or not finite.
     """
+    if Path(name).is_dir() and not (Path(name) / "tokenizer").is_dir():
+        raise ValueError("no tokenizer folder")  # transformers would use an empty tokenizer
     parts = {}
     options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
     for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
@@ -1184,7 +1188,9 @@ def make_accelerator(args):
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         # A plugin, since accelerate's config or environment overrides a plain number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )
@@ -1231,6 +1237,7 @@ def start_run(accelerator, args, checkpoint):
     return repo_id
 
 
+@contextlib.contextmanager
 def stop_on_signals(accelerator):
     """Let SIGTERM, SIGUSR1 and Ctrl-C stop training after a checkpoint; a second Ctrl-C stops at once."""
 
@@ -1238,13 +1245,17 @@ def stop_on_signals(accelerator):
         accelerator.set_trigger()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, request_stop)
+    handlers = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def ignore_signals(worker):
     """Leave stop signals, which may be sent to the whole job, to the training process."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -1365,8 +1376,9 @@ def main(args):
     before = run_validation()  # of the base model, so before a checkpoint is loaded
     if checkpoint:
         load_checkpoint(accelerator, state, checkpoint, args)
-    stop_on_signals(accelerator)
-    if train(accelerator, state, stream, max_train_steps, run_validation, args):
+    with stop_on_signals(accelerator):
+        stopped = train(accelerator, state, stream, max_train_steps, run_validation, args)
+    if stopped:
         accelerator.end_training()
         accelerator.print(f"stopped after step {state.step:,}; continue with --resume_from_checkpoint latest")
         sys.exit(EXIT_PREEMPTED)

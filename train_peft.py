@@ -17,6 +17,7 @@ with --save_merged), with training_summary.json, a model card, validation images
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -79,6 +80,8 @@ MAX_CACHED_CAPTIONS = 4096
 # EX_TEMPFAIL: stopped by a signal after writing a checkpoint; start again with --resume_from_checkpoint latest.
 # Copied from train_full.EXIT_PREEMPTED
 EXIT_PREEMPTED = 75
+# Copied from train_full.STOP_SIGNALS
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # The attention projections that LoRA and DoRA adapt.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # The last linear layer of each residual branch of a transformer block (attn1, attn2, ff), which DiffFit scales.
@@ -728,6 +731,8 @@ def load_pipeline(name, revision=None, variant=None):
 
     Raise ValueError if weights are missing (the libraries would only warn and initialize them randomly) or not finite.
     """
+    if Path(name).is_dir() and not (Path(name) / "tokenizer").is_dir():
+        raise ValueError("no tokenizer folder")  # transformers would use an empty tokenizer
     parts = {}
     options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
     for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
@@ -1293,7 +1298,9 @@ def make_accelerator(args):
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         # A plugin, since accelerate's config or environment overrides a plain number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )
@@ -1343,6 +1350,7 @@ def start_run(accelerator, args, checkpoint):
 
 
 # Copied from train_full.stop_on_signals
+@contextlib.contextmanager
 def stop_on_signals(accelerator):
     """Let SIGTERM, SIGUSR1 and Ctrl-C stop training after a checkpoint; a second Ctrl-C stops at once."""
 
@@ -1350,14 +1358,18 @@ def stop_on_signals(accelerator):
         accelerator.set_trigger()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, request_stop)
+    handlers = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # Copied from train_full.ignore_signals
 def ignore_signals(worker):
     """Leave stop signals, which may be sent to the whole job, to the training process."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -1481,8 +1493,9 @@ def main(args):
     before = run_validation()  # of the base model, so before a checkpoint is loaded
     if checkpoint:
         load_checkpoint(accelerator, state, checkpoint, args)
-    stop_on_signals(accelerator)
-    if train(accelerator, state, stream, max_train_steps, run_validation, args):
+    with stop_on_signals(accelerator):
+        stopped = train(accelerator, state, stream, max_train_steps, run_validation, args)
+    if stopped:
         accelerator.end_training()
         accelerator.print(f"stopped after step {state.step:,}; continue with --resume_from_checkpoint latest")
         sys.exit(EXIT_PREEMPTED)

@@ -74,7 +74,7 @@ def test_without_data_the_sentence_says_where_it_looked(tmp_path, monkeypatch, c
 
 TABLES = {
     b"": "not a readable CSV",
-    b"Path,Edema\n": "row 1 has no path",
+    b"Path,Edema\n": "no rows below the header",
     b"Image,Edema\na.jpg,1\n": "no image column",
     b"Path,Oedema\na.jpg,1\n": "no label or prompt column",
     b"Path,Edema\na.jpg,1\na.jpg,2\n": "row 2, column 'Edema': '2' is not 1, 0, -1 or blank",
@@ -181,7 +181,7 @@ def test_a_resolution_that_the_vae_cannot_take(refused):
 
 def test_the_base_models_own_folder(refused, base):
     flags = [f"--pretrained_model_name_or_path={base}", "--overwrite_output_dir"]
-    assert "the base model's own folder" in refused("unet", *flags, folder="base")
+    assert "holds the base model" in refused("unet", *flags, folder="base")
     assert (base / "model_index.json").exists()
 
 
@@ -210,8 +210,8 @@ def test_resuming_with_what_does_not_fit(refused, tmp_path, base, capsys):
     train("lora", tmp_path / "run", "--checkpointing_steps=1")
     resume = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"
     for row in ("dora", "unet"):
-        assert f"with --method lora, not {row}" in refused(row, resume)
-    assert "with --rank 8, not 4" in refused("lora", resume, "--rank=4")
+        assert f"with method=lora, not {row}" in refused(row, resume)
+    assert "with rank=8, not 4" in refused("lora", resume, "--rank=4")
     past = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"
     assert "is past step 1" in refused("lora", past, "--max_train_steps=1")
     assert "no checkpoint there" in refused("lora", f"--resume_from_checkpoint={tmp_path}")
