@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5", "vendi-score>=0.0.3",
-#   "scikit-learn>=1.5", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3",
+#   "scikit-learn>=1.4", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3",
 #   "tqdm>=4.66",
 # ]
 # ///
@@ -98,9 +98,9 @@ CHUNK = 512
 SUFFIXES = {"synthetic": "", "base model": "_baseline", "through the VAE": "_vae"}  # of the metrics of each source
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from train_full.fail
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     )
     flag = parser.add_argument_group("images").add_argument
     flag("--synthetic", required=True, help="folder of sample.py, or any image table")
-    flag("--real_csv", help="image table of real radiographs (default: CheXpert's train.csv, if found)")
+    flag("--real_csv", help=f"image table of real radiographs (default: {' or '.join(DEFAULT_TABLES)})")
     flag("--image_root", help="folder that paths in --real_csv and --train_csv are relative to")
     splits = ["train", "val", "test", "all"]
     flag("--real_split", choices=splits, default="test", help="patients of --real_csv; all for a ready-made test set")
@@ -175,9 +175,9 @@ def run_name(synthetic):
     return path.parent.name if path.name == "metadata.csv" else path.stem if path.suffix == ".csv" else path.name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from train_full.parse_labels
@@ -452,9 +452,9 @@ def make_sources(plan, args):
     return sources
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Images, networks and the cache of features
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from eval_downstream.to_gray
@@ -620,15 +620,16 @@ def network_warnings(features, classifier, plan, args):
     patients = plan.tables["real"]["patient"].unique()
     for network, flag in {classifier: "--classifier", features: "--features"}.items():
         if isinstance(network, ClassifierNetwork):
-            spec, geometry = network.spec, (plan.resize_mode, plan.resolution)
-            mode, side = spec["resize_mode"], spec["source_resolution"]
-            if mode != plan.resize_mode and not args.mixed_geometry:
-                fail(f"{flag}: trained with --resize_mode {mode}, not {plan.resize_mode}; or pass --mixed_geometry")
+            spec, mode, side = network.spec, plan.resize_mode, plan.resolution
+            trained_mode, trained_side = spec["resize_mode"], spec["source_resolution"]
+            if mode != trained_mode and not args.mixed_geometry:
+                fail(f"{flag}: trained with --resize_mode {trained_mode}, not {mode}; pass --mixed_geometry to go on")
             shared = len({patient_hash(patient) for patient in patients} & set(spec["split"]["patients"]))
             lows = {label: (auroc or {}).get("low") or 0 for label, auroc in spec["real_test_auroc"].items()}
             chance = [label for label in plan.labels if label in spec["labels"] and lows.get(label, 0) <= 0.5]
             warn |= {
-                f"{flag}: trained on {mode} images of {side} pixels, not {geometry}": (mode, side) != geometry,
+                f"{flag}: trained with --resize_mode {trained_mode}, not {mode}": mode != trained_mode,
+                f"{flag}: trained on images of {trained_side} pixels, not {side}": side != trained_side,
                 f"{flag}: trained on {spec['train_on']} images, not on real ones alone": spec["train_on"] != "real",
                 f"{flag}: trained on {shared:,} of {len(patients):,} real patients: too good on these": shared > 0,
                 f"{flag}: not shown to beat chance on real test images (AUROC): {', '.join(chance)}": chance != [],
@@ -753,9 +754,9 @@ def load_features(source, appearance, features, classifier):
         fail(f"{name}: its features are all zero or not finite; the weights of --features or --classifier are broken")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Set figures: functions of real and other features, (n, d) and (m, d)
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -856,9 +857,9 @@ def set_figures(seed):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Rows and draws
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from train_full.result_row
@@ -1030,9 +1031,9 @@ def add_fid_gain(results, real, other, baseline, args):
     results.add("fid_gain", gain, draws=rescale(gain, draws[0] - draws[1], half / (n - half)), n=n, note=note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Image figures: functions of the images' weights, (draws, n), to the figure in each draw, (draws,)
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from eval_downstream.patient_weights
@@ -1125,7 +1126,7 @@ def add_label_mean(results, metric, labels):
     name = metric + results.suffix
     labels = [label for label in labels if results.find(name, label) is not None]
     if not labels:
-        return results.add(metric, None, note="no label has it")
+        return results.add(metric, None, floor=results.find(f"{metric}_real"), note="no label has it")
     value, n = (
         np.mean([results.find(name, label) for label in labels]),
         sum(results.find(name, x, "n") for x in labels),
@@ -1215,9 +1216,9 @@ def add_memorisation(results, generated, real, train, args):
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Scoring and results
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def score_sources(sources, labels, heads, args):

@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -81,15 +80,10 @@ def arguments(row, output_dir, *more, csv=None, steps=2, resolution=64):
 
 
 def run_main(script, argv):
-    """Run a training script in this process, and put back the signal handlers that it replaces."""
+    """Run a training script in this process."""
     # Each run may ask for another precision, which accelerate fixes once per process.
     AcceleratorState._reset_state(reset_partial_state=True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        script.main(script.parse_args(argv))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    script.main(script.parse_args(argv))
 
 
 def train(row, output_dir, *more, **options):

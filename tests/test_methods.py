@@ -277,7 +277,7 @@ def test_the_diffusion_loss_reaches_the_vae_only_in_the_joint_loss(vae_loss):
 def test_gradients_are_clipped_to_their_global_norm(row, tmp_path):
     """After one step, AdamW's first moment is a tenth of the gradient."""
     flags = ["--max_grad_norm=1e-4", "--checkpointing_steps=1", "--gradient_accumulation_steps=2"]
-    train(row, tmp_path / "run", *flags, steps=1)
+    train(row, tmp_path / "run", *flags, steps=1, resolution=32)
     state = load_file(tmp_path / "run" / "checkpoint-1" / "optimizer.safetensors")
     norm = sum(value.square().sum() for name, value in state.items() if name.endswith("exp_avg")).sqrt()
     assert norm == pytest.approx(1e-5, rel=1e-2)
@@ -305,7 +305,9 @@ SCHEDULES = {  # of the share of the steps after warm-up
 def test_learning_rates_equal_the_formulas(name, tmp_path):
     """Logged is the learning rate of the step to come."""
     flags = [f"--lr_scheduler={name}", "--lr_warmup_steps=2", "--lr_num_cycles=2", "--lr_power=2", "--learning_rate=1"]
-    run = record("bitfit", tmp_path / "run", *flags, "--adam_epsilon=1e9", "--adam_weight_decay=0", steps=6)
+    run = record(
+        "bitfit", tmp_path / "run", *flags, "--adam_epsilon=1e9", "--adam_weight_decay=0", steps=6, resolution=32
+    )
     expected = [0.5, *(SCHEDULES[name](step / 4) for step in range(5))]
     assert run.rates == pytest.approx(expected, abs=2e-4)  # polynomial ends at 1e-4 of the rate
 
@@ -316,7 +318,7 @@ def test_masters_are_taken_in_float32_before_the_base_is_cast(row, tmp_path):
     peft = row in PEFT_ROWS
     flags = ["--learning_rate=0", "--save_merged"] if peft else ["--unet_lr=0", "--text_encoder_lr=0", "--vae_lr=0"]
     flags += ["--mixed_precision=bf16", "--gradient_checkpointing", "--checkpointing_steps=1"]
-    train(row, tmp_path / "run", *flags, steps=1)
+    train(row, tmp_path / "run", *flags, steps=1, resolution=32)
     for name in ("trainable", "optimizer"):
         tensors = load_file(tmp_path / "run" / "checkpoint-1" / f"{name}.safetensors").values()
         assert {value.dtype for value in tensors} == {torch.float32}
