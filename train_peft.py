@@ -1199,7 +1199,8 @@ def save_adapter(args, state, pipeline):
     if args.method in ("lora", "dora"):
         config = pipeline.unet.peft_config["default"]
         # Without metadata, loaders assume alpha = rank and scale the update wrongly. Older peft knows no other fields.
-        metadata = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_dora")}
+        metadata = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_dora")}
+        metadata["lora_dropout"] = 0.0  # loaders leave dropout active
         metadata["target_modules"] = sorted(config.target_modules)
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(temporary, layers, unet_lora_adapter_metadata=metadata)
