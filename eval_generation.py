@@ -93,7 +93,7 @@ TOO_FEW = f"needs {MIN_PERCENTILE_IMAGES} images"
 # Delta E of 2.1 (red against blue) to 4.5 (green), where 2.3 is just noticeable.
 VISIBLE_COLOUR = 4.0
 THUMBNAIL = 32
-# Rows of a matrix of distances that are computed at a time, for memory.
+# Rows of a distance matrix held in memory at a time.
 CHUNK = 512
 SUFFIXES = {"synthetic": "", "base model": "_baseline", "through the VAE": "_vae"}  # of the metrics of each source
 
@@ -611,13 +611,11 @@ class ThroughVAE:
 
 def network_warnings(features, classifier, plan, args):
     """Return what a reader should know about the networks; refuse a classifier that was trained on another geometry."""
+    patients, is_xrv = plan.tables["real"]["patient"].unique(), isinstance(features, XRVNetwork)
     warn = {
-        "torchxrayvision's DenseNet-121 was itself trained on CheXpert, among others": isinstance(
-            features, XRVNetwork
-        ),
+        "torchxrayvision's DenseNet-121 was itself trained on CheXpert, among others": is_xrv,
         "class consistency is judged by heads on the features of FID, not by another network": features is classifier,
     }
-    patients = plan.tables["real"]["patient"].unique()
     for network, flag in {classifier: "--classifier", features: "--features"}.items():
         if isinstance(network, ClassifierNetwork):
             spec, mode, side = network.spec, plan.resize_mode, plan.resolution
