@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5", "vendi-score>=0.0.3",
-#   "scikit-learn>=1.4", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3",
+#   "scikit-learn>=1.5", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3",
 #   "tqdm>=4.66",
 # ]
 # ///
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     )
     flag = parser.add_argument_group("images").add_argument
     flag("--synthetic", required=True, help="folder of sample.py, or any image table")
-    flag("--real_csv", help=f"image table of real radiographs (default: {' or '.join(DEFAULT_TABLES)})")
+    flag("--real_csv", help=f"table of radiographs (default: {' or '.join(DEFAULT_TABLES)})")
     flag("--image_root", help="folder that paths in --real_csv and --train_csv are relative to")
     splits = ["train", "val", "test", "all"]
     flag("--real_split", choices=splits, default="test", help="patients of --real_csv; all for a ready-made test set")
