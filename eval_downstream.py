@@ -9,12 +9,12 @@
 
     accelerate launch eval_downstream.py --synthetic samples/bitfit                        # the paper's Table 4
     accelerate launch eval_downstream.py --synthetic samples/bitfit --train_on real        # on as many real images
-    accelerate launch eval_downstream.py --synthetic samples/bitfit --reference downstream/real_bitfit  # and the ratio
-    accelerate launch eval_downstream.py --train_on real                  # the classifier that eval_generation.py needs
+    accelerate launch eval_downstream.py --synthetic samples/bitfit --reference downstream/real_bitfit  # ratio
+    accelerate launch eval_downstream.py --train_on real                       # the classifier for eval_generation.py
     python eval_downstream.py --classifier downstream/real/classifier --real_csv other_hospital.csv --split all
 
 Writes downstream_metrics.json, downstream_draws.safetensors (each figure in each bootstrap draw), downstream_table.md,
-plots and the classifier to --output_dir. Started again, it continues after the last finished epoch.
+plots and the classifier to --output_dir. If started again, it skips finished classifiers.
 """
 
 import argparse
@@ -59,18 +59,17 @@ CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothor
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
-# ImageNet's, whatever the initial weights.
+# ImageNet's mean and standard deviation, whatever --weights is.
 NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 METRICS = ["accuracy", "constant_accuracy", "accuracy_gain", "predicted_positive_rate", "balanced_accuracy"]
-# Not given for a label with one class only among the training images.
-NEEDS_BOTH_CLASSES = ["auroc", "auprc", "f1", "ece"]
-METRICS += NEEDS_BOTH_CLASSES
-# Given as ratios to --reference, above these values: 0.5 is an AUROC at chance.
+METRICS += ["auroc", "auprc", "f1", "ece"]
+# Metrics given as ratios to --reference; the value, AUROC's at chance, is subtracted from both sides first.
 RATIOS = {"accuracy": 0.0, "balanced_accuracy": 0.0, "auroc": 0.5, "auprc": 0.0, "f1": 0.0}
 # A classifier is CONSTANT if it gives all but this fraction of the images the same answer.
 CONSTANT_RATE = 0.005
 ECE_BINS = 15
-Tables = namedtuple("Tables", "train val test labels geometry left_out shared_patients notes")
+# Rows to train, validate and test on, labels, (source resolution, resize mode), numbers of images, and warnings.
+Tables = namedtuple("Tables", "train val test labels geometry counts notes")
 # Decoded images, (n, H, W) uint8, and their labels, (n, labels) float32 with NaN for masked ones.
 Images = namedtuple("Images", "pixels targets")
 
@@ -87,7 +86,9 @@ def fail(message):
     sys.exit(2)
 
 
-def add_arguments(parser):
+def parse_args(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("images").add_argument
     flag("--synthetic", help="folder of sample.py, or any image table of synthetic images")
     flag("--real_csv", help="image table of real images (default: CheXpert's train.csv, if found)")
@@ -132,13 +133,15 @@ def add_arguments(parser):
     flag("--reference", metavar="DIR", help="finished run with --train_on real, to give the figures as ratios to")
     flag("--output_dir", help="result folder (default: downstream/, --train_on and the name of --synthetic)")
 
-
-def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
-    add_arguments(parser)
     args = parser.parse_args(argv)
     args.labels = args.labels and list(dict.fromkeys(args.labels))
+    at_least_one = (
+        "num_train_images max_test_images source_resolution resolution num_train_epochs train_batch_size num_seeds "
+        "bootstrap_samples"
+    )
+    for name in at_least_one.split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
     if args.classifier and (args.synthetic or args.labels or args.reference):
         parser.error("--classifier trains nothing; leave out --synthetic, --labels and --reference")
     if args.validation_csv and not (args.real_csv and args.test_csv):
@@ -153,7 +156,7 @@ def parse_args(argv=None):
         parser.error(f"--train_on {args.train_on} needs --synthetic FOLDER, a folder of sample.py")
     if not args.classifier and args.train_on != "synthetic" and args.split not in (None, "test") and not args.test_csv:
         parser.error(f"--split {args.split}: these patients are trained on; leave it out or pass --test_csv")
-    name = "_".join(filter(None, [args.train_on, args.synthetic and Path(args.synthetic).stem]))
+    name = "_".join([args.train_on, Path(args.synthetic).stem] if args.synthetic else [args.train_on])
     if args.classifier:
         name = f"{Path(args.classifier).resolve().parent.name}_on_{Path(args.test_csv or args.real_csv).stem}"
     args.output_dir = args.output_dir or f"downstream/{name}"
@@ -167,7 +170,7 @@ def parse_args(argv=None):
 
 # Copied from train_full.keyed_seed
 def keyed_seed(*key):
-    """Return a 63-bit seed that depends on the key alone, so that random draws need no saved state."""
+    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
@@ -186,26 +189,26 @@ def parse_labels(raw, source):
 
 # Copied from train_full.resolve_paths
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths, from the first folder under which one of the first 1,000 images exists.
+    """Return absolute image paths.
 
-    CheXpert's paths start with the dataset's own folder, which a resized copy often renames, so that part is optional.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
+    without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
-    for root in roots:
-        for skip in (0, 1):
-            paths = (root / Path(*Path(name).parts[skip:]) for name in names)
-            if any(path.is_file() for path in itertools.islice(paths, 1000)):
-                return [str((root / Path(*Path(name).parts[skip:])).absolute()) for name in names]
+    for root, skip in itertools.product(roots, (0, 1)):
+        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
+        if any(path.is_file() for path in paths[:1000]):
+            return [str(path) for path in paths]
     searched = " or ".join(str(root.absolute()) for root in roots)
     fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
 
 
 # Copied from train_full.make_table
 def make_table(raw, names, images, prompt_column, source):
-    """Build the image table that all scripts use from a table of strings.
+    """Convert a table of strings to the image table that all scripts share.
 
     Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels found. An image without a patient counts as a patient of its own.
+    the labels that exist. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
@@ -220,16 +223,16 @@ def make_table(raw, names, images, prompt_column, source):
 
 # Copied from train_full.load_image_table
 def load_image_table(csv, image_root=None, with_images=True):
-    """Read an image table: CheXpert's CSV, or any with an image column and label or prompt columns.
+    """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
     try:
         with warnings.catch_warnings():
             # pandas only warns about a row longer than the header, and shifts or drops its cells.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **form)
+            raw = pd.read_csv(csv, index_col=False, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
     column = next((name for name in ("Path", "file_name") if name in raw), None)
@@ -260,16 +263,8 @@ def patient_hash(patient):
     return hashlib.sha256(f"patient:{patient}".encode()).hexdigest()[:16]
 
 
-def find_synthetic_table(path):
-    """Return the image table of a folder of sample.py, or the path itself if it is a table."""
-    csv = Path(path) / "metadata.csv" if os.path.isdir(path) else Path(path)
-    if not csv.is_file():
-        fail(f"--synthetic {path}: {csv.name} not found; pass a finished folder of sample.py, or an image table")
-    return str(csv)
-
-
 def read_geometry(csv):
-    """Return the distinct values of `resize_mode` (str) and `resolution` (int) in a table of sample.py, [] for others."""
+    """Return the distinct `resize_mode` (str) and `resolution` (int) in a table of sample.py, [] for other tables."""
     columns = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
     modes, sides = ([v for v in columns.get(name, []) if v] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
@@ -281,84 +276,91 @@ def subset(table, count, seed):
     return table.sample(n=count, random_state=seed % 2**32) if count < len(table) else table
 
 
-def training_pools(args, tables, synthetic_csv):
-    """Return (training rows, validation rows) by kind of image."""
+def split_pool(table, seed, has_test):
+    """Return (training rows, validation rows) of a table."""
+    # One without test images may itself be a part of the usual split, so it is split with another seed.
+    parts = assign_splits(table["patient"], seed if has_test else seed + 1)
+    return table[parts == "train" if has_test else parts != "val"], table[parts == "val"]
 
-    def split(csv, seed):
-        parts = assign_splits(tables[csv]["patient"], seed)
-        # Tables without test images have a split of their own, since they may be one part of the usual one.
-        is_train = parts == "train" if seed == args.split_seed else parts != "val"
-        return tables[csv][is_train], tables[csv][parts == "val"]
 
-    pools = {"synthetic": split(synthetic_csv, args.split_seed + 1)} if synthetic_csv else {}
+def draw_rows(args, tables, synthetic_csv, left_out):
+    """Draw training and validation rows: as many as the smaller table has, whatever --train_on is."""
+    pools = {}
+    if synthetic_csv:
+        pools["synthetic"] = split_pool(tables[synthetic_csv], args.split_seed, has_test=False)
     if args.validation_csv:
         pools["real"] = tables[args.real_csv], tables[args.validation_csv]
     elif args.real_csv and (args.test_csv or args.split in (None, "test")):
-        pools["real"] = split(args.real_csv, args.split_seed + bool(args.test_csv))
-    return pools
-
-
-def draw_rows(args, pools, left_out):
-    """Draw training and validation rows: as many as the smallest pool has, whatever --train_on is."""
-    kinds, parts = (["synthetic", "real"] if args.train_on == "both" else [args.train_on]), []
+        pools["real"] = split_pool(tables[args.real_csv], args.split_seed, has_test=not args.test_csv)
+    result = []
     for i, part in enumerate(("training", "validation")):
-        count, drawn = min(len(pool[i]) for pool in pools.values()), []
+        total = min(len(pool[i]) for pool in pools.values())
         if part == "training" and args.num_train_images:
-            count = args.num_train_images
-        for k, kind in enumerate(kinds):
-            pool, share = pools[kind][i], (count + len(kinds) - 1 - k) // len(kinds)
-            if len(pool) < max(share, 1):
-                fail(f"{len(pool):,} {kind} images for {part}, {max(share, 1):,} needed; pass a larger table")
+            total = args.num_train_images
+        shares, drawn = {args.train_on: total}, []
+        if args.train_on == "both":
+            shares = {"synthetic": total - total // 2, "real": total // 2}
+        for kind, share in shares.items():
+            pool = pools[kind][i]
+            if not 1 <= share <= len(pool):
+                sizes = ", ".join(f"{len(pool[i]):,} {kind}" for kind, pool in pools.items())
+                fail(f"too few images for {part}: {sizes}; pass a larger table or a smaller --num_train_images")
             left_out[f"{kind} images beyond the {share:,} used for {part}"] = len(pool) - share
             drawn.append(subset(pool, share, args.split_seed).assign(real=kind == "real"))
-        parts.append(pd.concat(drawn, ignore_index=True))
-    return parts
+        result.append(pd.concat(drawn, ignore_index=True))
+    return result
 
 
 def load_tables(args, spec, accelerator):
     """Load the tables, split real images by patient and draw training rows; `spec` is --classifier's JSON, or {}."""
+    synthetic_csv, test_csv = args.synthetic, args.test_csv or args.real_csv
+    if synthetic_csv and os.path.isdir(synthetic_csv):
+        synthetic_csv = os.path.join(synthetic_csv, "metadata.csv")
+    if synthetic_csv and not os.path.isfile(synthetic_csv):
+        fail(f"--synthetic: {synthetic_csv} not found; pass a finished folder of sample.py, or an image table")
     left_out, notes, tables = Counter(), [], {}
-    synthetic_csv = find_synthetic_table(args.synthetic) if args.synthetic else None
-    test_csv = args.test_csv or args.real_csv
     for csv in dict.fromkeys(filter(None, (synthetic_csv, args.real_csv, args.validation_csv, test_csv))):
         table = load_image_table(csv, None if csv == synthetic_csv else args.image_root)
         left_out["not frontal"] += int((~table["frontal"]).sum())
-        tables[csv] = table[table["frontal"]]
+        tables[csv] = table = table[table["frontal"]]
+        if args.on_bad_image == "skip":
+            # Before rows are drawn, so that runs on synthetic and on real images still train on equally many.
+            bad = find_bad_images(accelerator, list(table["image"]), args)
+            left_out["unreadable"] += len(bad)
+            tables[csv] = table[~table["image"].isin(bad)]
     columns = [label for label in LABELS if all(label in table for table in tables.values())]
     labels = spec.get("labels") or args.labels or [label for label in CONDITIONS if label in columns]
     if not labels or set(labels) - set(columns):
         fail(f"labels that {' and '.join(tables)} have in common: {', '.join(columns) or 'none'}; pass --labels")
+
     made = read_geometry(synthetic_csv) if synthetic_csv else {"resize_mode": [], "resolution": []}
     if spec:
         made = {"resize_mode": [spec["resize_mode"]], "resolution": [spec["source_resolution"]]}
-    modes = [*dict.fromkeys(filter(None, [args.resize_mode, *made["resize_mode"]])), "squash"]
-    if len(modes) > 2 and not args.mixed_geometry:
-        fail(f"images made with --resize_mode {' and '.join(modes[:-1])}; pass --mixed_geometry to compare them")
-    geometry = args.source_resolution or max(made["resolution"], default=512), modes[0]
+    modes = list(dict.fromkeys(filter(None, [args.resize_mode, *made["resize_mode"]])))
+    if len(modes) > 1 and not args.mixed_geometry:
+        fail(f"images made with --resize_mode {' and '.join(modes)}; pass --mixed_geometry to compare them")
+    geometry = args.source_resolution or max(made["resolution"], default=512), modes[0] if modes else "squash"
 
     test, split = tables[test_csv], args.split or ("all" if args.test_csv else "test")
     test = test if split == "all" else test[assign_splits(test["patient"], args.split_seed) == split]
-    pools = {} if spec else training_pools(args, tables, synthetic_csv)
-    if args.on_bad_image == "skip":
-        # Before rows are drawn, so that runs on synthetic and on real images still train on as many.
-        images = [image for part in [test, *sum(pools.values(), ())] for image in part["image"]]
-        bad = find_bad_images(accelerator, list(dict.fromkeys(images)), args)
-        left_out["unreadable"] = len(bad)
-        test = test[~test["image"].isin(bad)]
-        pools = {kind: [part[~part["image"].isin(bad)] for part in pool] for kind, pool in pools.items()}
     if test.empty:
         fail(f"{test_csv}: no images to test on in split {split}; see --split and --split_seed")
-    train, val = draw_rows(args, pools, left_out) if pools else (test[:0], test[:0])
-    if "real" in pools and not args.test_csv:
-        assert not set(test["patient"]) & {patient for part in pools["real"] for patient in part["patient"]}
+    train, val = (test[:0], test[:0]) if spec else draw_rows(args, tables, synthetic_csv, left_out)
     if (test["patient"] == test["name"]).any():
         notes.append("some real rows have no patient (patient_id, or patientNNNNN in the path) and are split by image")
-    seen = {*spec["split"]["patients"]} if spec else {*map(patient_hash, [*train["patient"], *val["patient"]])}
-    shared = len(seen & {*map(patient_hash, test["patient"])})
+    seen = spec["split"]["patients"] if spec else map(patient_hash, [*train["patient"], *val["patient"]])
+    shared = len({*seen} & {*map(patient_hash, test["patient"])})
     if shared:
         notes.append(f"{shared:,} patients are in both training and test: the scores are not of unseen patients")
     test = subset(test, args.max_test_images or len(test), args.split_seed)
-    return Tables(train, val, test, labels, geometry, left_out, shared, notes)
+    counts = {"train": len(train), "validation": len(val), "test": len(test)}
+    counts |= {"test_patients": test["patient"].nunique(), "patients_in_training_and_test": shared}
+    if accelerator.is_main_process:
+        print(f"{'images':>9}  {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+        named = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
+        print(f"{'left out':>9}  {', '.join(named) or 'nothing'}")
+        print("".join(f"{'warning':>9}  {note}\n" for note in notes), end="", flush=True)
+    return Tables(train, val, test, labels, geometry, counts | {"left_out": left_out}, notes)
 
 
 # Copied from train_full.load_image
@@ -368,14 +370,15 @@ def load_image(image, resolution, resize_mode):
     `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
     """
     try:
-        file = image
         if isinstance(image, tuple):
             dataset, column, row = image
             encoded = dataset[row][column]
             file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+        else:
+            file = image
         with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
-            # Pillow clips or drops the lower bits of deeper images without a warning.
+            # Pillow silently clips deeper images or drops their low bits.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
             if getattr(opened, "n_frames", 1) > 1:
@@ -419,36 +422,28 @@ def decode_images(images, decode, problems, description="decoding images"):
                     yield i, decoded
 
 
-def report_bad_images(problems, on_bad_image):
-    """Stop at images that cannot be used, or print that they are left out; `problems` holds the messages."""
-    message = f"{len(problems):,} images cannot be used: {'; '.join(list(problems.values())[:20])}"
-    if problems and on_bad_image == "stop":
-        fail(f"{message}; repair them or pass --on_bad_image skip")
-    if problems:
-        print(f"{'left out':>9}  {message}", flush=True)
-
-
 def cache_path(args, images, *geometry):
-    """Return a path without suffix, named by the geometry and each image's path, size and time."""
+    """Return a path without suffix in the cache folder, named by geometry and each image's path, size and time."""
     digest = hashlib.sha256("/".join(map(str, geometry)).encode())
     for image in images:
         stat = os.stat(image) if os.path.isfile(image) else None
         digest.update(f"{image}/{stat and stat.st_size}/{stat and stat.st_mtime_ns}".encode())
-    return Path(args.image_cache_dir or Path(args.output_dir).parent / "image_cache") / digest.hexdigest()[:32]
+    folder = Path(args.image_cache_dir or Path(args.output_dir).parent / "image_cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / digest.hexdigest()[:32]
 
 
 def find_bad_images(accelerator, images, args):
-    """Return the images that cannot be decoded; a file in the cache folder keeps them for other runs."""
+    """Return the images that cannot be decoded; the list is kept in the cache folder."""
     path, problems = cache_path(args, images, "bad images").with_suffix(".json"), {}
     if accelerator.is_main_process and not path.exists():
         for _ in decode_images(images, lambda image: load_image(image, 8, "squash"), problems, "checking images"):
             pass
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({images[i]: problem for i, problem in problems.items()}))
     accelerator.wait_for_everyone()
     problems = json.loads(path.read_text(encoding="utf-8"))
-    if accelerator.is_main_process:
-        report_bad_images(problems, "skip")
+    for problem in list(problems.values())[:20]:
+        accelerator.print(f"{'left out':>9}  {problem}")
     return set(problems)
 
 
@@ -464,25 +459,27 @@ def load_images(accelerator, tables, resolution, args):
     def decode(image):
         return to_gray(load_image(image, *tables.geometry), resolution)
 
-    arrays, bad = [], {}
-    for images in ([*tables.train["image"], *tables.val["image"]], list(tables.test["image"])):
-        path, problems = cache_path(args, images, *tables.geometry, resolution).with_suffix(".npy"), {}
+    parts, bad = [], {}  # bad images of all parts are reported together
+    for table in (tables.train, tables.val, tables.test):
+        images, problems = list(table["image"]), {}
+        path = cache_path(args, images, *tables.geometry, resolution).with_suffix(".npy")
         if accelerator.is_main_process and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(images), resolution, resolution))
             for i, gray in decode_images(images, decode, problems):
                 pixels[i] = gray
             pixels.flush()
-            bad |= {images[i]: problem for i, problem in problems.items()}
-            temporary.unlink() if problems else os.replace(temporary, path)
-        arrays.append(path)
-    report_bad_images(bad, "stop")
+            if problems:
+                temporary.unlink()
+                bad |= {images[i]: problem for i, problem in problems.items()}
+            else:
+                os.replace(temporary, path)
+        parts.append((path, label_targets(table, tables.labels, args.uncertain)))
+    if bad:
+        listed = "; ".join(list(bad.values())[:20])
+        fail(f"{len(bad):,} images cannot be used: {listed}; repair them or pass --on_bad_image skip")
     accelerator.wait_for_everyone()
-    training, test = (np.load(path, mmap_mode="r") for path in arrays)
-    pixels = training[: len(tables.train)], training[len(tables.train) :], test
-    frames = (tables.train, tables.val, tables.test)
-    return [Images(*pair) for pair in zip(pixels, (label_targets(f, tables.labels, args.uncertain) for f in frames))]
+    return [Images(np.load(path, mmap_mode="r"), targets) for path, targets in parts]
 
 
 def augment(images, draws, args):
@@ -519,17 +516,14 @@ def load_initial_weights(accelerator, model, args):
         return
     head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
     try:
-        if args.weights == "imagenet":
-            with accelerator.local_main_process_first():
-                saved = get_model(args.arch, weights="DEFAULT").state_dict()
-        else:
-            saved = load_file(args.weights)
-        saved = {name: tensor for name, tensor in saved.items() if not name.startswith(f"{head}.")}
-        missing, unexpected = model.load_state_dict(saved, strict=False)
-        # Older files lack batch normalisation's counters, which nothing reads.
-        missing = [name for name in missing if not name.startswith(f"{head}.") and "num_batches" not in name]
-        if missing or unexpected or not all(tensor.isfinite().all() for tensor in saved.values()):
-            raise ValueError(f"weights of another network or not finite {[*missing, *unexpected][:3]}")
+        with accelerator.local_main_process_first():  # which downloads them
+            imagenet = args.weights == "imagenet"
+            saved = get_model(args.arch, weights="DEFAULT").state_dict() if imagenet else load_file(args.weights)
+        # In a plain dict, batch normalisation's counters may be missing, as in older files.
+        saved = dict(saved) | {k: v for k, v in model.state_dict().items() if k.startswith(f"{head}.")}
+        model.load_state_dict(saved)
+        if not all(tensor.isfinite().all() for tensor in saved.values()):
+            raise ValueError("weights that are not finite")
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         fail(f"--weights {args.weights}: cannot be loaded into {args.arch} ({str(error)[:300]}); pass a file, or none")
 
@@ -585,30 +579,6 @@ def read_tensors(path):
         return load_file(path), file.metadata()
 
 
-def save_progress(path, accelerator, model, optimizer, best, losses):
-    """Write all that training needs to continue after this epoch."""
-    state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= {f"best/{name}": tensor for name, tensor in best.items()}
-    for i, parameter in enumerate(model.parameters()):
-        state |= {f"optimizer/{i}/{name}": tensor for name, tensor in optimizer.state[parameter].items()}
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-    write_tensors(state, path, {"losses": json.dumps(losses), "scaler": json.dumps(scaler)})
-
-
-def load_progress(path, accelerator, model, optimizer):
-    """Restore a seed's state. Return the best weights so far and the validation losses."""
-    tensors, metadata = read_tensors(path)
-    model.load_state_dict({name: tensors[f"model/{name}"] for name in model.state_dict()})
-    for i, parameter in enumerate(model.parameters()):
-        # Fused AdamW assumes that its state has the weight's memory layout, but the file's tensors are contiguous.
-        moments = {name: tensors[f"optimizer/{i}/{name}"] for name in ("exp_avg", "exp_avg_sq")}
-        moments = {name: torch.empty_like(parameter).copy_(tensor) for name, tensor in moments.items()}
-        optimizer.state[parameter] = {"step": tensors[f"optimizer/{i}/step"].to(parameter.device)} | moments
-    if accelerator.scaler:
-        accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))
-    return {name: tensors[f"best/{name}"] for name in model.state_dict()}, json.loads(metadata["losses"])
-
-
 def learning_rate(peak, step, total_steps):
     """Return the rate of a linear warm-up over 5% of the steps, then a cosine to 0 (arXiv 1608.03983, eq. 5)."""
     warmup = max(1, total_steps // 20)
@@ -618,19 +588,18 @@ def learning_rate(peak, step, total_steps):
 
 
 def train_epoch(args, accelerator, model, optimizer, data, seed, epoch):
-    """Train on the images in an order that depends on (seed, epoch) alone; the last partial batch is dropped."""
+    """Train for one epoch, in an order that depends on (seed, epoch) alone, without the last partial batch."""
     model.train()
     batch = args.train_batch_size * accelerator.num_processes
     steps = max(1, len(data.pixels) // batch)
     generator = torch.Generator().manual_seed(keyed_seed(seed, "epoch", epoch))
     order = torch.randperm(len(data.pixels), generator=generator)
-    # Fewer images than one batch are repeated.
-    order = order.repeat(-(-batch // len(order)))
+    order = order.repeat(-(-batch // len(order)))  # no effect unless there are fewer images than in one batch
     first = accelerator.process_index * args.train_batch_size
     mine = slice(first, first + args.train_batch_size)
     description = f"seed {seed}, epoch {epoch + 1} of {args.num_train_epochs}"
     for step in tqdm(range(steps), description, leave=False, disable=not accelerator.is_main_process):
-        # Drawn for all processes together, of which each takes its part.
+        # Draw for all processes and take this one's part, so that the draws do not depend on their number.
         draws = torch.rand(batch, 6, generator=generator) * 2 - 1
         chosen = order[step * batch : (step + 1) * batch][mine].numpy()
         gray = torch.from_numpy(data.pixels[chosen]).to(accelerator.device)[:, None].float() / 255
@@ -643,31 +612,38 @@ def train_epoch(args, accelerator, model, optimizer, data, seed, epoch):
         optimizer.zero_grad()
 
 
-def train_seed(args, accelerator, seed, train, val, path):
-    """Train one classifier, resuming from `path`. Return it at its lowest validation loss, and each epoch's loss."""
-    num_labels = train.targets.shape[1]
+def train_seed(args, accelerator, seed, images):
+    """Train a seed's classifier, unless it is finished, and keep its weights at the lowest validation loss.
+
+    Return the logits on the test images, (n, labels), and the validation loss of each epoch.
+    """
+    folder, (train, val, test) = Path(args.output_dir) / "seeds" / f"seed-{seed}", images
+    done = folder / "predictions.safetensors"
+    if broadcast_object_list([done.exists()])[0]:
+        tensors, metadata = read_tensors(done)
+        return tensors["test"].numpy(), json.loads(metadata["losses"])
+    if args.shuffle_labels:
+        key = keyed_seed(seed, "shuffled labels")
+        targets = [np.random.default_rng(key).permutation(part.targets) for part in (train, val)]
+        train, val = Images(train.pixels, targets[0]), Images(val.pixels, targets[1])
     torch.manual_seed(keyed_seed(seed, "initial weights"))
-    model = build_classifier(args.arch, num_labels)
+    model = build_classifier(args.arch, train.targets.shape[1])
     load_initial_weights(accelerator, model, args)
     fused = accelerator.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=fused)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    # Scores in float32; accelerate runs the wrapped model in --mixed_precision.
-    scorer = build_classifier(args.arch, num_labels).to(accelerator.device)
+    # Validate and test in float32: accelerate runs `model`, once prepared, in --mixed_precision.
+    scorer = build_classifier(args.arch, train.targets.shape[1]).to(accelerator.device)
     if accelerator.scaler:
-        # Not the state that the previous seed left.
+        # Reset the loss scale, which the previous seed has changed.
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
     best, losses = {}, []
-    if broadcast_object_list([path.exists()])[0]:
-        best, losses = load_progress(path, accelerator, model, optimizer)
-    for epoch in range(len(losses), args.num_train_epochs):
-        if args.patience and losses and len(losses) - 1 - int(np.argmin(losses)) >= args.patience:
-            break
+    for epoch in range(args.num_train_epochs):
         # Dropout and stochastic depth draw from the global generator.
         torch.manual_seed(keyed_seed(seed, "dropout", epoch, accelerator.process_index))
         train_epoch(args, accelerator, wrapped, optimizer, train, seed, epoch)
         for buffer in model.buffers():
-            # Each process has batch statistics of its own images; keep those of the first.
+            # Each process has the batch statistics of its own images; use those of the first.
             buffer.copy_(broadcast(buffer))
         scorer.load_state_dict(model.state_dict())
         logits = torch.from_numpy(predict(accelerator, scorer, val.pixels, NORMALISATION)).double()
@@ -676,34 +652,17 @@ def train_seed(args, accelerator, seed, train, val, path):
             fail(f"seed {seed} diverged in epoch {epoch + 1}; lower --learning_rate or pass --mixed_precision no")
         if losses[-1] == min(losses):
             best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        if accelerator.is_main_process:
-            save_progress(path, accelerator, model, optimizer, best, losses)
+        if args.patience and epoch - int(np.argmin(losses)) >= args.patience:
+            break
     scorer.load_state_dict(best)
-    return scorer, losses
-
-
-def shuffle_labels(images, seed):
-    order = np.random.default_rng(keyed_seed(seed, "shuffled labels")).permutation(len(images.targets))
-    return Images(images.pixels, images.targets[order])
-
-
-def run_seed(args, accelerator, seed, images, folder):
-    """Train a seed's classifier unless it is finished. Return its logits on the test images and validation losses."""
-    done, (train, val, test) = folder / "predictions.safetensors", images
-    if not broadcast_object_list([done.exists()])[0]:
+    logits = predict(accelerator, scorer, test.pixels, NORMALISATION)
+    if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if args.shuffle_labels:
-            train, val = shuffle_labels(train, seed), shuffle_labels(val, seed)
-        model, losses = train_seed(args, accelerator, seed, train, val, folder / "progress.safetensors")
-        logits = torch.from_numpy(predict(accelerator, model, test.pixels, NORMALISATION))
-        if accelerator.is_main_process:
-            write_tensors(model.state_dict(), folder / "model.safetensors")
-            write_tensors({"test": logits}, done, {"losses": json.dumps(losses)})
-            (folder / "progress.safetensors").unlink(missing_ok=True)
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
-    tensors, metadata = read_tensors(done)
-    return tensors["test"].numpy(), json.loads(metadata["losses"])
+        write_tensors(best, folder / "model.safetensors")
+        write_tensors({"test": torch.from_numpy(logits)}, done, {"losses": json.dumps(losses)})
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return logits, losses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -714,7 +673,7 @@ def run_seed(args, accelerator, seed, images, folder):
 def weighted_metrics(target, probability, weights):
     """Return METRICS of one label, (draws,) each, for each row of `weights`, (draws, n): how often an image counts.
 
-    Like scikit-learn's with sample_weight, but for all draws at once; NaN where undefined. ECE: arXiv 1706.04599, eq. 3.
+    As scikit-learn with sample_weight, but all draws at once; NaN where undefined. ECE: arXiv 1706.04599, eq. 3.
     """
     positive, called = target == 1, probability >= 0.5
     indicators = np.stack([np.ones_like(positive), positive, called, called & positive], axis=1)
@@ -748,8 +707,8 @@ def weighted_metrics(target, probability, weights):
 def patient_weights(patients, draws):
     """Return how often each image counts in each draw, (len(draws), n); draw 0 is the test set as it is.
 
-    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007), seeded by k alone: the
-    same patients in every run on the same test images.
+    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007), seeded by k alone:
+    the same patients in every run on the same test images.
     """
     names, index = np.unique(patients, return_inverse=True)
     weights = np.ones((len(draws), len(names)))
@@ -763,27 +722,37 @@ def patient_weights(patients, draws):
 def score(targets, patients, probabilities, num_draws):
     """Return METRICS by name, (labels, seeds, 1 + draws): first the value, then the draws. Masked images do not count.
 
-    `targets` are (n, labels), `probabilities` one (n, labels) array for each seed.
+    `targets` are (n, labels), `probabilities` one (n, labels) array for each seed. Labels with one class stay NaN.
     """
-    size, num_labels = 1 + num_draws, targets.shape[1]
-    figures = {name: np.full((num_labels, len(probabilities), size), np.nan) for name in METRICS}
+    size = 1 + num_draws
+    figures = {name: np.full((targets.shape[1], len(probabilities), size), np.nan) for name in METRICS}
     for start in range(0, size, 50):  # all draws at once would not fit in memory
         draws = range(start, min(start + 50, size))
         weights = patient_weights(patients, draws)
-        for label in range(num_labels):
-            known = ~np.isnan(targets[:, label])
-            target, known_weights = targets[known, label].astype(np.float64), weights[:, known]
-            for seed, probability in enumerate(probabilities if len(np.unique(target)) == 2 else []):
+        for label, column in enumerate(targets.T):
+            known = ~np.isnan(column)
+            target, known_weights = column[known].astype(np.float64), weights[:, known]
+            if len(np.unique(target)) < 2:
+                continue
+            for seed, probability in enumerate(probabilities):
                 for name, values in weighted_metrics(target, probability[known, label], known_weights).items():
                     figures[name][label, seed, draws.start : draws.stop] = values
     return figures
 
 
-def training_noise(num_seeds, num_draws, seed):
-    """Return (seeds, draws) that turn a figure's deviations from its mean over seeds into draws of that mean's error.
+def clear_untrained(figures, targets):
+    """Set what a label with one class only among the training images cannot have to NaN."""
+    for i, column in enumerate(targets.T):
+        if len(column) and len(np.unique(column[~np.isnan(column)])) < 2:
+            for name in ("auroc", "auprc", "f1", "ece"):
+                figures[name][i] = np.nan
 
-    They follow Student's t with the mean's standard error: resampling so few seeds would give too narrow an interval.
-    All figures of a run share the matrix, which keeps the correlation between labels.
+
+def training_noise(num_seeds, num_draws, seed):
+    """Return (seeds, draws): factors that turn deviations from the mean over seeds into random errors of that mean.
+
+    The errors follow Student's t, since resampling so few seeds would give too narrow an interval. All figures of a
+    run share the factors, which keeps the correlation between labels.
     """
     generator = np.random.default_rng(seed)
     normal = generator.standard_normal((num_seeds, num_draws))
@@ -792,9 +761,8 @@ def training_noise(num_seeds, num_draws, seed):
 
 # Copied from train_full.result_row
 def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
-    """Return one row of the form that all result files share; low and high are the 95% interval."""
-    row = {"metric": metric, "label": label, "value": value, "low": low, "high": high}
-    return row | {"n": n, "floor": floor, "note": note}
+    """Return one row of the format that all result files share; low and high are the 95% interval."""
+    return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
 # Copied from train_full.write_text
@@ -806,99 +774,101 @@ def write_text(path, text):
 
 
 def interval(draws, minimum=0.0, maximum=1.0):
-    """Return the 95% percentile interval within bounds, or None twice if no draw is defined."""
-    defined = draws[~np.isnan(draws)]
-    return np.percentile(defined, [2.5, 97.5]).clip(minimum, maximum).tolist() if len(defined) else (None, None)
+    """Return the 95% percentile interval within bounds; draws for which the figure is undefined are left out."""
+    return np.nanpercentile(draws, [2.5, 97.5]).clip(minimum, maximum).tolist()
 
 
 def verdict(metric, low, rates):
-    """Return the warning that belongs to a figure; `rates` are predicted-positive rates, (labels, seeds)."""
+    """Return the warning for a figure, or None; `rates` are predicted-positive rates, (labels, seeds)."""
     constant = (rates < CONSTANT_RATE) | (rates > 1 - CONSTANT_RATE)
-    if metric in ("accuracy", "predicted_positive_rate") and len(rates) > 1:
+    if metric == "auroc" and low <= 0.5:
+        return "no better than chance"
+    if metric == "accuracy_gain" and low <= 0:
+        return "does not beat the constant predictor"
+    if metric not in ("accuracy", "predicted_positive_rate") or not constant.any():
+        return None
+    if len(rates) > 1:
         count = constant.all(axis=1).sum()
         return f"CONSTANT in {count} of {len(rates)} labels" if count else None
-    if metric in ("accuracy", "predicted_positive_rate") and constant.any():
-        return "CONSTANT" if constant.all() else f"constant in {constant.sum()} of {constant.size} seeds"
-    if metric == "auroc" and low is not None and low <= 0.5:
-        return "no better than chance"
-    if metric == "accuracy_gain" and low is not None and low <= 0:
-        return "does not beat the constant predictor"
-    return None
+    return "CONSTANT" if constant.all() else f"constant in {constant.sum()} of {constant.size} seeds"
 
 
-def result_rows(labels, figures, noise, targets, reasons):
-    """Return rows for each label and "all", their mean, and draws by "metric/label"; `reasons` say why a label has none."""
-    rows, draws, known = [], {}, ~np.isnan(targets)
-    rates, constants = (figures[name][..., 0] for name in ("predicted_positive_rate", "constant_accuracy"))
-    counts = known.sum(axis=0)
-    positives = np.nansum(targets, axis=0, dtype=np.float64) / counts.clip(1)
-    # What trivial answers score: always the same class, chance, always positive.
-    floors = {"accuracy": constants.mean(axis=1), "auprc": positives, "f1": 2 * positives / (1 + positives)}
-    floors |= {"accuracy_gain": counts * 0.0, "auroc": counts * 0 + 0.5, "balanced_accuracy": counts * 0 + 0.5}
+def result_rows(labels, figures, noise, targets):
+    """Return rows for each label and "all", the mean over labels, and {"metric/label": the value, then the draws}.
+
+    A draw is the mean over seeds on the drawn patients plus a random error of that mean, from `noise`.
+    """
+    rows, draws = [], {}
+    rates, constant = (figures[name][..., 0] for name in ("predicted_positive_rate", "constant_accuracy"))
+    untested = [label for label, values in zip(labels, constant) if np.isnan(values).any()]
+    known = (~np.isnan(targets)).sum(axis=0)
+    counts = dict(zip(labels, known.tolist())) | {"all": len(targets)}
+    positives, half = np.nansum(targets, axis=0, dtype=np.float64) / known.clip(1), np.full(len(labels), 0.5)
+    # The scores of trivial predictors: always the majority class, chance, always positive.
+    floors = {"accuracy": constant.mean(axis=1), "accuracy_gain": 0 * half, "balanced_accuracy": half, "auroc": half}
+    floors |= {"auprc": positives, "f1": 2 * positives / (1 + positives)}
     for metric in METRICS:
-        values = figures[metric][..., 0]
-        drawn = figures[metric][..., 1:].mean(axis=1) + (values - values.mean(axis=1, keepdims=True)) @ noise
+        values, over_seeds = figures[metric][..., 0], figures[metric].mean(axis=1)
+        over_seeds[:, 1:] += (values - over_seeds[:, :1]) @ noise
         defined = np.flatnonzero(~np.isnan(values).any(axis=1))
-        for i, label in enumerate([*labels, "all"]):
-            chosen = defined if label == "all" else defined[defined == i]
-            n = len(targets) if label == "all" else int(counts[i])
-            if not len(chosen):
-                note = f"n/a: {'no label has it' if label == 'all' else reasons[i]}"
-                rows.append(result_row(metric, None, label, n=n, note=note))
+        for label, n in counts.items():
+            chosen = [i for i in defined if label in (labels[i], "all")]
+            if not chosen:
+                part = "test" if label in untested else "training"
+                reason = "no label has it" if label == "all" else f"one class only among the {part} images"
+                rows.append(result_row(metric, None, label, n=n, note=f"n/a: {reason}"))
                 continue
-            low, high = None, None
-            if metric != "ece":  # resampling biases it upwards
-                draws[f"{metric}/{label}"] = drawn[chosen].mean(axis=0)
-                low, high = interval(draws[f"{metric}/{label}"], -1 if metric == "accuracy_gain" else 0)
+            found, low, high = over_seeds[chosen].mean(axis=0), None, None
+            if metric != "ece":  # which resampling biases upwards
+                draws[f"{metric}/{label}"] = found
+                low, high = interval(found[1:], -1 if metric == "accuracy_gain" else 0)
             notes = [verdict(metric, low, rates[chosen])]
             if label == "all" and len(chosen) < len(labels):
                 notes.append(f"mean of {len(chosen)} of {len(labels)} labels")
             floor = float(floors[metric][chosen].mean()) if metric in floors else None
             note = "; ".join(filter(None, notes)) or None
-            rows.append(result_row(metric, float(values[chosen].mean()), label, low, high, n, floor, note))
+            rows.append(result_row(metric, float(found[0]), label, low, high, n, floor, note))
     return rows, draws
 
 
 def load_reference(args, settings, draws_id):
-    """Return the rows and draws of --reference, which may differ in what it was trained on alone."""
+    """Return the draws of --reference as result_rows does; it may differ only in what it was trained on."""
     path = Path(args.reference) / "downstream_metrics.json"
     if not path.is_file():
         fail(f"--reference {args.reference}: no finished run; pass the folder of one with --train_on real")
     found = json.loads(path.read_text(encoding="utf-8"))
     draws, metadata = read_tensors(path.with_name("downstream_draws.safetensors"))
-    free = ("train_on", "training", "seed", "mixed_geometry")
-    differing = [key for key in settings if found["settings"].get(key) != settings[key] and key not in free]
-    differing += ["bootstrap_samples or test table"] if metadata["draws_id"] != draws_id and not differing else []
-    if differing or found["train_on"] != "real":
-        fail(f"--reference {args.reference}: not trained on real images, or with another {', '.join(differing)}")
-    rows = {(row["metric"], row["label"]): row for row in found["results"]}
-    return rows, {name: tensor.numpy() for name, tensor in draws.items()}
+    may_differ = ("training", "seed", "mixed_geometry")
+    theirs = found["settings"] | {"test table or bootstrap_samples": metadata["draws_id"]}
+    ours = settings | {"train_on": "real", "test table or bootstrap_samples": draws_id}
+    differing = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
+    if differing:
+        fail(f"--reference {args.reference}: not a run with --train_on real that has the same {', '.join(differing)}")
+    values = {f"{row['metric']}/{row['label']}": row["value"] for row in found["results"]}
+    return {name: np.append(values[name], tensor.numpy()) for name, tensor in draws.items()}
 
 
-def ratio_rows(labels, rows, draws, reference, name):
-    """Return rows and draws of the ratios to the reference: in each draw, the same patients for both.
+def ratio_rows(labels, ours, theirs, name):
+    """Return rows and draws of the ratios of two runs, in each draw on the same patients.
 
-    The ratio of AUROC is (TSTR - 0.5) / (TRTR - 0.5), so that chance counts 0.
+    The ratio of AUROC is (ours - 0.5) / (theirs - 0.5), so that chance counts 0.
     """
-    runs, ratios, result = [({(row["metric"], row["label"]): row for row in rows}, draws), reference], {}, []
+    rows, draws = [], {}
     for metric, chance in RATIOS.items():
-        both = [label for label in labels if all(f"{metric}/{label}" in run_draws for _, run_draws in runs)]
+        both = [label for label in labels if f"{metric}/{label}" in ours.keys() & theirs.keys()]
         for label in [*labels, "all"]:
-            chosen = both if label == "all" else [label] if label in both else []
-            key, note = f"{metric}_of_reference", f"n/a: this run or {name} lacks the figure"
+            key, chosen = f"{metric}_of_reference", [f"{metric}/{one}" for one in both if label in (one, "all")]
+            value, low, high, note = None, None, None, f"n/a: this run or {name} lacks the figure"
             if chosen:
-                values = [np.mean([found[metric, c]["value"] for c in chosen]) - chance for found, _ in runs]
-                drawn = [np.mean([found[f"{metric}/{c}"] for c in chosen], axis=0) - chance for _, found in runs]
+                one, two = (np.mean([run[figure] for figure in chosen], axis=0) - chance for run in (ours, theirs))
                 note = f"n/a: the figure of {name} is not above {chance:g}, beyond its interval"
-            # With a denominator that may be 0, the ratio would have no finite interval.
-            if not chosen or not (interval(drawn[1])[0] or 0) > 0:
-                result.append(result_row(key, None, label, note=note))
-                continue
-            ratios[f"{key}/{label}"] = drawn[0] / np.maximum(drawn[1], 1e-12)
-            low, high = interval(ratios[f"{key}/{label}"], -np.inf, np.inf)
-            note = f"ratio to {name}{', both above chance' if chance else ''}"
-            result.append(result_row(key, float(values[0] / values[1]), label, low, high, note=note))
-    return result, ratios
+            # A denominator that may be 0 would leave the ratio without a finite interval.
+            if chosen and interval(two[1:])[0] > 0:
+                ratio = draws[f"{key}/{label}"] = one / np.maximum(two, 1e-12)
+                value, (low, high) = float(ratio[0]), interval(ratio[1:], -np.inf, np.inf)
+                note = f"ratio to {name}{', both above chance' if chance else ''}"
+            rows.append(result_row(key, value, label, low, high, note=note))
+    return rows, draws
 
 
 def save_figure(figure, path):
@@ -919,12 +889,14 @@ def plot_curves(labels, targets, probabilities, title, output_dir):
             axis = figure.add_subplot(rows, columns, i + 1, title=label, xlabel=x, ylabel=y, aspect="equal")
             axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
             known = ~np.isnan(targets[:, i])
-            target = targets[known, i]
-            for probability in [p[known, i] for p in probabilities] if len(np.unique(target)) == 2 else []:
+            if len(np.unique(targets[known, i])) < 2:
+                continue
+            for probability in probabilities:
                 if name == "roc":
-                    axis.plot(*roc_curve(target, probability)[:2])
+                    axis.plot(*roc_curve(targets[known, i], probability[known, i])[:2])
                 else:
-                    axis.plot(*calibration_curve(target, probability, n_bins=ECE_BINS)[::-1], marker="o")
+                    positives, mean = calibration_curve(targets[known, i], probability[known, i], n_bins=ECE_BINS)
+                    axis.plot(mean, positives, marker="o")
         save_figure(figure, output_dir / f"{name}.png")
 
 
@@ -939,8 +911,8 @@ def plot_training(losses, first_seed, path):
     save_figure(figure, path)
 
 
-def save_classifier(settings, tables, auroc_rows, weights, output_dir):
-    """Write classifier/: the weights, and what their user must know, renamed together."""
+def save_classifier(settings, tables, rows, weights, output_dir):
+    """Write the folder classifier, for --classifier of both evaluations: the weights and classifier.json."""
     # Synthetic images have no patients.
     seen = pd.concat([table[table["real"]] for table in (tables.train, tables.val)])["patient"]
     patients = sorted({patient_hash(patient) for patient in seen})
@@ -950,8 +922,9 @@ def save_classifier(settings, tables, auroc_rows, weights, output_dir):
     spec |= {"channels": "mean, repeated three times", "normalisation": NORMALISATION}
     spec["thresholds"] = dict.fromkeys(tables.labels, 0.5)
     spec["split"] = {"seed": settings["split_seed"], "fingerprint": fingerprint, "patients": patients}
+    rows = {row["label"]: row for row in rows if row["metric"] == "auroc" and row["label"] != "all"}
     keys = ("value", "low", "high", "n", "note")
-    spec["real_test_auroc"] = {row["label"]: {key: row[key] for key in keys} for row in auroc_rows}
+    spec["real_test_auroc"] = {label: {key: row[key] for key in keys} for label, row in rows.items()}
     spec["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     temporary = output_dir / ".classifier.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -962,14 +935,19 @@ def save_classifier(settings, tables, auroc_rows, weights, output_dir):
     os.replace(temporary, output_dir / "classifier")
 
 
+def write_table(rows, labels, title, notes, path):
+    """Print the values by metric and label, and write them with all notes as Markdown."""
+    table = pd.DataFrame(rows).pivot(index="metric", columns="label", values="value").astype(float).round(3)
+    table = table.loc[list(dict.fromkeys(row["metric"] for row in rows)), [*labels, "all"]].to_string()
+    notes = [f"{row['metric']}, {row['label']}: {row['note']}" for row in rows if row["note"]] + notes
+    text = [f"# {title}", "", "```", table, "```", "", *(f"- {note}" for note in notes), ""]
+    write_text(path, "\n".join(text))
+    print(table)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def one_class(targets):
-    """Return which labels have one class only."""
-    return [len(np.unique(column[~np.isnan(column)])) < 2 for column in targets.T]
 
 
 def digest(*arrays):
@@ -981,12 +959,13 @@ def digest(*arrays):
 
 
 def run_settings(args, tables, spec, images, num_processes):
-    """Return what must be the same for a run to be continued and, but for the training images, to be compared."""
+    """Return what must be the same to continue a run and, except for the training images, to compare two."""
     train, val, test = images
-    free = ["output_dir", "image_cache_dir", "reference", "bootstrap_samples", "synthetic", "real_csv", "test_csv"]
-    free += ["validation_csv", "image_root", "classifier", "max_test_images"]
-    settings = {key: value for key, value in vars(args).items() if key not in free}
-    settings |= dict(zip(("source_resolution", "resize_mode"), tables.geometry))
+    # Tables and folders may have other names; what they hold is compared through digests.
+    names = ["synthetic", "real_csv", "validation_csv", "test_csv", "image_root", "classifier", "output_dir"]
+    names += ["image_cache_dir", "reference", "bootstrap_samples", "max_test_images"]
+    settings = {key: value for key, value in vars(args).items() if key not in names}
+    settings["source_resolution"], settings["resize_mode"] = tables.geometry
     settings |= {"labels": tables.labels, "processes": num_processes, "weights_sha256": spec.get("model_sha256")}
     settings |= {"num_train_images": len(tables.train), "num_val_images": len(tables.val)}
     settings["test"] = digest(test.pixels, test.targets, tables.test["patient"].to_numpy(object))
@@ -1006,7 +985,7 @@ def open_output(output_dir, settings):
         differing = [key for key in settings.keys() | saved.keys() if settings.get(key) != saved.get(key)]
         if differing:
             fail(f"{output_dir} holds results of another {', '.join(sorted(differing))}; pass another --output_dir")
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    elif output_dir.exists() and any(output_dir.iterdir()):
         fail(f"--output_dir {output_dir}: not empty and not a result folder of this script; pass another")
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=2) + "\n")
@@ -1015,7 +994,7 @@ def open_output(output_dir, settings):
 def main(args):
     output_dir = Path(args.output_dir)
     classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
-    # The others wait for hours while the first process decodes images.
+    # The other processes wait, possibly for hours, while the first decodes images.
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
     # Without `cpu`, processes that torchrun starts on a machine without a GPU would each train for themselves.
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
@@ -1023,10 +1002,11 @@ def main(args):
     # The same seed must give the same figures, and scores are not rounded to TF32.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = False
+
     tables = load_tables(args, spec, accelerator)
     labels = tables.labels
     if not spec:
-        # Before hours of decoding, in case they cannot be loaded.
+        # Find out before hours of decoding whether they can be loaded.
         load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args)
     images = load_images(accelerator, tables, spec.get("resolution", args.resolution), args)
     train, _, test = images
@@ -1034,23 +1014,16 @@ def main(args):
     names, patients = (tables.test[key].to_numpy(object) for key in ("name", "patient"))
     draws_id = digest(names, patients, np.array(args.bootstrap_samples))
     reference = load_reference(args, settings, draws_id) if args.reference else None
-    counts = {"train": len(tables.train), "validation": len(tables.val), "test": len(tables.test)}
-    counts |= {"test_patients": len(set(patients)), "patients_in_training_and_test": tables.shared_patients}
     if accelerator.is_main_process:
         open_output(output_dir, settings)
-        left_out = [f"{count:,} {reason}" for reason, count in tables.left_out.items() if count]
-        print(f"{'images':>9}  {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
-        print(f"{'left out':>9}  {', '.join(left_out) or 'nothing'}")
-        print("".join(f"{'warning':>9}  {note}\n" for note in tables.notes), end="", flush=True)
     accelerator.wait_for_everyone()
 
-    folders = [output_dir / "seeds" / f"seed-{args.seed + k}" for k in range(args.num_seeds)]
     if spec:
         classifier.to(accelerator.device)
         results = [(predict(accelerator, classifier, test.pixels, spec["normalisation"]), [])]
     else:
         try:
-            results = [run_seed(args, accelerator, args.seed + k, images, folder) for k, folder in enumerate(folders)]
+            results = [train_seed(args, accelerator, args.seed + k, images) for k in range(args.num_seeds)]
         except torch.OutOfMemoryError as error:
             fail(f"{error}; lower --train_batch_size or --resolution")
     accelerator.end_training()
@@ -1060,51 +1033,39 @@ def main(args):
     probabilities = [torch.from_numpy(logits).double().sigmoid().numpy() for logits, _ in results]
     losses = [of_seed for _, of_seed in results]
     figures = score(test.targets, patients, probabilities, args.bootstrap_samples)
-    reasons = ["one class only among the test images" if missing else None for missing in one_class(test.targets)]
-    for i, missing in enumerate([] if spec else one_class(train.targets)):
-        if missing:
-            reasons[i] = reasons[i] or "one class only among the training images"
-            for name in NEEDS_BOTH_CLASSES:
-                figures[name][i] = np.nan
-    # Another seed for each run, so that the difference of two varies by the training of both.
+    clear_untrained(figures, train.targets)
+    # Seeded by the settings, so that the noise of two runs is independent and their difference has that of both.
     noise = training_noise(len(results), args.bootstrap_samples, keyed_seed(json.dumps(settings, sort_keys=True)))
-    rows, draws = result_rows(labels, figures, noise, test.targets, reasons)
+    rows, draws = result_rows(labels, figures, noise, test.targets)
     if not spec and not args.shuffle_labels:
         best = int(np.argmin([min(of_seed) for of_seed in losses]))
         best_figures = {name: values[:, best : best + 1] for name, values in figures.items()}
-        best_rows = result_rows(labels, best_figures, noise[:1], test.targets, reasons)[0]
-        aurocs = [row for row in best_rows if row["metric"] == "auroc" and row["label"] != "all"]
-        save_classifier(settings, tables, aurocs, folders[best] / "model.safetensors", output_dir)
+        best_rows, _ = result_rows(labels, best_figures, noise[:1], test.targets)
+        weights = output_dir / "seeds" / f"seed-{args.seed + best}" / "model.safetensors"
+        save_classifier(settings, tables, best_rows, weights, output_dir)
     if reference:
-        ratios, ratio_draws = ratio_rows(labels, rows, draws, reference, Path(args.reference).name)
+        ratios, ratio_draws = ratio_rows(labels, draws, reference, Path(args.reference).name)
         rows, draws = rows + ratios, draws | ratio_draws
 
-    kind = "synthetic and real" if args.train_on == "both" else args.train_on
-    kind += " images with shuffled labels" if args.shuffle_labels else " images"
-    title = f"classifier {args.classifier}" if spec else f"trained on {len(tables.train):,} {kind}"
-    plot_curves(labels, test.targets, probabilities, f"Real test images, {title}", output_dir)
+    kind = "synthetic and real images" if args.train_on == "both" else f"{args.train_on} images"
+    kind += " with shuffled labels" if args.shuffle_labels else ""
+    source = f"classifier {args.classifier}" if spec else f"trained on {len(tables.train):,} {kind}"
+    title = f"Real test images, {source}"
+    plot_curves(labels, test.targets, probabilities, title, output_dir)
     if not spec:
         plot_training(losses, args.seed, output_dir / "training.png")
-    draws = {name: torch.from_numpy(values) for name, values in draws.items()}
+    draws = {name: torch.from_numpy(values[1:]) for name, values in draws.items()}
     write_tensors(draws, output_dir / "downstream_draws.safetensors", {"draws_id": draws_id})
-    table = pd.DataFrame(rows).pivot(index="metric", columns="label", values="value").astype(float).round(3)
-    table = table.loc[list(dict.fromkeys(row["metric"] for row in rows)), [*labels, "all"]].to_string()
-    notes = [f"{row['metric']}, {row['label']}: {row['note']}" for row in rows if row["note"]] + tables.notes
-    text = [f"# Real test images, {title}", "", "```", table, "```", "", *(f"- {note}" for note in notes), ""]
-    write_text(output_dir / "downstream_table.md", "\n".join(text))
-    seeds = []
+    write_table(rows, labels, title, tables.notes, output_dir / "downstream_table.md")
+    summary = {"script": "eval_downstream.py", "train_on": "nothing" if spec else args.train_on, "settings": settings}
+    summary["arguments"] = {k: v for k, v in vars(args).items() if k not in ("output_dir", "image_cache_dir")}
+    summary["versions"] = {k: version(k) for k in ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")}
+    summary |= {"images": tables.counts, "notes": tables.notes, "results": rows, "seeds": []}
     for k, of_seed in enumerate(losses):
         values = pd.DataFrame({name: array[:, k, 0] for name, array in figures.items()}, labels, dtype=object)
         metrics = values.where(values.notna(), None).to_dict()
-        seeds.append({"seed": args.seed + k, "validation_losses": of_seed, "metrics": metrics})
-    summary = {"script": "eval_downstream.py", "train_on": "nothing" if spec else args.train_on, "settings": settings}
-    summary["arguments"] = {k: v for k, v in vars(args).items() if k not in ("output_dir", "image_cache_dir")}
-    packages = ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")
-    summary["versions"] = {name: version(name) for name in packages}
-    summary |= {"images": counts | {"left_out": tables.left_out}, "notes": tables.notes}
-    summary |= {"results": rows, "seeds": seeds}
+        summary["seeds"].append({"seed": args.seed + k, "validation_losses": of_seed, "metrics": metrics})
     write_text(output_dir / "downstream_metrics.json", json.dumps(summary, indent=2) + "\n")
-    print(table)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5", "vendi-score>=0.0.3",
-#   "scikit-learn>=1.5", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3",
-#   "tqdm>=4.66",
+#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5",
+#   "vendi-score>=0.0.3", "scikit-learn>=1.5", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11",
+#   "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
 # ]
 # ///
 """Compare generated chest radiographs with real ones: the paper's Table 3, with sample sizes, intervals and floors.
@@ -13,8 +13,8 @@
     python eval_generation.py --synthetic samples/lora --real_csv hospital/table.csv --train_csv hospital/table.csv
     python eval_generation.py --synthetic samples/lora --features xrv.safetensors --pool paper
 
-Writes to --output_dir: generation_metrics.json, pictures, and generation_draws.safetensors, from which launch/report.py
-compares runs. Features are cached and shared by runs.
+Writes to --output_dir: generation_metrics.json, pictures, and generation_draws.safetensors, from which
+launch/report.py compares runs. Features are cached and shared by runs.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import os
 import sys
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,29 +77,30 @@ CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothor
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
+# The sources of images that are scored, and what their metrics' names end with.
+SUFFIXES = {"real": "_real", "synthetic": "", "base model": "_baseline", "through the VAE": "_vae"}
 XRV_WEIGHTS = "densenet121-res224-all"
 # CheXpert's names where torchxrayvision has others.
 XRV_NAMES = {"Pleural Effusion": "Effusion"}
 NEIGHBOURS = 5
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-# KID and the neighbour figures cost n², so their draws have at most this many images.
-MAX_DRAW_IMAGES = 2500
+# Of KID, which takes thirds, and of the neighbour figures; their cost grows as n².
+MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
-# With fewer images there is no meaningful 99th percentile.
-MIN_PERCENTILE_IMAGES = 500
-TOO_FEW = f"needs {MIN_PERCENTILE_IMAGES} images"
+# Of figures that are neither shares (0 to 1, with `units`) nor at least 0.
+BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
+BOUNDS |= dict.fromkeys(["memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
 # Mean absolute difference between channels, of 255 levels, at which a tint becomes visible: on mid-grey it is a CIE76
 # Delta E of 2.1 (red against blue) to 4.5 (green), where 2.3 is just noticeable.
 VISIBLE_COLOUR = 4.0
 THUMBNAIL = 32
 # Rows of a distance matrix held in memory at a time.
 CHUNK = 512
-SUFFIXES = {"synthetic": "", "base model": "_baseline", "through the VAE": "_vae"}  # of the metrics of each source
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from train_full.fail
@@ -111,9 +111,8 @@ def fail(message):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage="%(prog)s [options]")
     flag = parser.add_argument_group("images").add_argument
     flag("--synthetic", required=True, help="folder of sample.py, or any image table")
     flag("--real_csv", help=f"table of radiographs (default: {' or '.join(DEFAULT_TABLES)})")
@@ -126,15 +125,12 @@ def parse_args(argv=None):
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1 in real tables")
     flag("--baseline", help="samples of the untouched base model, scored beside --synthetic (default: none)")
-    flag("--vae", help="run or pipeline whose VAE real images are passed through, as a floor (default: none)")
+    flag("--vae", help="pipeline whose VAE real images are passed through, as a floor (default: none)")
     flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="findings to score (default: --synthetic's)")
     flag("--max_per_label", type=int, default=5000, help="images per label; a seeded choice if there are more")
     flag("--pool", choices=["unique", "paper"], default="unique", help="paper counts an image once for each label")
     flag("--resolution", type=int, help="side of the square images (default: --synthetic's, else 512)")
-    flag(
-        "--resize_mode", choices=["squash", "pad", "crop"], help="how images are made square (default: --synthetic's)"
-    )
-    flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="stop, or leave unreadable images out")
+    flag("--resize_mode", choices=["squash", "pad", "crop"], help="geometry of the images (default: --synthetic's)")
     flag("--mixed_geometry", action="store_true", help="compare tables made with different geometry all the same")
     flag = parser.add_argument_group("networks").add_argument
     flag("--features", default="xrv", help="xrv (downloaded), its weights in safetensors, or a classifier folder")
@@ -170,14 +166,14 @@ def table_path(name):
 
 
 def run_name(synthetic):
-    """Return what --synthetic is called in the results: its folder, or its table."""
-    path = Path(synthetic).resolve()
-    return path.parent.name if path.name == "metadata.csv" else path.stem if path.suffix == ".csv" else path.name
+    """Return the name of sample.py's folder, or of any other table."""
+    path = Path(table_path(synthetic)).resolve()
+    return path.parent.name if path.name == "metadata.csv" else path.stem
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Data
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from train_full.parse_labels
@@ -195,26 +191,26 @@ def parse_labels(raw, source):
 
 # Copied from train_full.resolve_paths
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths, from the first folder under which one of the first 1,000 images exists.
+    """Return absolute image paths.
 
-    CheXpert's paths start with the dataset's own folder, which a resized copy often renames, so that part is optional.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
+    without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
-    for root in roots:
-        for skip in (0, 1):
-            paths = (root / Path(*Path(name).parts[skip:]) for name in names)
-            if any(path.is_file() for path in itertools.islice(paths, 1000)):
-                return [str((root / Path(*Path(name).parts[skip:])).absolute()) for name in names]
+    for root, skip in itertools.product(roots, (0, 1)):
+        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
+        if any(path.is_file() for path in paths[:1000]):
+            return [str(path) for path in paths]
     searched = " or ".join(str(root.absolute()) for root in roots)
     fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
 
 
 # Copied from train_full.make_table
 def make_table(raw, names, images, prompt_column, source):
-    """Build the image table that all scripts use from a table of strings.
+    """Convert a table of strings to the image table that all scripts share.
 
     Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels found. An image without a patient counts as a patient of its own.
+    the labels that exist. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
@@ -229,16 +225,16 @@ def make_table(raw, names, images, prompt_column, source):
 
 # Copied from train_full.load_image_table
 def load_image_table(csv, image_root=None, with_images=True):
-    """Read an image table: CheXpert's CSV, or any with an image column and label or prompt columns.
+    """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
     try:
         with warnings.catch_warnings():
             # pandas only warns about a row longer than the header, and shifts or drops its cells.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **form)
+            raw = pd.read_csv(csv, index_col=False, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
     column = next((name for name in ("Path", "file_name") if name in raw), None)
@@ -272,13 +268,13 @@ def positive_labels(table, labels, uncertain):
 
 # Copied from train_full.keyed_seed
 def keyed_seed(*key):
-    """Return a 63-bit seed that depends on the key alone, so that random draws need no saved state."""
+    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
 # Copied from eval_downstream.read_geometry
 def read_geometry(csv):
-    """Return the distinct values of `resize_mode` (str) and `resolution` (int) in a table of sample.py, [] for others."""
+    """Return the distinct `resize_mode` (str) and `resolution` (int) in a table of sample.py, [] for other tables."""
     columns = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
     modes, sides = ([v for v in columns.get(name, []) if v] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
@@ -337,43 +333,44 @@ def load_training_images(args):
 
 
 def choose_geometry(args, csvs, notes):
-    """Return side and resize mode; refuse tables that were made differently, unless --mixed_geometry."""
-    chosen = []
+    """Return resolution and resize mode; refuse tables that were made differently, unless --mixed_geometry."""
+    geometries, chosen = {csv: read_geometry(csv) for csv in csvs}, []
     for column, default in (("resolution", 512), ("resize_mode", "squash")):
-        recorded, requested = {csv: read_geometry(csv)[column] for csv in csvs}, getattr(args, column)
-        values = [requested] * bool(requested) + list(itertools.chain(*recorded.values())) or [default]
+        requested = getattr(args, column)
+        recorded = {csv: geometry[column] for csv, geometry in geometries.items()}
+        values = list(itertools.chain([requested] if requested else [], *recorded.values()))
         if len(set(values)) > 1:
             different = f"images made with different {column} ({recorded}, --{column} {requested})"
             if not args.mixed_geometry:
                 fail(f"{different}; sample again, or compare them all the same with --mixed_geometry")
             notes.append(f"comparing {different}")
-        if not any(recorded.values()) and not requested:
+        if not values:
             notes.append(f"{csvs[0]} does not record its {column}; {default} is assumed")
-        chosen.append(values[0])
+        chosen.append(values[0] if values else default)
     return chosen
 
 
 def plan_evaluation(args, accelerator):
     """Return a plan: the tables by name with each image once, the labels and geometry, and notes for the reader."""
-    csvs = {name: table_path(path) for name, path in zip(SUFFIXES, (args.synthetic, args.baseline)) if path}
-    notes, repeated = [], Counter()
+    csvs = {"synthetic": table_path(args.synthetic)}
+    if args.baseline:
+        csvs["base model"] = table_path(args.baseline)
+    notes = []
     resolution, resize_mode = choose_geometry(args, list(csvs.values()), notes)
     tables = {name: load_split(csv) for name, csv in csvs.items()}
     tables["real"] = load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
     if args.train_csv:
         tables["train"] = load_training_images(args)
-        shared = len(set(tables["train"]["patient"]) & set(tables["real"]["patient"]))
+        shared = set(tables["train"]["patient"]) & set(tables["real"]["patient"])
         if shared:
-            notes.append(
-                f"{shared:,} patients are in training and real images; for memorisation they count as training"
-            )
+            notes.append(f"{len(shared):,} patients are in training and real images; memorisation counts them as seen")
     found = positive_labels(tables["synthetic"], LABELS, "zeros").any()
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *LABELS].index)
-    # First by path, since only the images that may be scored are read and hashed.
-    for name, table in tables.items():
-        tables[name] = merge_duplicates(table, "image")
-        repeated[name] += len(table) - len(tables[name])
+
+    repeated = {name: table["image"].duplicated().sum() for name, table in tables.items()}
+    tables = {name: merge_duplicates(table, "image") for name, table in tables.items()}
     counts = count_rows("test", tables["real"], args.uncertain)
+    # Only the images that may be scored are read and hashed.
     for name, table in tables.items():
         if labels and name != "train":
             rows = np.unique(np.concatenate(list(label_rows(table, labels, args).values())))
@@ -382,13 +379,12 @@ def plan_evaluation(args, accelerator):
             fail(f"{name} images: none has any of {', '.join(labels)}; check the label columns and --uncertain")
     hashes = hash_files(accelerator, list(dict.fromkeys(path for t in tables.values() for path in t["image"])))
     for name, table in tables.items():
-        table = table.assign(hash=table["image"].map(hashes))
-        tables[name] = merge_duplicates(table, "hash")
+        tables[name] = merge_duplicates(table.assign(hash=table["image"].map(hashes)), "hash")
         repeated[name] += len(table) - len(tables[name])
         if repeated[name]:
             notes.append(f"{name}: {repeated[name]:,} rows repeat the image of another row; each image counts once")
-    plan = {"tables": tables, "labels": labels, "counts": counts, "warnings": notes, "left_out": {}}
-    return SimpleNamespace(**plan, resolution=resolution, resize_mode=resize_mode)
+    geometry = {"resolution": resolution, "resize_mode": resize_mode}
+    return SimpleNamespace(tables=tables, labels=labels, counts=counts, warnings=notes, **geometry)
 
 
 def hash_files(accelerator, paths):
@@ -398,9 +394,7 @@ def hash_files(accelerator, paths):
         return hashlib.sha256(Path(path).read_bytes() if os.path.isfile(path) else path.encode()).hexdigest()
 
     mine = paths[accelerator.process_index :: accelerator.num_processes]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(digest, mine), "reading files", len(mine), unit="image", leave=False))
-    return dict(gather_object(list(zip(mine, found))))
+    return dict(gather_object([(mine[i], found) for i, found in decode_images(mine, digest, {}, "hashing images")]))
 
 
 class Sample(NamedTuple):
@@ -409,6 +403,12 @@ class Sample(NamedTuple):
 
     def take(self, rows):
         return Sample(self.features[rows], self.patients[rows])
+
+    def subset(self, size, *key):
+        """Return `size` images of a seeded choice of patients; itself if it has no more."""
+        if len(self.features) <= size:
+            return self
+        return self.take(shuffle_patients(self.patients, *key)[:size])
 
 
 @dataclass
@@ -434,27 +434,29 @@ class Source:
 def make_sources(plan, args):
     """Return the Sources by name, without features.
 
-    Overall, both sides have the same number of images of each label, what the side with fewer has, so that a different mix
-    of labels is no part of a figure. Tables without labels are compared as a whole.
+    Overall, each source has as many images of a label as the smaller of the real and the synthetic set, so that a
+    different mix of labels changes no figure. Tables without labels are compared as a whole.
     """
     sources = {name: Source(name, t, label_rows(t, plan.labels, args)) for name, t in plan.tables.items()}
+    counts = {label: min(len(sources[name].rows_of[label]) for name in ("real", "synthetic")) for label in plan.labels}
     for name, source in sources.items():
         fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
         if fewer and name not in ("train", "through the VAE"):
             plan.warnings.append(f"{name}: fewer images than --max_per_label, so a smaller n: {', '.join(fewer)}")
-    counts = {label: min(len(sources[name].rows_of[label]) for name in ("real", "synthetic")) for label in plan.labels}
-    for name, source in sources.items():
-        pool = [choose_rows(source.table, source.rows_of[label], count, args.seed) for label, count in counts.items()]
-        if name == "train":
-            pool = [np.flatnonzero(positive_labels(source.table, plan.labels, args.uncertain).any(axis=1))]
-        pool = np.concatenate(pool) if plan.labels else np.arange(len(source.table))
-        source.rows_of["all"] = pool if args.pool == "paper" else np.unique(pool)
+        if not plan.labels:
+            rows = np.arange(len(source.table))
+        elif name == "train":
+            rows = np.flatnonzero(positive_labels(source.table, plan.labels, args.uncertain).any(axis=1))
+        else:
+            chosen = [choose_rows(source.table, source.rows_of[x], counts[x], args.seed) for x in plan.labels]
+            rows = np.concatenate(chosen)
+        source.rows_of["all"] = rows if args.pool == "paper" else np.unique(rows)
     return sources
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Images, networks and the cache of features
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from eval_downstream.to_gray
@@ -517,7 +519,7 @@ class Appearance:
 class XRVNetwork:
     """torchxrayvision's DenseNet-121: pooled features, then its heads as probabilities, (n, 1024 + heads).
 
-    Its `forward` rescales each head by an operating threshold, so the sigmoid is taken of the logits instead.
+    Probabilities are the sigmoid of the logits; the model's `forward` would rescale them by operating thresholds.
     """
 
     def __init__(self, source, device):
@@ -528,8 +530,8 @@ class XRVNetwork:
                 weights.pop("op_threshs", None)
                 model.load_state_dict(weights)
         except Exception as error:  # the library downloads and unpickles its own weights; a file can hold anything
-            name = "torchxrayvision's DenseNet-121"
-            fail(f"--features {source}: no weights of {name} ({str(error)[:200]}); README.md says how to convert them")
+            model_name = "torchxrayvision's DenseNet-121"
+            fail(f"--features {source}: no weights of {model_name} ({str(error)[:200]}); see README.md")
         if not all(tensor.isfinite().all() for tensor in model.parameters()):
             fail(f"--features {source}: has weights that are not finite")
         self.model, self.device, self.key = model.eval().to(device), device, f"xrv-{hash_weights(model)}"
@@ -538,7 +540,7 @@ class XRVNetwork:
         self.columns = [heads.index(XRV_NAMES.get(label, label)) for label in self.labels]
 
     def prepare(self, channels, gray):
-        # Its own resizer and scaling to [-1024, 1024], since other resizers change the features.
+        # With torchxrayvision's resizer and scaling to [-1024, 1024], since others change the features.
         return xrv.utils.normalize(xrv.datasets.XRayResizer(224)(gray[None]), 255)
 
     @torch.no_grad()
@@ -549,7 +551,7 @@ class XRVNetwork:
 
 
 class ClassifierNetwork:
-    """A classifier of eval_downstream.py: the input of its last layer, then its heads as probabilities, (n, d + heads)."""
+    """A classifier of eval_downstream.py: the input of its last layer, then its probabilities, (n, d + heads)."""
 
     def __init__(self, folder, device):
         model, self.spec = load_classifier(folder)
@@ -586,17 +588,13 @@ class ThroughVAE:
     """Encodes and decodes images, (R, R, 3) uint8, as every sample of a latent diffusion model has been decoded."""
 
     def __init__(self, name, device):
-        source, summary = name, Path(name) / "training_summary.json"
-        if not (Path(name) / "vae").is_dir() and summary.is_file():
-            # An adapter leaves the VAE of its base model as it is.
-            source = json.loads(summary.read_text(encoding="utf-8"))["base_model"]
         form = {"subfolder": "vae", "use_safetensors": True, "output_loading_info": True}
         try:
-            vae, report = AutoencoderKL.from_pretrained(source, **form)
+            vae, report = AutoencoderKL.from_pretrained(name, **form)
             if report["missing_keys"] or not all(tensor.isfinite().all() for tensor in vae.parameters()):
                 raise ValueError("weights are missing or not finite")
         except (OSError, ValueError) as error:
-            fail(f"--vae {name}: cannot load a VAE in safetensors from {source} ({str(error)[:300]})")
+            fail(f"--vae {name}: cannot load a VAE in safetensors ({str(error)[:300]})")
         self.vae, self.device, self.lock = vae.eval().to(device, torch.float32), device, threading.Lock()
         self.key = hash_weights(self.vae)
 
@@ -610,29 +608,32 @@ class ThroughVAE:
 
 
 def network_warnings(features, classifier, plan, args):
-    """Return what a reader should know about the networks; refuse a classifier that was trained on another geometry."""
-    patients, is_xrv = plan.tables["real"]["patient"].unique(), isinstance(features, XRVNetwork)
-    warn = {
-        "torchxrayvision's DenseNet-121 was itself trained on CheXpert, among others": is_xrv,
-        "class consistency is judged by heads on the features of FID, not by another network": features is classifier,
-    }
-    for network, flag in {classifier: "--classifier", features: "--features"}.items():
-        if isinstance(network, ClassifierNetwork):
-            spec, mode, side = network.spec, plan.resize_mode, plan.resolution
-            trained_mode, trained_side = spec["resize_mode"], spec["source_resolution"]
-            if mode != trained_mode and not args.mixed_geometry:
-                fail(f"{flag}: trained with --resize_mode {trained_mode}, not {mode}; pass --mixed_geometry to go on")
-            shared = len({patient_hash(patient) for patient in patients} & set(spec["split"]["patients"]))
-            lows = {label: (auroc or {}).get("low") or 0 for label, auroc in spec["real_test_auroc"].items()}
-            chance = [label for label in plan.labels if label in spec["labels"] and lows.get(label, 0) <= 0.5]
-            warn |= {
-                f"{flag}: trained with --resize_mode {trained_mode}, not {mode}": mode != trained_mode,
-                f"{flag}: trained on images of {trained_side} pixels, not {side}": side != trained_side,
-                f"{flag}: trained on {spec['train_on']} images, not on real ones alone": spec["train_on"] != "real",
-                f"{flag}: trained on {shared:,} of {len(patients):,} real patients: too good on these": shared > 0,
-                f"{flag}: not shown to beat chance on real test images (AUROC): {', '.join(chance)}": chance != [],
-            }
-    return [note for note, applies in warn.items() if applies]
+    """Return what a reader should know about the networks; refuse a classifier trained on another geometry."""
+    notes, patients = [], plan.tables["real"]["patient"].unique()
+    if isinstance(features, XRVNetwork):
+        notes.append("torchxrayvision's DenseNet-121 was itself trained on CheXpert, among others")
+    if features is classifier:
+        notes.append("class consistency is judged by heads on the features of FID, not by another network")
+    networks = {} if features is classifier else {"--classifier": classifier}
+    for flag, network in (networks | {"--features": features}).items():
+        if not isinstance(network, ClassifierNetwork):
+            continue
+        spec, mode = network.spec, network.spec["resize_mode"]
+        if mode != plan.resize_mode and not args.mixed_geometry:
+            fail(f"{flag}: trained with --resize_mode {mode}, not {plan.resize_mode}; pass --mixed_geometry to go on")
+        trained, own = f"{mode}, {spec['source_resolution']} px", f"{plan.resize_mode}, {plan.resolution} px"
+        if trained != own:
+            notes.append(f"{flag}: trained on images of another geometry ({trained}, not {own})")
+        if spec["train_on"] != "real":
+            notes.append(f"{flag}: trained on {spec['train_on']} images, not on real ones alone")
+        shared = len({patient_hash(patient) for patient in patients} & set(spec["split"]["patients"]))
+        if shared:
+            notes.append(f"{flag}: trained on {shared:,} of {len(patients):,} real patients: too good on these")
+        lows = {label: (auroc or {}).get("low") or 0 for label, auroc in spec["real_test_auroc"].items()}
+        chance = [label for label in plan.labels if label in spec["labels"] and lows.get(label, 0) <= 0.5]
+        if chance:
+            notes.append(f"{flag}: not shown to beat chance on real test images (AUROC): {', '.join(chance)}")
+    return notes
 
 
 # Copied from train_full.load_image
@@ -642,14 +643,15 @@ def load_image(image, resolution, resize_mode):
     `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
     """
     try:
-        file = image
         if isinstance(image, tuple):
             dataset, column, row = image
             encoded = dataset[row][column]
             file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+        else:
+            file = image
         with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
-            # Pillow clips or drops the lower bits of deeper images without a warning.
+            # Pillow silently clips deeper images or drops their low bits.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
             if getattr(opened, "n_frames", 1) > 1:
@@ -688,30 +690,20 @@ def decode_images(images, decode, problems, description="decoding images"):
                     yield i, decoded
 
 
-# Copied from eval_downstream.report_bad_images
-def report_bad_images(problems, on_bad_image):
-    """Stop at images that cannot be used, or print that they are left out; `problems` holds the messages."""
-    message = f"{len(problems):,} images cannot be used: {'; '.join(list(problems.values())[:20])}"
-    if problems and on_bad_image == "stop":
-        fail(f"{message}; repair them or pass --on_bad_image skip")
-    if problems:
-        print(f"{'left out':>9}  {message}", flush=True)
-
-
 def feature_path(network, key):
     return network.folder / key[:2] / f"{key[2:34]}.npy"
 
 
 def compute_features(accelerator, plan, networks, vae, args):
-    """Compute what the cache lacks, decoding each image once for all networks; return bad images' problems by path."""
-    jobs = {}
+    """Compute what the cache lacks, decoding each image once for all networks; return messages on unusable images."""
+    images = {}
     for name, table in plan.tables.items():
-        jobs |= {key: (key, path, name == "through the VAE") for key, path in zip(table["hash"], table["image"])}
-    mine = list(jobs.values())[accelerator.process_index :: accelerator.num_processes]
-    mine = [job for job in mine if not all(feature_path(network, job[0]).exists() for network in networks)]
+        images |= {key: (path, name == "through the VAE") for key, path in zip(table["hash"], table["image"])}
+    mine = list(images)[accelerator.process_index :: accelerator.num_processes]
+    mine = [key for key in mine if not all(feature_path(network, key).exists() for network in networks)]
 
-    def prepare(job):
-        key, path, through_vae = job
+    def prepare(key):
+        path, through_vae = images[key]
         rgb = load_image(path, plan.resolution, plan.resize_mode)
         channels = (vae(rgb) if through_vae else rgb).astype(np.int16).transpose(2, 0, 1)
         gray = (channels[0] + channels[1] + channels[2]) / np.float32(3)
@@ -722,16 +714,16 @@ def compute_features(accelerator, plan, networks, vae, args):
     decoded = decode_images(mine, prepare, problems, "computing features")
     while batch := list(itertools.islice(decoded, args.batch_size)):
         for network in networks:
-            prepared = {mine[i][0]: inputs[network] for i, inputs in batch if network in inputs}
+            prepared = {mine[i]: inputs[network] for i, inputs in batch if network in inputs}
             outputs = network.compute(list(prepared.values())) if prepared else ()
             for key, output in zip(prepared, outputs):
                 path = feature_path(network, key)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                with open(temporary, "wb") as file:
-                    np.save(file, output)
+                temporary = path.with_name(f".{os.getpid()}-{path.name}")
+                np.save(temporary, output)
                 os.replace(temporary, path)
-    return dict(gather_object([(mine[i][1], problem) for i, problem in problems.items()]))
+    # With --vae, a bad image fails twice.
+    return list(dict.fromkeys(gather_object(list(problems.values()))))
 
 
 def load_features(source, appearance, features, classifier):
@@ -752,38 +744,27 @@ def load_features(source, appearance, features, classifier):
         fail(f"{name}: its features are all zero or not finite; the weights of --features or --classifier are broken")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Set figures: functions of real and other features, (n, d) and (m, d)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """Return ||m1 - m2||² + tr(S1 + S2) - 2 tr((S1^½ S2 S1^½)^½) (Heusel et al., 2017, arXiv 1706.08500)."""
-    values, vectors = np.linalg.eigh(cov1)
-    root = vectors * np.sqrt(values.clip(min=0))
-    eigenvalues = np.linalg.eigvalsh(root.T @ cov2 @ root)
-    distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2)
-    return max(0.0, float(distance - 2 * np.sqrt(eigenvalues.clip(min=0)).sum()))
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fid(real, other):
-    """Return the Fréchet distance of the two sets' means and covariances, in float64.
+    """Return ||m1 - m2||² + tr(S1 + S2) - 2 tr((S1^½ S2 S1^½)^½) (Heusel et al., 2017, arXiv 1706.08500), in float64.
 
-    For fewer images than features, the last trace is the sum of the singular values of the (n, m) matrix of products of
-    centred rows, over √((n-1)(m-1)): the same number, without the digits that singular covariances lose.
+    With S = RᵀR, R from a QR decomposition of the centred rows, the last trace is the sum of the singular values of
+    R1 R2ᵀ. Singular covariances, of fewer images than features, lose no digits in this form.
     """
-    real, other = real.astype(np.float64), other.astype(np.float64)
-    means = [features.mean(axis=0) for features in (real, other)]
-    if max(len(real), len(other)) > real.shape[1]:
-        return frechet_distance(means[0], np.cov(real.T), means[1], np.cov(other.T))
-    centred = [(features - mean) / math.sqrt(len(features) - 1) for features, mean in zip((real, other), means)]
-    trace = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
-    distance = np.square(means[0] - means[1]).sum() + sum(np.square(rows).sum() for rows in centred) - 2 * trace
-    return max(0.0, float(distance))
+    means, roots = [], []
+    for features in (real.astype(np.float64), other.astype(np.float64)):
+        means.append(features.mean(axis=0))
+        roots.append(np.linalg.qr((features - means[-1]) / math.sqrt(len(features) - 1), mode="r"))
+    distance = np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots)
+    return max(0.0, float(distance - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc")))
 
 
 def mmd(real, other):
-    """Return the unbiased MMD² of two sets of equal size under (x·y/d + 1)³ (Bińkowski et al., 2018, arXiv 1801.01401)."""
+    """Return the unbiased MMD² of two sets of equal size under (x·y/d + 1)³ (Bińkowski et al., 2018, 1801.01401)."""
     n, dim = real.shape
     real, other = real.astype(np.float64), other.astype(np.float64)
     xx, yy, xy = ((x @ y.T / dim + 1) ** 3 for x, y in ((real, real), (other, other), (real, other)))
@@ -794,20 +775,20 @@ def mmd(real, other):
 def kid(real, other, seed):
     """Return the mean MMD² of KID_SUBSETS pairs of subsets of a third of the images, at most KID_SUBSET_SIZE."""
     generator, values = np.random.default_rng(keyed_seed(seed, "kid")), []
+    size = min(KID_SUBSET_SIZE, len(real) // 3)
     for _ in range(KID_SUBSETS):
-        size = min(KID_SUBSET_SIZE, len(real) // 3)
         subsets = [rows[generator.choice(len(rows), size, replace=False)] for rows in (real, other)]
         values.append(mmd(*subsets))
     return float(np.mean(values))
 
 
 def prdc(real, other):
-    """Return precision, recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) with NEIGHBOURS neighbours."""
+    """Return precision, recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), k = NEIGHBOURS."""
     centre = real.mean(axis=0, dtype=np.float64)
     # Distances are computed from products, which are more exact around the centre.
     real, other = real - centre, other - centre
-    # Without queries, a row is not its own neighbour.
     searches = [NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(rows) for rows in (real, other)]
+    # kneighbors() without an argument does not count a row as its own neighbour.
     radii_real, radii_other = (search.kneighbors()[0][:, -1] for search in searches)
     inside, recall, nearest = np.empty(len(other)), np.zeros(len(real), bool), np.full(len(real), np.inf)
     for start in range(0, len(other), CHUNK):
@@ -820,7 +801,7 @@ def prdc(real, other):
 
 
 def vendi(real, other):
-    """Return the Vendi score of the others (Friedman and Dieng, 2022, arXiv 2210.02410) and its ratio to the real one."""
+    """Return the others' Vendi score (Friedman and Dieng, 2022, arXiv 2210.02410) and its ratio to the real one."""
     of_real, of_other = (float(score_dual(features.astype(np.float64))) for features in (real, other))
     return of_other, of_other / of_real
 
@@ -830,62 +811,58 @@ class SetFigure(NamedTuple):
 
     names: list
     function: Callable  # (real, other) to the figures
-    size: str = "n"  # images on each side: n, half (where real halves are compared too), common (one n for all labels)
-    floor: str | None = None  # "halves": real images against those of other patients; "real": against themselves
-    mean: bool = False  # the value is the mean of the draws
-    draw: Callable | None = None  # a cheaper function for the draws
-    max_draw_images: float = math.inf
-    least: int = 2  # images needed
+    size: str = "n"  # images on each side: n, half (two halves of the real ones can be compared), common to all labels
+    floor: str | None = None  # "halves": real images against those of other patients; "itself": against themselves
     note: str | None = None
+    mean_of_draws: bool = False  # as the value
+    draw: Callable | None = None  # a cheaper function for the draws
+    pairwise: bool = False  # costs n²: MIN_PAIRWISE_IMAGES needed, at most MAX_DRAW_IMAGES in a draw
 
 
 def set_figures(seed):
     """Return the table of set figures; a new figure is an entry here."""
-    cheap = {"draw": mmd, "max_draw_images": MAX_DRAW_IMAGES, "least": 6, "note": f"{KID_SUBSETS} subsets"}
-    neighbours = {"max_draw_images": MAX_DRAW_IMAGES, "least": NEIGHBOURS + 1, "note": f"k={NEIGHBOURS}, half of n"}
+    expected = "equal n; interval of the expected FID at this n; floor: see fid_half_n"
+    mean, prdc_names = "mean of the draws", ["precision", "recall", "density", "coverage"]
     return [
-        SetFigure(["fid"], fid, note="equal n; interval of the expected FID at this n; floor: see fid_half_n"),
-        SetFigure(["fid_half_n"], fid, "half", "halves", mean=True, note="mean of the draws"),
-        SetFigure(
-            ["fid_common_n"], fid, "common", "halves", mean=True, note="mean of the draws; one n for all labels"
-        ),
-        SetFigure(["kid"], partial(kid, seed=seed), "n", "halves", **cheap),
-        SetFigure(["precision", "recall", "density", "coverage"], prdc, "half", "halves", **neighbours),
-        SetFigure(["vendi", "vendi_ratio"], vendi, "n", "real", note="floor: as many real images"),
+        SetFigure(["fid"], fid, note=expected),
+        SetFigure(["fid_half_n"], fid, "half", "halves", mean, mean_of_draws=True),
+        SetFigure(["fid_common_n"], fid, "common", "halves", f"{mean}; one n for all labels", mean_of_draws=True),
+        SetFigure(["kid"], partial(kid, seed=seed), "n", "halves", f"{KID_SUBSETS} subsets", draw=mmd, pairwise=True),
+        SetFigure(prdc_names, prdc, "half", "halves", f"k={NEIGHBOURS}, half of n", pairwise=True),
+        SetFigure(["vendi", "vendi_ratio"], vendi, "n", "itself", "floor: as many real images"),
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Rows and draws
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from train_full.result_row
 def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
-    """Return one row of the form that all result files share; low and high are the 95% interval."""
-    row = {"metric": metric, "label": label, "value": value, "low": low, "high": high}
-    return row | {"n": n, "floor": floor, "note": note}
+    """Return one row of the format that all result files share; low and high are the 95% interval."""
+    return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
 # Copied from train_full.count_rows
 def count_rows(part, table, uncertain):
-    """Return the paper's Table 2 for one part of the data: the number of its images, and of those with each label."""
+    """Count the images of one part of the data, in all and per label (the paper's Table 2)."""
     counts = positive_labels(table, [label for label in LABELS if label in table], uncertain).sum()
     by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
 
 
-def confidence_interval(value, draws, metric, units=None):
+def confidence_interval(value, draws, bounds, units=None):
     """Return the 95% interval of a figure from draws, (draws,), whose standard deviation is its standard error.
 
-    Student's t, or for shares, with `units` (the independent images or patients behind it), Wilson's interval (1927) at the
-    effective sample size p(1 - p) / variance. Draws that do not vary, as those of a share of 0 or 1, count as `units`.
+    Without `units` it is Student's t. With them, for shares, it is Wilson's interval (1927) at the effective sample
+    size p(1 - p) / variance, or where draws do not vary (a share of 0 or 1), at `units` images or patients.
     """
+    low, high = bounds
     z = stats.t.ppf(0.975, len(draws) - 1)
-    low, high = -1.0 if "margin" in metric else 0.0, 1.0
     if units is None:
         half = z * np.std(draws, ddof=1)
-        return value - half if metric.startswith(("kid", "fid_gain")) else max(0.0, value - half), value + half
+        return max(low, value - half), min(high, value + half)
     p, variance = (value - low) / (high - low), np.var(draws, ddof=1) / (high - low) ** 2
     n = p * (1 - p) / variance if variance > 1e-20 and 0 < p < 1 else units
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -896,29 +873,28 @@ def confidence_interval(value, draws, metric, units=None):
 class Results:
     """Rows of one source, and the draws behind them, from which launch/report.py compares runs.
 
-    Figures of single images are functions of weights, (draws, n): how often an image counts in each draw, ones in the first.
+    `weights`, (draws, n), are how often an image counts in each draw, ones in the first.
     """
 
     def __init__(self, rows, draws, suffix, weights):
         self.rows, self.draws, self.suffix, self.weights = rows, draws, suffix, weights
 
     def add(self, metric, value, label="all", draws=None, units=None, **row):
-        """Add a row; the standard deviation of `draws`, (draws,), is the figure's standard error."""
-        low, high, metric = None, None, metric + self.suffix
+        """Add a row with its interval. The floor, unless given, is the figure of the real images, which come first."""
+        low, high, name = None, None, metric + self.suffix
         if draws is not None and len(draws) > 1:
-            self.draws[f"{metric}/{label}"] = np.asarray(draws, np.float64)
-            low, high = map(float, confidence_interval(value, draws, metric, units))
-        self.rows.append(result_row(metric, None if value is None else float(value), label, low, high, **row))
+            self.draws[f"{name}/{label}"] = np.asarray(draws, np.float64)
+            bounds = BOUNDS.get(metric, (0.0, math.inf if units is None else 1.0))
+            low, high = map(float, confidence_interval(value, draws, bounds, units))
+        row = {"floor": self.find(f"{metric}_real", label)} | row
+        self.rows.append(result_row(name, None if value is None else float(value), label, low, high, **row))
 
-    def add_image_figure(self, metric, statistic, label="all", units=None, missing=None, **row):
-        """Add a function of the weights, or, if it is None, why. The floor is the figure of the real images, added first."""
-        value = draws = None
-        if statistic:
-            with np.errstate(invalid="ignore"):
-                value, *draws = statistic(self.weights)
-            # A draw may miss all patients of a small group.
-            draws = np.where(np.isfinite(draws), draws, value)
-        row = {"floor": self.find(f"{metric}_real", label)} | row | ({} if statistic else {"note": missing})
+    def add_image_figure(self, metric, statistic, label="all", units=None, **row):
+        """Add a function of the weights."""
+        with np.errstate(invalid="ignore"):
+            value, *draws = statistic(self.weights)
+        # A draw may miss all patients of a small group.
+        draws = np.where(np.isfinite(draws), draws, value)
         self.add(metric, value, label, draws, units, **row)
 
     def find(self, metric, label="all", key="value"):
@@ -942,104 +918,77 @@ def split_halves(patients, *key):
     return order[:middle], order[middle:]
 
 
-def first(sample, count, *key):
-    """Return a seeded subset of `count` rows, patient by patient; the sample itself if it has no more."""
-    return sample if len(sample.features) <= count else sample.take(shuffle_patients(sample.patients, *key)[:count])
-
-
 def half_size(real, n, args):
-    """Return the images on each side when two patient-disjoint halves of the real ones are compared, in every draw."""
-    splits = [split_halves(real.patients, args.seed, "halves", k) for k in range(args.num_subsamples) if n > 3]
-    return min([n // 2, *(len(half) for pair in splits for half in pair)]) if n > 3 else 0
+    """Return how many images each of two patient-disjoint halves of the real ones has in every draw, at most n / 2."""
+    if n <= 3:
+        return 0
+    splits = [split_halves(real.patients, args.seed, "halves", k) for k in range(args.num_subsamples)]
+    return min([n // 2, *(len(half) for pair in splits for half in pair)])
 
 
 def evaluate(function, samples):
     return np.atleast_1d(function(*(sample.features for sample in samples)))
 
 
-def evaluate_draws(function, samples, size, args):
-    """Return figures in each draw, (draws, figures): `size` images of a seeded part of the patients on each side."""
-    keys = [(args.seed, "fid", k) for k in range(args.num_subsamples)]
-    return np.array(
-        [evaluate(function, [s.take(shuffle_patients(s.patients, *key)[:size]) for s in samples]) for key in keys]
-    )
-
-
-def rescale(value, draws, variance):
-    """Centre draws on the value, and scale their variance so that their standard deviation is its standard error.
-
-    For subsets of s of n images that is s / (n - s), the delete-d jackknife (Shao and Wu, 1989); a bootstrap with
-    replacement would bias these figures.
-    """
-    return value + (draws - draws.mean(axis=0)) * math.sqrt(variance)
-
-
 def add_set_figures(results, real, other, label, common, args):
-    """Add the rows of all set figures: value, interval by draws, and floor (for the synthetic images only)."""
+    """Add the rows of all set figures: value, interval by draws, and floor (of the synthetic images only)."""
     n, count = min(len(real.features), len(other.features)), args.num_subsamples
     half = half_size(real, n, args)
     sizes = {"n": n, "half": half, "common": min(common, half)}
-    equal = [first(sample, n, args.seed, "equal") for sample in (real, other)]
+    equal = [sample.subset(n, args.seed, "equal") for sample in (real, other)]
 
     def real_halves(k, size):
         return [real.take(rows[:size]) for rows in split_halves(real.patients, args.seed, "halves", k)]
 
     known = {}  # FID's draws at half of n serve two rows
     for figure in set_figures(args.seed):
-        size, floors = sizes[figure.size], None
-        if half < 2 or size < figure.least:
+        size, least = sizes[figure.size], MIN_PAIRWISE_IMAGES if figure.pairwise else 2
+        if half < 2 or size < least:
             for name in figure.names:
                 results.add(name, None, label, n=size, note="too few images, or of too few patients")
             continue
-        function, draw_size = figure.draw or figure.function, min(half, size, figure.max_draw_images)
+        function, draw_size = figure.draw or figure.function, min(half, size)
+        if figure.pairwise:
+            draw_size = min(draw_size, MAX_DRAW_IMAGES)
         if (function, draw_size) not in known:
-            known[function, draw_size] = evaluate_draws(function, equal, draw_size, args)
+            subsets = [[sample.subset(draw_size, args.seed, "fid", k) for sample in equal] for k in range(count)]
+            known[function, draw_size] = np.array([evaluate(function, pair) for pair in subsets])
         draws = known[function, draw_size]
-        if figure.floor == "real":
-            floors = evaluate(figure.function, [equal[0]] * 2)[None]
-        elif figure.floor == "halves" and not results.suffix and half >= figure.least:
-            pairs = (real_halves(k, min(size, half)) for k in range(count if figure.mean else 1))
-            floors = np.array([evaluate(figure.function, pair) for pair in pairs])
-        if figure.mean:
+        # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s),
+        # is that of the figure at n. A bootstrap with replacement would bias these figures.
+        if figure.mean_of_draws:
             # The mean of a few draws also varies with their choice.
-            values, variance = draws.mean(axis=0), draw_size / (n - draw_size) + 1 / count
+            values, factor = draws.mean(axis=0), draw_size / (n - draw_size) + 1 / count
         else:
-            sets = equal if size == n else [real_halves(0, half)[0], first(other, half, args.seed, "half")]
-            values, variance = evaluate(figure.function, sets), draw_size / (n - draw_size) * n / size
-        scaled = rescale(values, draws, variance)
+            sets = equal if size == n else [real_halves(0, half)[0], other.subset(half, args.seed, "half")]
+            values, factor = evaluate(figure.function, sets), draw_size / (n - draw_size) * n / size
+        draws, floors = values + (draws - draws.mean(axis=0)) * math.sqrt(factor), None
+        if figure.floor == "itself":
+            floors = np.array([evaluate(figure.function, [equal[0], equal[0]])])
+        elif figure.floor == "halves" and not results.suffix and half >= least:
+            pairs = [real_halves(k, min(size, half)) for k in range(count if figure.mean_of_draws else 1)]
+            floors = np.array([evaluate(figure.function, pair) for pair in pairs])
         for i, name in enumerate(figure.names):
             row = {"n": size, "note": figure.note, "floor": None if floors is None else floors[:, i].mean()}
             units = n if name in ("precision", "recall", "coverage") else None
-            results.add(name, values[i], label, scaled[:, i], units, **row)
-            if figure.mean and floors is not None:
-                name, note = name.replace("fid", "fid_real_halves"), "real images against those of other patients"
-                results.add(name, floors.mean(), label, floors[:, i], n=size, note=f"{note}; interval of one split")
+            results.add(name, values[i], label, draws[:, i], units, **row)
+        if figure.mean_of_draws and floors is not None:
+            name = figure.names[0].replace("fid", "fid_real_halves")
+            note = "real images against those of other patients; interval of one split"
+            results.add(name, floors.mean(), label, floors[:, 0], n=size, note=note)
 
 
-def add_fid_gain(results, real, other, baseline, args):
-    """Add how much lower the FID is than the base model's, from draws of the same patients and noise seeds."""
-    n = min(len(sample.features) for sample in (real, other, baseline))
-    half = half_size(real, n, args)
-    if half < 2:
-        return results.add("fid_gain", None, n=n, note="too few images")
-    real, other, baseline = (first(sample, n, args.seed, "equal") for sample in (real, other, baseline))
-    gain = fid(real.features, baseline.features) - fid(real.features, other.features)
-    draws = [evaluate_draws(fid, [real, sample], half, args)[:, 0] for sample in (baseline, other)]
-    note = "FID of the base model minus this one"
-    results.add("fid_gain", gain, draws=rescale(gain, draws[0] - draws[1], half / (n - half)), n=n, note=note)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Image figures: functions of the images' weights, (draws, n), to the figure in each draw, (draws,)
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from eval_downstream.patient_weights
 def patient_weights(patients, draws):
     """Return how often each image counts in each draw, (len(draws), n); draw 0 is the test set as it is.
 
-    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007), seeded by k alone: the
-    same patients in every run on the same test images.
+    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007), seeded by k alone:
+    the same patients in every run on the same test images.
     """
     names, index = np.unique(patients, return_inverse=True)
     weights = np.ones((len(draws), len(names)))
@@ -1074,15 +1023,10 @@ def weighted_auroc(scores, rows, other_rows):
     return statistic
 
 
-def percentile_99(values):
-    if len(values) >= MIN_PERCENTILE_IMAGES:
-        return lambda weights: [np.percentile(np.repeat(values, counts), 99) for counts in weights.astype(int)]
-
-
 def add_consistency(results, source, heads, uncertain):
     """Add which heads fire (probability above 0.5) for which label, and how well they tell it from the others.
 
-    Heads are independent sigmoids, since findings occur together. Of generated images, those count whose prompt names
+    Heads are independent sigmoids, since findings occur together. Generated images count only if their prompt names
     nothing but the label.
     """
     labels = [label for label in source.rows_of if label != "all"]
@@ -1090,31 +1034,27 @@ def add_consistency(results, source, heads, uncertain):
     counted |= source.name in ("real", "through the VAE")
     rows_of = {label: source.rows_of[label][counted[source.rows_of[label]]] for label in labels}
     may_have = positive_labels(source.table, labels, "zeros" if uncertain == "zeros" else "ones")
-    fires = {head: source.probabilities[:, i] > 0.5 for i, head in enumerate(heads)}
-    loud = np.any([fires[head] for head in heads if head not in ("No Finding", "Support Devices")], axis=0)
+    scores = {head: source.probabilities[:, i] for i, head in enumerate(heads)}
+    fires = {head: scores[head] > 0.5 for head in heads}
+    margin_note, auroc_note = "recall minus false-fire rate", "against the other labels' images; 0.5 is chance"
     for label in labels:
-        own = rows_of[label]
-        others = np.unique(np.concatenate([own[:0], *(rows for name, rows in rows_of.items() if name != label)]))
+        own, elsewhere = rows_of[label], [rows for name, rows in rows_of.items() if name != label]
+        others = np.unique(np.concatenate(elsewhere)) if elsewhere else own[:0]
         others = others[~may_have[label].to_numpy()[others]]
-        units = [len(np.unique(source.patients[rows])) for rows in (own, others)]
-
-        def add(metric, head, function, values, *groups, name=label, own=own, units=units, note=None):
-            possible = head in heads and all(map(len, groups))
-            missing = "no such image" if head in heads else "the network has no such head"
-            row = {"n": len(own), "units": min(units[: len(groups)]), "note": note, "missing": missing}
-            results.add_image_figure(metric, function(values, *groups) if possible else None, name, **row)
-
-        hits, scores = fires.get(label), source.probabilities[:, heads.index(label)] if label in heads else None
-        add("class_consistency", label, weighted_mean, hits, own)
-        note = "recall minus false-fire rate"
-        add("class_consistency_margin", label, weighted_difference, hits, own, others, note=note)
-        note = "against the other labels' images; 0.5 is chance"
-        add("class_consistency_auroc", label, weighted_auroc, scores, own, others, note=note)
-        if label == "No Finding":
-            hits = None if hits is None else hits & ~loud
-            add("class_consistency_alone", label, weighted_mean, hits, own, note="and no disease head fires")
-        for head in labels:
-            add("fires", head, weighted_mean, fires.get(head), own, name=f"{label} -> {head}")
+        figures = [
+            ("class_consistency", label, weighted_mean, fires.get(label), [own], None),
+            ("class_consistency_margin", label, weighted_difference, fires.get(label), [own, others], margin_note),
+            ("class_consistency_auroc", label, weighted_auroc, scores.get(label), [own, others], auroc_note),
+            *(("fires", f"{label} -> {head}", weighted_mean, fires.get(head), [own], None) for head in labels),
+        ]
+        for metric, name, statistic, values, groups, note in figures:
+            if values is None:
+                results.add(metric, None, name, n=len(own), note="the network has no such head")
+            elif not all(map(len, groups)):
+                results.add(metric, None, name, n=len(own), note="no such image")
+            else:
+                units = min(len(np.unique(source.patients[rows])) for rows in groups)
+                results.add_image_figure(metric, statistic(values, *groups), name, units, n=len(own), note=note)
     for metric in ("class_consistency", "class_consistency_margin", "class_consistency_auroc") if labels else ():
         add_label_mean(results, metric, labels)
 
@@ -1124,23 +1064,19 @@ def add_label_mean(results, metric, labels):
     name = metric + results.suffix
     labels = [label for label in labels if results.find(name, label) is not None]
     if not labels:
-        return results.add(metric, None, floor=results.find(f"{metric}_real"), note="no label has it")
-    value, n = (
-        np.mean([results.find(name, label) for label in labels]),
-        sum(results.find(name, x, "n") for x in labels),
-    )
+        return results.add(metric, None, note="no label has it")
+    value = np.mean([results.find(name, label) for label in labels])
     draws = np.mean([results.draws[f"{name}/{label}"] for label in labels], axis=0)
-    row = {"n": n, "floor": results.find(f"{metric}_real"), "note": f"mean of {len(labels)} labels"}
-    results.add(metric, value, draws=draws, units=n, **row)
+    n = sum(results.find(name, label, "n") for label in labels)
+    results.add(metric, value, draws=draws, units=n, n=n, note=f"mean of {len(labels)} labels")
 
 
 def add_colour(results, source):
-    colour, n = source.colour[:, 0].astype(np.float64), len(source.colour)
-    row = {"n": n, "note": "grey levels of 255 between channels"}
-    results.add_image_figure("colour_mean", weighted_mean(colour, np.arange(n)), **row)
-    results.add_image_figure("colour_p99", percentile_99(colour), missing=TOO_FEW, **row)
-    row |= {"units": len(np.unique(source.patients)), "note": f"share above {VISIBLE_COLOUR:g} grey levels"}
-    results.add_image_figure("colour_visible", weighted_mean(colour > VISIBLE_COLOUR, np.arange(n)), **row)
+    colour, rows, units = source.colour[:, 0], np.arange(len(source.colour)), len(np.unique(source.patients))
+    note, visible_note = "grey levels of 255 between channels", f"share above {VISIBLE_COLOUR:g} grey levels"
+    results.add_image_figure("colour_mean", weighted_mean(colour, rows), n=len(rows), note=note)
+    visible = weighted_mean(colour > VISIBLE_COLOUR, rows)
+    results.add_image_figure("colour_visible", visible, units=units, n=len(rows), note=visible_note)
 
 
 def nearest(queries, reference):
@@ -1149,24 +1085,12 @@ def nearest(queries, reference):
     return index, 1 - distance
 
 
-def choose_seen_and_unseen(real, train, args):
-    """Return as many rows of training images as of real images of other patients, or why there are none."""
-    if not train:
-        return "pass --train_csv"
-    unseen, seen = np.flatnonzero(~real.table["patient"].isin(train.patients)), train.rows_of["all"]
-    n = min(len(unseen), len(seen))
-    if not n:
-        return "no training image has one of the labels" if len(unseen) else "all real images are of training patients"
-    unseen = unseen[shuffle_patients(real.patients[unseen], args.seed, "unseen")[:n]]
-    return seen[shuffle_patients(train.patients[seen], args.seed, "seen")[:n]], unseen
-
-
 def nearer_to_training(generated, seen, unseen, patients):
     """Return the share of generated images that are nearer to seen than to unseen images, and its draws.
 
-    A few images are nearest to many others, so generated images are not independent. Had nothing been memorised, a patient
-    would be in either set by chance: draw k assigns `patients` (of seen, of unseen) by seeded coins, which gives a standard
-    deviation of sqrt(sum over patients of (times nearest)²) / (2M) for M generated images.
+    Generated images are not independent, since a few images are nearest to many of them. So each draw assigns whole
+    patients (`patients`: of seen, of unseen) to either set by a coin, as if nothing had been memorised. For M
+    generated images, its standard deviation is sqrt(sum over patients of (times nearest)²) / 2M.
     """
     (seen_row, to_seen), (unseen_row, to_unseen) = nearest(generated, seen), nearest(generated, unseen)
     # Rounding differs between the two products, and an image may be in both sets.
@@ -1183,47 +1107,47 @@ def nearer_to_training(generated, seen, unseen, patients):
 def add_memorisation(results, generated, real, train, args):
     """Add whether generated images are nearer to the training images than to as many images of other patients.
 
-    By cosine of the features, and of the pixels of thumbnails around their mean, since features can miss a copy. Returns
-    the nearest training image and its cosine, by kind, for the picture of pairs.
+    By cosine of the features, and of the pixels of thumbnails around their mean, since features can miss a copy.
+    Return the nearest training image and its cosine, by kind, for the picture of pairs.
     """
-    chosen, pairs = choose_seen_and_unseen(real, train, args), {}
-    for kind, name in (("", "features"), ("_pixels", "thumbnails")):
-        metrics = [f"memorisation_{metric}{kind}" for metric in ("nearer_train", "p99", "suspects")]
-        if isinstance(chosen, str):
-            for metric in metrics:
-                results.add(metric, None, note=chosen)
-            continue
-        (seen, unseen), n = chosen, len(generated.table)
-        ours, trained, others = (getattr(source, name) for source in (generated, train, real))
-        if name == "thumbnails":
+    seen = train.rows_of["all"] if train else []
+    unseen = np.flatnonzero(~real.table["patient"].isin(train.patients)) if train else []
+    count, n = min(len(seen), len(unseen)), len(generated.table)
+    if not count:
+        note = "no training image has one of the labels" if len(unseen) else "all real images are of training patients"
+        for metric in ("nearer_train", "suspects", "nearer_train_pixels", "suspects_pixels"):
+            results.add(f"memorisation_{metric}", None, note=note if train else "pass --train_csv")
+        return {}
+    seen = seen[shuffle_patients(train.patients[seen], args.seed, "seen")[:count]]
+    unseen = unseen[shuffle_patients(real.patients[unseen], args.seed, "unseen")[:count]]
+    patients, pairs = (train.patients[seen], real.patients[unseen]), {}
+    for kind, suffix in (("features", ""), ("thumbnails", "_pixels")):
+        ours, trained, others = (getattr(source, kind) for source in (generated, train, real))
+        if kind == "thumbnails":
             ours, trained, others = (rows - rows.mean(axis=1, keepdims=True) for rows in (ours, trained, others))
-        patients = train.patients[seen], real.patients[unseen]
         share, draws = nearer_to_training(ours, trained[seen], others[unseen], patients)
-        note = f"{len(seen):,} training images against {len(unseen):,} of other patients"
-        results.add(metrics[0], share, draws=draws, n=n, floor=0.5, note=note)
-        pairs[name], (_, expected) = nearest(ours, trained), nearest(others[unseen], trained)
-        cosine, floor = pairs[name][1], float(np.percentile(expected, 99))
-        note = f"cosine to the nearest of {len(trained):,} training images; floor: of unseen real images"
-        results.add_image_figure(metrics[1], percentile_99(cosine), n=n, floor=floor, note=note, missing=TOO_FEW)
-        # Of patients, and never the largest: a single duplicate among the unseen images would hide all copies.
-        by_patient = np.sort(pd.Series(expected).groupby(patients[1]).max())
+        row = {"floor": 0.5, "note": f"{count:,} training images against {count:,} of other patients"}
+        results.add(f"memorisation_nearer_train{suffix}", share, draws=draws, n=n, **row)
+        pairs[kind], (_, unseen_cosine) = nearest(ours, trained), nearest(others[unseen], trained)
+        # The limit is of patients, and never the largest: one duplicate among the unseen would hide all copies.
+        by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
         limit = math.floor(0.999 * (len(by_patient) - 1))
-        row = {"n": n, "units": n, "floor": (len(by_patient) - limit) / (len(by_patient) + 1)}
+        suspects = weighted_mean(pairs[kind][1] > by_patient[limit], np.arange(n))
+        row = {"floor": (len(by_patient) - limit) / (len(by_patient) + 1)}
         row["note"] = "nearer to a training image than 99.9% of unseen patients' images"
-        results.add_image_figure(metrics[2], weighted_mean(cosine > by_patient[limit], np.arange(n)), **row)
+        results.add_image_figure(f"memorisation_suspects{suffix}", suspects, units=n, n=n, **row)
     return pairs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Scoring and results
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def score_sources(sources, labels, heads, args):
-    """Return the Results of --synthetic, which share rows and draws with the others', and the pairs of memorisation."""
-    real, train, rows, draws = sources["real"], sources.get("train"), [], {}
-    results = {}
-    for name, suffix in {"real": "_real", **SUFFIXES}.items():
+    """Return the Results of --synthetic, which share rows and draws with the others', and the pairs of copies."""
+    real, train, rows, draws, results = sources["real"], sources.get("train"), [], {}, {}
+    for name, suffix in SUFFIXES.items():
         if name in sources:
             weights = patient_weights(sources[name].patients, range(1 + BOOTSTRAP_DRAWS))
             results[name] = Results(rows, draws, suffix, weights)
@@ -1232,14 +1156,13 @@ def score_sources(sources, labels, heads, args):
     n = {label: min(len(sources[name].rows_of[label]) for name in ("real", "synthetic")) for label in ["all", *labels]}
     halves = [half_size(real.sample(label), n[label], args) for label in n]
     common = min([half for half in halves if half > 1], default=0)
-    for name, label in tqdm(list(itertools.product([*results][1:], n)), "scoring", unit="set", leave=False):
+    compared = [name for name in results if name != "real"]
+    for name, label in tqdm(list(itertools.product(compared, n)), "scoring", unit="set", leave=False):
         add_set_figures(results[name], real.sample(label), sources[name].sample(label), label, common, args)
-    if "base model" in sources:
-        samples = [sources[name].sample("all") for name in ("real", "synthetic", "base model")]
-        add_fid_gain(results["synthetic"], *samples, args)
-        if train:
-            add_memorisation(results["base model"], sources["base model"], real, train, args)
-    return results["synthetic"], add_memorisation(results["synthetic"], sources["synthetic"], real, train, args)
+    if train and "base model" in sources:
+        add_memorisation(results["base model"], sources["base model"], real, train, args)
+    pairs = add_memorisation(results["synthetic"], sources["synthetic"], real, train, args)
+    return results["synthetic"], pairs
 
 
 # Copied from train_full.write_text
@@ -1247,14 +1170,6 @@ def write_text(path, text):
     """Write to a temporary file, then rename it atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-# Copied from eval_downstream.save_figure
-def save_figure(figure, path):
-    """Write a PNG to a temporary file, then rename it atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     os.replace(temporary, path)
 
 
@@ -1268,7 +1183,7 @@ def plot_consistency(results, labels, path):
         matrix.plot(ax=axes, xticks_rotation=60, **form)
         axes.set(title=f"{title} images for which a head fires, %", xlabel="head", ylabel="label")
     figure.tight_layout()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def plot_pairs(pairs, sources, plan, path):
@@ -1284,20 +1199,23 @@ def plot_pairs(pairs, sources, plan, path):
 
 def feature_warnings(sources):
     """Return what weakens the set figures: features that hardly vary, and few images for their number."""
-    features = sources["real"].features.astype(np.float64)
-    sizes = [len(rows) for name in ("real", "synthetic") for rows in sources[name].rows_of.values()]
-    dim = features.shape[1]
+    features, notes = sources["real"].features.astype(np.float64), []
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
-    n, flat = min(sizes), f"the features hardly vary among real images ({spread:.1g} of their mean): FID says little"
-    few = f"n = {n:,} is below 10 times the {dim:,} features: small differences of FID are biased"
-    singular = f"n = {n:,} is not above the {dim:,} features: singular covariance, large bias of FID"
-    return [note for note, said in ((flat, spread < 0.01), (few, n < 10 * dim), (singular, n <= dim)) if said]
+    n, dim = min(len(rows) for x in ("real", "synthetic") for rows in sources[x].rows_of.values()), features.shape[1]
+    if spread < 0.01:
+        notes.append(f"the features hardly vary among real images ({spread:.1g} of their mean): FID says little")
+    if n < 10 * dim:
+        notes.append(f"n = {n:,} is below 10 times the {dim:,} features: small differences of FID are biased")
+    if n <= dim:
+        notes.append(f"n = {n:,} is not above the {dim:,} features: singular covariance, large bias of FID")
+    return notes
 
 
 def identify(args, plan, sources, features, classifier, vae):
     """Return what was compared, and how; no times, so that the same command writes the same file."""
-    images = {name: {label: len(rows) for label, rows in source.rows_of.items()} for name, source in sources.items()}
+    images = {}
     for name, source in sources.items():
+        images[name] = {label: len(rows) for label, rows in source.rows_of.items()}
         images[name]["fingerprint"] = hashlib.sha256("".join(source.table["hash"]).encode()).hexdigest()
     judge = {"source": args.classifier or args.features, "fingerprint": classifier.key, "labels": classifier.labels}
     if isinstance(classifier, ClassifierNetwork):
@@ -1305,9 +1223,9 @@ def identify(args, plan, sources, features, classifier, vae):
     packages = ("torch", "torchxrayvision", "scikit-image", "scikit-learn", "vendi-score", "numpy", "scipy")
     identity = {"script": "eval_generation.py", "name": run_name(args.synthetic), "arguments": vars(args)}
     identity |= {"features": {"source": args.features, "fingerprint": features.key}, "classifier": judge}
-    identity |= {"vae_fingerprint": vae.key if vae else None, "pool": args.pool, "unreadable": plan.left_out}
-    identity |= {"resolution": plan.resolution, "resize_mode": plan.resize_mode, "images": images}
-    return identity | {"versions": {name: version(name) for name in packages}, "warnings": plan.warnings}
+    identity |= {"vae_fingerprint": vae.key if vae else None, "pool": args.pool, "images": images}
+    identity |= {"resolution": plan.resolution, "resize_mode": plan.resize_mode, "warnings": plan.warnings}
+    return identity | {"versions": {name: version(name) for name in packages}}
 
 
 def write_results(args, plan, sources, identity, results, pairs):
@@ -1359,12 +1277,9 @@ def main(args):
         fail(f"out of memory ({str(error)[:150]}); lower --batch_size")
 
     if accelerator.is_main_process:
-        report_bad_images(problems, args.on_bad_image)
-        for name, table in plan.tables.items():
-            plan.tables[name] = table[~table["image"].isin(problems)].reset_index(drop=True)
-            plan.left_out[name] = len(table) - len(plan.tables[name])
-            if plan.tables[name].empty:
-                fail(f"{name} images: none can be used")
+        if problems:
+            listed = "; ".join(problems[:20])
+            fail(f"{len(problems):,} images cannot be used: {listed}; repair them or remove their rows")
         sources = make_sources(plan, args)
         for source in sources.values():
             load_features(source, networks[0], features, classifier)

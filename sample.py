@@ -12,8 +12,8 @@
     python sample.py --model runs/unet --like_csv CheXpert-v1.0/train.csv --split train --num_images 20000
     python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --images_per_label 100        # the base model
 
-Writes PNG images and metadata.csv to --output_dir, which is then an image table for the evaluations and a Hugging Face
-imagefolder, with a contact sheet for each prompt. An interrupted command, started again, makes the images that are missing.
+Writes PNG images, a contact sheet for each prompt, and metadata.csv to --output_dir. The evaluations read the folder,
+and it is a Hugging Face imagefolder. Run an interrupted command again to make the images that are missing.
 """
 
 import argparse
@@ -64,7 +64,7 @@ SCHEDULERS = {
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
 }
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# --batch_size auto: at most this many images, and on a CPU at most as many pixels as eight images of 256x256.
+# Largest batch of --batch_size auto: in images, and on a CPU also in pixels (eight images of 256x256).
 MAX_BATCH_SIZE = 64
 CPU_BATCH_PIXELS = 8 * 256**2
 
@@ -136,7 +136,7 @@ def parse_args(argv=None):
 
 # Copied from train_full.keyed_seed
 def keyed_seed(*key):
-    """Return a 63-bit seed that depends on the key alone, so that random draws need no saved state."""
+    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
@@ -155,26 +155,26 @@ def parse_labels(raw, source):
 
 # Copied from train_full.resolve_paths
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths, from the first folder under which one of the first 1,000 images exists.
+    """Return absolute image paths.
 
-    CheXpert's paths start with the dataset's own folder, which a resized copy often renames, so that part is optional.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
+    without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
-    for root in roots:
-        for skip in (0, 1):
-            paths = (root / Path(*Path(name).parts[skip:]) for name in names)
-            if any(path.is_file() for path in itertools.islice(paths, 1000)):
-                return [str((root / Path(*Path(name).parts[skip:])).absolute()) for name in names]
+    for root, skip in itertools.product(roots, (0, 1)):
+        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
+        if any(path.is_file() for path in paths[:1000]):
+            return [str(path) for path in paths]
     searched = " or ".join(str(root.absolute()) for root in roots)
     fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
 
 
 # Copied from train_full.make_table
 def make_table(raw, names, images, prompt_column, source):
-    """Build the image table that all scripts use from a table of strings.
+    """Convert a table of strings to the image table that all scripts share.
 
     Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels found. An image without a patient counts as a patient of its own.
+    the labels that exist. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
@@ -189,16 +189,16 @@ def make_table(raw, names, images, prompt_column, source):
 
 # Copied from train_full.load_image_table
 def load_image_table(csv, image_root=None, with_images=True):
-    """Read an image table: CheXpert's CSV, or any with an image column and label or prompt columns.
+    """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
     try:
         with warnings.catch_warnings():
             # pandas only warns about a row longer than the header, and shifts or drops its cells.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **form)
+            raw = pd.read_csv(csv, index_col=False, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
     column = next((name for name in ("Path", "file_name") if name in raw), None)
@@ -231,7 +231,7 @@ def positive_labels(table, labels, uncertain):
 
 
 def plan_samples(args, template):
-    """Return one row per image: file_name, prompt, index among the images of its prompt, and the 14 labels as 1 or 0."""
+    """Return a row per image: file_name, prompt, index among the images of its prompt, and the 14 labels as 1 or 0."""
     if args.like_csv:
         table = load_image_table(args.like_csv, with_images=False)
         positive = positive_labels(table, LABELS, args.uncertain)
@@ -262,7 +262,7 @@ def plan_samples(args, template):
 
 # Copied from train_full.fingerprint
 def fingerprint(module):
-    """Return a SHA-256 over the values of a module's weights, independent of their names."""
+    """Return a SHA-256 of a module's weights that does not depend on their names."""
     tensors = (parameter.detach().cpu().contiguous() for parameter in module.parameters())
     digests = [hashlib.sha256(str(tuple(t.shape)).encode() + t.numpy().tobytes()).digest() for t in tensors]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
@@ -302,15 +302,14 @@ def merge_delta(unet, path):
             weights[f"{layer}.weight"].mul_(tensor[:, None])
             weights[f"{layer}.bias"].mul_(tensor)
         else:
-            # copy_ would broadcast a bias of another size.
-            if weights[name].shape != tensor.shape:
+            if weights[name].shape != tensor.shape:  # copy_ would broadcast
                 raise ValueError(f"{path}: {name} does not fit the base model's U-Net")
             weights[name].copy_(tensor)
 
 
 # Copied from train_peft.merge_adapter
 def merge_adapter(pipeline, run):
-    """Merge a run's adapter into the pipeline's U-Net, which remains a plain one."""
+    """Merge a run's adapter into the pipeline's U-Net, leaving no PEFT layers."""
     if (run / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
         pipeline.fuse_lora(components=["unet"])
@@ -318,7 +317,7 @@ def merge_adapter(pipeline, run):
     else:
         merge_delta(pipeline.unet, run / "unet_delta.safetensors")
     if not all(parameter.isfinite().all() for parameter in pipeline.unet.parameters()):
-        raise ValueError(f"{run}: weights that are not finite")
+        raise ValueError(f"{run}: the merged weights are not finite")
 
 
 def pipeline_fingerprint(pipeline):
@@ -328,7 +327,7 @@ def pipeline_fingerprint(pipeline):
 
 
 def read_summary(model):
-    """Return the training summary of a run folder, or of the run that a merged/ belongs to; {} for any other model."""
+    """Return the training summary of a run folder or of its merged/; {} for any other model."""
     path = (Path(model).parent if Path(model).name == "merged" else Path(model)) / "training_summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -337,17 +336,19 @@ def load_model(args, summary):
     """Load a run or any other Stable Diffusion pipeline in float32, with an adapter merged into its U-Net."""
     run = Path(args.model)
     is_adapter = any((run / f).is_file() for f in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors"))
-    check_base = is_adapter and not args.base_model
-    if check_base and not summary:
+    uses_recorded_base = is_adapter and not args.base_model
+    if uses_recorded_base and not summary:
         fail(f"--model {run}: no training_summary.json that names the adapter's base model; pass --base_model")
-    base = (args.base_model or summary["base_model"]) if is_adapter else args.model
-    options = {name: summary["arguments"].get(name) for name in ("revision", "variant")} if check_base else {}
+    base, options = args.base_model if is_adapter else args.model, {}
+    if uses_recorded_base:
+        base = summary["base_model"]
+        options = {name: summary["arguments"].get(name) for name in ("revision", "variant")}
     try:
         pipeline = load_pipeline(base, **options)
         unet, vae, text_encoder = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
         if unet.in_channels != vae.latent_channels or unet.cross_attention_dim != text_encoder.hidden_size:
             raise ValueError("not a text-to-image model of Stable Diffusion 1 or 2")
-        if check_base and pipeline_fingerprint(pipeline) != summary["identity"]["base_fingerprint"]:
+        if uses_recorded_base and pipeline_fingerprint(pipeline) != summary["identity"]["base_fingerprint"]:
             raise ValueError("trained on a base model with other weights; pass --base_model to use these anyway")
         if is_adapter:
             merge_adapter(pipeline, run)
@@ -376,7 +377,7 @@ def set_up_pipeline(pipeline, device, args):
 
 
 def draw(pipeline, embeddings, rows, resolution, args):
-    """Return the images of some rows of the plan, (B, H, W, 3) uint8; they do not depend on the rows drawn together."""
+    """Return the images of some planned rows, (B, H, W, 3) uint8. No image depends on the rest of its batch."""
     seeds = [keyed_seed(args.seed, *key) for key in zip(rows["prompt"], rows["index"])]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     channels, side = pipeline.unet.config.in_channels, resolution // pipeline.vae_scale_factor
@@ -401,7 +402,7 @@ def draw(pipeline, embeddings, rows, resolution, args):
 def save_image(image, path):
     """Write to a temporary file, then rename it, so that an image that exists is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # With the process id, since processes that outlive a killed launcher may be writing the same image.
+    # The name has the process id, since processes of a killed launcher may still be writing the same image.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     image.save(temporary, format="PNG")
     os.replace(temporary, path)
@@ -409,7 +410,7 @@ def save_image(image, path):
 
 @torch.no_grad()
 def sample(args, pipeline, todo, resolution, state):
-    """Draw and save this process's share of the images; PNGs are written while the next batch is drawn."""
+    """Draw and save this process's share of the images, writing PNGs while the next batch is drawn."""
     prompts = ["", *todo["prompt"].unique()]
     embeddings = {prompt: pipeline.encode_prompt(prompt, pipeline.device, 1, False)[0][0] for prompt in prompts}
     mine = todo.iloc[state.process_index :: state.num_processes]
@@ -432,13 +433,13 @@ def sample(args, pipeline, todo, resolution, state):
         with ThreadPoolExecutor(4) as pool:
             for start in range(0, len(missing), batch_size):
                 rows = missing.iloc[start : start + batch_size]
-                # The U-Net is compiled anew for another batch size, so the last batch is filled up.
+                # A smaller last batch would compile the U-Net again, so repeat its first row.
                 filler = [0] * (batch_size - len(rows)) if args.compile else []
                 images = draw(pipeline, embeddings, rows.iloc[[*range(len(rows)), *filler]], resolution, args)
                 list(saving)  # wait for the previous batch
                 paths = [args.output_dir / name for name in rows["file_name"]]
                 saving = pool.map(save_image, map(Image.fromarray, images), paths)
-                # The main process counts for all, which are about as far.
+                # Only the main process shows a bar; the others are about as far.
                 bar.update(min(len(rows) * state.num_processes, bar.total - bar.n))
                 bar.set_postfix_str(f"batches of {batch_size}")
             list(saving)
@@ -449,7 +450,7 @@ def sample(args, pipeline, todo, resolution, state):
     except FloatingPointError as error:
         fail(error)
     except RuntimeError:
-        if size > 0:
+        if size > 0:  # not find_executable_batch_size giving up
             raise
         fail(f"out of memory at {resolution}x{resolution}; pass a smaller --batch_size or --resolution")
 
@@ -468,7 +469,7 @@ def write_text(path, text):
 
 
 def check_output_dir(output_dir, settings, samples):
-    """Write the settings to sampling.json, or exit with status 2 if the folder has other settings, images or files."""
+    """Write sampling.json; exit with status 2 if the folder has other settings, images or files."""
     path = output_dir / "sampling.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -487,7 +488,7 @@ def check_output_dir(output_dir, settings, samples):
 
 
 def write_contact_sheets(samples, output_dir):
-    """Write a grid of the first images of each prompt to a hidden folder, which imagefolder passes over."""
+    """Write a grid of the first images of each prompt, to a hidden folder since imagefolder ignores those."""
     for _, rows in samples.groupby("prompt", sort=False):
         names = rows["file_name"][:32]
         pictures = [Image.open(output_dir / name).convert("RGB").resize((128, 128)) for name in names]
@@ -501,7 +502,7 @@ def main(args):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    # Without the argument, processes that torchrun starts on a machine without a GPU would each make all images.
+    # On a machine without a GPU, processes started by torchrun would not find each other without `cpu`.
     state = PartialState(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
@@ -515,7 +516,7 @@ def main(args):
     if resolution % scale:
         fail(f"--resolution {resolution}: this VAE takes multiples of {scale}")
     set_up_pipeline(pipeline, state.device, args)
-    # The only warning left is about prompts that are cut at the tokenizer's length.
+    # Warnings are on again for one: a prompt longer than the tokenizer's limit is cut.
     diffusers.utils.logging.set_verbosity_warning()
 
     settings = {"model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale}
@@ -525,7 +526,7 @@ def main(args):
     with state.main_process_first():
         check_output_dir(args.output_dir, identity, samples)
     todo = samples[[not (args.output_dir / name).is_file() for name in samples["file_name"]]]
-    # All processes must have looked before any of them writes, or their shares would overlap.
+    # All processes must list the missing images before one writes any, or their shares would overlap.
     state.wait_for_everyone()
     if state.is_main_process:
         plan = f"{len(samples):,} images of {samples['prompt'].nunique():,} prompts at {resolution}x{resolution}"

@@ -18,7 +18,6 @@ and checkpoints.
 
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
 import io
@@ -51,6 +50,7 @@ import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
@@ -60,7 +60,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
-# CheXpert's 14 columns in its own order, which is also the order of findings in a prompt.
+# CheXpert's 14 labels in column order; prompts list findings in this order.
 LABELS = (
     "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,"
     "Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
@@ -69,9 +69,9 @@ PROMPT_TEMPLATE = "Chest X-ray of a subject with {}"
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 # Fractions of patients, in the proportions of the paper's Table 2.
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
-# With more distinct captions than this (1 GB of embeddings), the text encoder runs in the training loop instead.
+# With more distinct captions than this (1 GB of embeddings), the text encoder runs in the training loop.
 MAX_CACHED_CAPTIONS = 4096
-# EX_TEMPFAIL: stopped by a signal after writing a checkpoint; start again with --resume_from_checkpoint latest.
+# Exit status (EX_TEMPFAIL) after a signal and a checkpoint; continue with --resume_from_checkpoint latest.
 EXIT_PREEMPTED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -91,22 +91,23 @@ def add_shared_arguments(parser):
     """Add the arguments shared by both training scripts."""
     flag = parser.add_argument_group("data").add_argument
     flag("--data_csv", help=f"image table (default: {' or '.join(DEFAULT_TABLES)})")
-    flag("--validation_csv", help="separate held-out table; --data_csv is then used in full unless --split is given")
+    flag("--validation_csv", help="separate held-out table; --split then defaults to all")
     flag("--image_root", help="folder that image paths are relative to (default: the table's folder or its parent)")
     flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
     flag("--image_column", default="image", help="image column of --dataset_name")
-    flag("--caption_column", help="caption column of --dataset_name (default: prompt, text, caption, or the labels)")
-    flag("--split", choices=["train", "val", "test", "all"], help="patients to train on (default: train)")
+    flag("--caption_column", help="captions of --dataset_name (default: prompt, text, caption, else the labels)")
+    splits = ["train", "val", "test", "all"]
+    flag("--split", choices=splits, help="patients to train on (default: train; all with --validation_csv)")
     flag("--split_seed", type=int, default=0, help="seed of the patient split; must match the other scripts")
-    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="-1: ones names it in the prompt")
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="-1: only ones puts it in prompts")
     flag("--prompt_template", default=PROMPT_TEMPLATE, help="caption; {} stands for the findings")
-    flag("--max_train_samples", type=int, help="train on a seeded random subset of this size (default: all)")
+    flag("--max_train_samples", type=int, help="train on a random subset of this size, drawn with --split_seed")
     flag("--max_validation_samples", type=int, default=256, help="maximum number of held-out images")
     flag("--resolution", type=int, default=512, help="side of the square training images in pixels")
     flag("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how images are made square")
-    flag("--caption_dropout", type=float, default=0.1, help="fraction of empty captions, for guidance; 0 turns it off")
+    flag("--caption_dropout", type=float, default=0.1, help="fraction of captions left empty, for guidance; 0: none")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
-    flag("--latent_cache_dir", help="latent cache (default: latent_cache beside --output_dir); none turns it off")
+    flag("--latent_cache_dir", help="folder of cached latents (default: latent_cache beside --output_dir)")
     flag("--dataloader_num_workers", type=int, help="data loader workers per process (default: 4 on a GPU, else 0)")
 
     flag = parser.add_argument_group("model and loss").add_argument
@@ -132,7 +133,7 @@ def add_shared_arguments(parser):
     flag("--lr_power", type=float, default=1.0, help="power of polynomial")
     flag("--adam_beta1", type=float, default=0.9)
     flag("--adam_beta2", type=float, default=0.999)
-    flag("--adam_weight_decay", type=float, default=1e-2)
+    flag("--adam_weight_decay", type=float, default=1e-2, help="of all trained weights, also biases and norms")
     flag("--adam_epsilon", type=float, default=1e-8)
     flag("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
     flag("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
@@ -142,21 +143,21 @@ def add_shared_arguments(parser):
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", help="run folder (default: runs/<method>)")
     flag("--overwrite_output_dir", action="store_true", help="start over in a folder that already holds a run")
-    flag("--seed", type=int, default=0, help="seed of order, noise, timesteps and validation images")
+    flag("--seed", type=int, default=0, help="seed of sample order, noise, timesteps and validation images")
     flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only when stopped")
     flag("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep")
     flag("--resume_from_checkpoint", metavar="PATH|latest", help="latest starts from scratch if there is none")
     flag("--validation_steps", type=int, default=500, help="steps between validations; 0: first and last only")
     flag("--validation_prompts", nargs="+", help="prompts of validation images (default: the most frequent captions)")
-    flag("--num_validation_images", type=int, default=4, help="images without --validation_prompts; 0 turns them off")
-    flag("--logging_steps", type=int, default=10, help="steps between log entries; stop signals are checked then")
+    flag("--num_validation_images", type=int, default=4, help="number of frequent captions to sample; 0: no images")
+    flag("--logging_steps", type=int, default=10, help="steps between log entries and checks for stop signals")
     flag("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard")
     flag("--push_to_hub", action="store_true", help="upload the finished run to a private hub repository")
     flag("--hub_model_id", help="repository of --push_to_hub (default: the output folder's name)")
 
 
 def check_arguments(parser, args):
-    """Check what argparse cannot, and look for the default table."""
+    """Check values and combinations of arguments, and find the default table."""
     at_least_one = (
         "resolution train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps logging_steps "
         "checkpoints_total_limit max_train_samples max_validation_samples"
@@ -194,7 +195,7 @@ def parse_args(argv=None):
     flag("--unet_lr", type=float, default=1e-5)
     flag("--text_encoder_lr", type=float, default=1e-6)
     flag("--vae_lr", type=float, default=1e-6)
-    flag("--vae_loss", choices=["anchored", "joint"], default="anchored", help="see VAELoss; joint is the paper's")
+    flag("--vae_loss", choices=["anchored", "joint"], default="anchored", help="joint is the paper's; see VAELoss")
     flag("--vae_recon_weight", type=float, default=1.0, help="weight of the VAE's reconstruction error")
     flag("--vae_anchor_weight", type=float, default=1.0, help="weight of the anchor to the base model's VAE")
     add_shared_arguments(parser)
@@ -204,6 +205,7 @@ def parse_args(argv=None):
     if not args.components:
         parser.error("nothing to train; pass --train_unet, --train_text_encoder, --train_vae or several of them")
     args.method = "_".join(args.components)
+    args.learning_rates = {name: getattr(args, f"{name}_lr") for name in args.components}
     args.output_dir = args.output_dir or f"runs/{args.method}"
     return args
 
@@ -214,7 +216,7 @@ def parse_args(argv=None):
 
 
 def keyed_seed(*key):
-    """Return a 63-bit seed that depends on the key alone, so that random draws need no saved state."""
+    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
@@ -224,14 +226,15 @@ def load_image(image, resolution, resize_mode):
     `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
     """
     try:
-        file = image
         if isinstance(image, tuple):
             dataset, column, row = image
             encoded = dataset[row][column]
             file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+        else:
+            file = image
         with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
-            # Pillow clips or drops the lower bits of deeper images without a warning.
+            # Pillow silently clips deeper images or drops their low bits.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
             if getattr(opened, "n_frames", 1) > 1:
@@ -253,28 +256,33 @@ def to_pixel_values(image):
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Training sample n as a pure function of (seed, n).
+    """Training sample n, determined by (seed, n) alone.
 
-    Each epoch is a seeded permutation of the images. Noise, timestep and caption dropout come from a generator keyed
-    by n, so it does not matter which process draws a sample, in which batch, or after how many interruptions.
+    Each epoch is a seeded permutation of the images; noise, timestep and caption dropout are seeded by n. So samples
+    do not depend on the number of processes, the batch size or interruptions.
 
-    With `heldout`, sample n is image n, and noise and timesteps (spread evenly by the golden ratio) are the same for
-    every run.
+    With `heldout`, sample n is image n, with noise and timesteps (spread evenly, by the golden ratio) that are the
+    same in all runs.
 
-    A sample holds noise and latent_noise (C, h, w), timesteps, encoder_hidden_states (77, D) or input_ids (77,), and
-    posterior (2C, h, w: mean and log-variance) if latents are cached, pixel_values (3, H, W) if not or `with_pixels`.
+    A sample is a dict of
+        noise (C, h, w), and posterior_noise (C, h, w), which samples the VAE's posterior
+        timesteps ()
+        encoder_hidden_states (77, D), or input_ids (77,) if the text encoder runs in the training loop
+        posterior (2C, h, w), the VAE's mean and log-variance, if `latents` are given
+        pixel_values (3, H, W), in [-1, 1], `with_pixels`
     """
 
     def __init__(self, table, latents, captions, pipeline, args, with_pixels=False, heldout=False):
         self.images, self.prompts = list(table["image"]), list(table["prompt"])
         self.latents, self.captions = latents, captions
         self.has_embeddings = "encoder_hidden_states" in captions[""]
-        self.with_pixels = with_pixels or latents is None
+        self.with_pixels = with_pixels
         self.resolution, self.resize_mode = args.resolution, args.resize_mode
         side = args.resolution // pipeline.vae_scale_factor
         self.latent_shape = (pipeline.vae.config.latent_channels, side, side)
         self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
-        self.heldout, self.seed = heldout, "held-out" if heldout else args.seed
+        self.heldout = heldout
+        self.seed = "held-out" if heldout else args.seed  # held-out samples do not depend on --seed
         self.caption_dropout = 0.0 if heldout else args.caption_dropout
         self.noise_offset = 0.0 if heldout else args.noise_offset
         self.epoch, self.order = None, None
@@ -296,12 +304,12 @@ class SampleStream(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(keyed_seed(self.seed, "sample", n))
         timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
         noise = torch.randn(self.latent_shape, generator=generator)
-        latent_noise = torch.randn(self.latent_shape, generator=generator)
+        posterior_noise = torch.randn(self.latent_shape, generator=generator)
         noise = noise + self.noise_offset * torch.randn(self.latent_shape[0], 1, 1, generator=generator)
         drop_caption = torch.rand((), generator=generator) < self.caption_dropout
         if self.heldout:
             timestep = torch.tensor(int((n * 0.6180339887498949 + 0.5) % 1 * self.num_train_timesteps))
-        sample = {"noise": noise, "latent_noise": latent_noise, "timesteps": timestep}
+        sample = {"noise": noise, "posterior_noise": posterior_noise, "timesteps": timestep}
         sample |= self.captions["" if drop_caption else self.prompts[i]]
         if self.latents:
             sample["posterior"] = torch.from_numpy(np.load(self.latents[i]).astype(np.float32))
@@ -315,37 +323,29 @@ class SampleStream(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def split_posterior(posterior):
-    """Return mean and standard deviation of a VAE posterior (B, 2C, h, w), clamped as in diffusers."""
-    mean, logvar = posterior.float().chunk(2, dim=1)
-    return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-
-
 class DiffusionLoss(torch.nn.Module):
-    """The training objective in one forward, so that DDP, autocast and torch.compile see a single call.
+    """Compute the training loss in a single forward, for DDP and autocast to wrap.
 
-    A pure function of the batch, which holds all random numbers, and the weights. Returns per-sample losses, (B,) in
-    float32, by name; "loss" is what is optimized. `vae` and `text_encoder` are None if their outputs are in the batch.
+    The batch holds all random numbers but those of dropout. Return per-sample losses, (B,) in float32, by name; "loss"
+    is the one to optimize. `text_encoder` is None if the batch holds embeddings.
     """
 
     reported = ("diffusion",)  # losses to measure on held-out images
 
-    def __init__(self, unet, vae, text_encoder, noise_scheduler, scaling_factor, snr_gamma=None):
+    def __init__(self, pipeline, text_encoder, args):
         super().__init__()
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.noise_scheduler, self.scaling_factor, self.snr_gamma = noise_scheduler, scaling_factor, snr_gamma
+        self.unet, self.text_encoder = pipeline.unet, text_encoder
+        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.scaling_factor, self.snr_gamma = pipeline.vae.config.scaling_factor, args.snr_gamma
 
     def forward(self, batch):
-        if "posterior" in batch:
-            posterior = batch["posterior"]
-        else:
-            posterior = self.vae.encode(batch["pixel_values"]).latent_dist.parameters
-        mean, std = split_posterior(posterior)
-        diffusion = self.diffusion((mean + std * batch["latent_noise"]) * self.scaling_factor, batch)
+        posterior = DiagonalGaussianDistribution(batch["posterior"])
+        latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * self.scaling_factor
+        diffusion = self.diffusion_loss(latents, batch)
         return {"loss": diffusion * self.snr_weight(batch["timesteps"]), "diffusion": diffusion}
 
-    def diffusion(self, latents, batch):
-        """Return the squared error of the predicted noise, or of the velocity for a v-prediction model, (B,)."""
+    def diffusion_loss(self, latents, batch):
+        """Return the mean squared error of the predicted noise, or velocity for a v-prediction model, (B,)."""
         noise, timesteps = batch["noise"], batch["timesteps"]
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         if "encoder_hidden_states" in batch:
@@ -358,57 +358,51 @@ class DiffusionLoss(torch.nn.Module):
         return F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def snr_weight(self, timesteps):
-        """Return min-SNR weights, arXiv 2303.09556 eq. 5 for noise prediction, over SNR + 1 for velocity."""
+        """Return min-SNR weights (arXiv 2303.09556): min(SNR, gamma) / SNR, or / (SNR + 1) for v-prediction."""
         if self.snr_gamma is None:
             return 1.0
         snr = compute_snr(self.noise_scheduler, timesteps)
         if self.noise_scheduler.config.prediction_type == "v_prediction":
             return snr.clamp(max=self.snr_gamma) / (snr + 1)
-        # min(SNR, gamma) / SNR, in a form that is finite where the SNR is 0.
+        # The same as min(SNR, gamma) / SNR, but finite where the SNR is 0.
         return (self.snr_gamma / snr).clamp(max=1.0)
 
 
 class VAELoss(DiffusionLoss):
-    """DiffusionLoss for a VAE that is trained too, with a reconstruction error.
+    """DiffusionLoss plus a reconstruction loss, for training the VAE.
 
     joint: the paper's loss, diffusion + recon_weight * reconstruction. The diffusion loss has a shortcut: shrink the
     latents until they are easy to predict (collapse, REPA-E, arXiv 2504.10483).
     anchored: the diffusion loss does not reach the VAE. Instead, the squared 2-Wasserstein distance between its
-    posterior and the base model's, in the U-Net's units, keeps the latents close to those the U-Net was trained on.
+    posterior and the base model's, per element of the scaled latents, keeps them close to those that the U-Net knows.
     """
 
     reported = ("diffusion", "reconstruction")
 
-    def __init__(self, *loss_args, base_vae, args):
-        super().__init__(*loss_args)
-        self.base_vae, self.anchored = base_vae, args.vae_loss == "anchored"
+    def __init__(self, pipeline, text_encoder, args):
+        super().__init__(pipeline, text_encoder, args)
+        self.vae, self.anchored = pipeline.vae, args.vae_loss == "anchored"
         self.recon_weight, self.anchor_weight = args.vae_recon_weight, args.vae_anchor_weight
-        # If only an anchored VAE trains, the diffusion loss has no gradient: it is computed in validation only.
+        # With an anchored VAE alone, the diffusion loss has no gradient: it is computed in validation only.
         self.train_diffusion = args.train_unet or args.train_text_encoder or not self.anchored
 
     def forward(self, batch):
         pixel_values = batch["pixel_values"]
-        mean, std = split_posterior(self.vae.encode(pixel_values).latent_dist.parameters)
-        latents = mean + std * batch["latent_noise"]
+        posterior = DiagonalGaussianDistribution(self.vae.encode(pixel_values).latent_dist.parameters.float())
+        latents = posterior.mean + posterior.std * batch["posterior_noise"]
         decoded = self.vae.decode(latents).sample.float()
         reconstruction = F.mse_loss(decoded, pixel_values, reduction="none").mean(dim=(1, 2, 3))
-        losses = {"loss": self.recon_weight * reconstruction, "reconstruction": reconstruction}
+        losses, loss = {"reconstruction": reconstruction}, self.recon_weight * reconstruction
         if self.anchored:
-            if "posterior" in batch:
-                base_posterior = batch["posterior"]
-            else:
-                base_posterior = self.base_vae.encode(pixel_values).latent_dist.parameters
-            base_mean, base_std = split_posterior(base_posterior)
-            anchor = self.scaling_factor**2 * ((mean - base_mean) ** 2 + (std - base_std) ** 2).mean(dim=(1, 2, 3))
-            losses |= {"loss": losses["loss"] + self.anchor_weight * anchor, "anchor": anchor}
+            base = DiagonalGaussianDistribution(batch["posterior"])
+            distance = (posterior.mean - base.mean) ** 2 + (posterior.std - base.std) ** 2
+            losses["anchor"] = self.scaling_factor**2 * distance.mean(dim=(1, 2, 3))
+            loss = loss + self.anchor_weight * losses["anchor"]
             latents = latents.detach()
         if self.train_diffusion or not self.training:
-            diffusion = self.diffusion(latents * self.scaling_factor, batch)
-            losses |= {
-                "loss": losses["loss"] + diffusion * self.snr_weight(batch["timesteps"]),
-                "diffusion": diffusion,
-            }
-        return losses
+            losses["diffusion"] = self.diffusion_loss(latents * self.scaling_factor, batch)
+            loss = loss + losses["diffusion"] * self.snr_weight(batch["timesteps"])
+        return losses | {"loss": loss}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,25 +423,25 @@ def parse_labels(raw, source):
 
 
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths, from the first folder under which one of the first 1,000 images exists.
+    """Return absolute image paths.
 
-    CheXpert's paths start with the dataset's own folder, which a resized copy often renames, so that part is optional.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
+    without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
-    for root in roots:
-        for skip in (0, 1):
-            paths = (root / Path(*Path(name).parts[skip:]) for name in names)
-            if any(path.is_file() for path in itertools.islice(paths, 1000)):
-                return [str((root / Path(*Path(name).parts[skip:])).absolute()) for name in names]
+    for root, skip in itertools.product(roots, (0, 1)):
+        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
+        if any(path.is_file() for path in paths[:1000]):
+            return [str(path) for path in paths]
     searched = " or ".join(str(root.absolute()) for root in roots)
     fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
 
 
 def make_table(raw, names, images, prompt_column, source):
-    """Build the image table that all scripts use from a table of strings.
+    """Convert a table of strings to the image table that all scripts share.
 
     Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels found. An image without a patient counts as a patient of its own.
+    the labels that exist. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
@@ -461,16 +455,16 @@ def make_table(raw, names, images, prompt_column, source):
 
 
 def load_image_table(csv, image_root=None, with_images=True):
-    """Read an image table: CheXpert's CSV, or any with an image column and label or prompt columns.
+    """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
     try:
         with warnings.catch_warnings():
             # pandas only warns about a row longer than the header, and shifts or drops its cells.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **form)
+            raw = pd.read_csv(csv, index_col=False, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
     column = next((name for name in ("Path", "file_name") if name in raw), None)
@@ -487,7 +481,7 @@ def load_image_table(csv, image_root=None, with_images=True):
 
 
 def load_dataset_table(name, image_column, caption_column):
-    """Return the image table of a Hugging Face dataset; images stay there and are given as (dataset, column, row)."""
+    """Return the image table of a Hugging Face dataset, whose images are (dataset, column, row), decoded on demand."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -495,14 +489,15 @@ def load_dataset_table(name, image_column, caption_column):
         dataset = datasets.load_dataset(name, split="train")
     except Exception as error:  # anything from connection errors to malformed files
         fail(f"--dataset_name {name}: cannot be loaded ({str(error)[:300]})")
-    columns = dataset.column_names
     if not isinstance(dataset.features.get(image_column), datasets.Image):
-        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {columns}")
+        names = dataset.column_names
+        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {names}")
+    columns = [column for column in dataset.column_names if column != image_column]
     if caption_column is None:
         caption_column = next((column for column in ("prompt", "text", "caption") if column in columns), None)
     if caption_column not in columns and (caption_column or not {*LABELS} & {*columns}):
         fail(f"--dataset_name {name}: no caption or label column; pass --caption_column, one of {columns}")
-    raw = dataset.remove_columns(image_column).to_pandas().reindex(range(len(dataset)))
+    raw = dataset.remove_columns(image_column).to_pandas()
     raw = raw.astype(object).where(raw.notna(), "").astype(str)
     dataset = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     images, names = [(dataset, image_column, row) for row in raw.index], [f"{name}[{row}]" for row in raw.index]
@@ -524,7 +519,7 @@ def positive_labels(table, labels, uncertain):
 
 
 def add_prompts(table, template, uncertain):
-    """Fill empty prompts from the labels, in the order of LABELS; without a positive label they stay empty."""
+    """Fill empty prompts from the labels, in the order of LABELS. Rows without a positive label stay empty."""
     positive = positive_labels(table, LABELS, uncertain).to_numpy()
     findings = [", ".join(label for label, found in zip(LABELS, row) if found) for row in positive]
     from_labels = pd.Series([template.replace("{}", text) if text else "" for text in findings], table.index, str)
@@ -539,7 +534,7 @@ class TrainingData:
     rows: int
     left_out: dict  # number of rows by reason
     notes: list  # warnings
-    val_counts: list  # result rows
+    val_counts: list  # result rows: images per label in the whole val split, as in the paper's Table 2
 
 
 def load_training_data(args):
@@ -589,7 +584,7 @@ def load_training_data(args):
 
 
 def fingerprint(module):
-    """Return a SHA-256 over the values of a module's weights, independent of their names."""
+    """Return a SHA-256 of a module's weights that does not depend on their names."""
     tensors = (parameter.detach().cpu().contiguous() for parameter in module.parameters())
     digests = [hashlib.sha256(str(tuple(t.shape)).encode() + t.numpy().tobytes()).digest() for t in tensors]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
@@ -602,10 +597,13 @@ def latent_paths(images, vae_hash, args):
     for image in images:
         if isinstance(image, tuple):
             dataset, column, row = image
-            key = dataset[row][column]["bytes"] or Path(dataset[row][column]["path"]).read_bytes()
+            encoded = dataset[row][column]
+            key = encoded["bytes"] or Path(encoded["path"]).read_bytes()
+        elif os.path.exists(image):
+            stat = os.stat(image)
+            key = f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode()
         else:
-            stat = os.stat(image) if os.path.exists(image) else None
-            key = f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode() if stat else image.encode()
+            key = image.encode()  # check_and_encode reports it
         name = hashlib.sha256(key).hexdigest()
         paths.append(folder / name[:2] / f"{name[2:34]}.npy")
     return paths
@@ -613,14 +611,14 @@ def latent_paths(images, vae_hash, args):
 
 @torch.no_grad()
 def check_and_encode(accelerator, images, paths, vae, args):
-    """Decode all images that have no cached latents yet, and encode them if `vae` is given.
+    """Decode images that have no cached latents and, given a VAE, cache their latents.
 
-    The processes share the work, and an interrupted run keeps what it has encoded. Return {position: error} of bad
-    images, identical on every process.
+    The images are divided among the processes; a restarted run continues where it stopped. Return {index: error} of
+    unreadable images, the same on all processes.
     """
     rank, world, problems = accelerator.process_index, accelerator.num_processes, {}
-    # Divide the images before looking for their latents, which another process may be writing meanwhile.
-    mine = [i for i in range(rank, len(images), world) if not (paths and paths[i].exists())]
+    # Divide by index, not by what is missing: other processes may already be filling the cache.
+    mine = [i for i in range(rank, len(images), world) if not paths[i].exists()]
 
     def decode(i):
         try:
@@ -629,12 +627,12 @@ def check_and_encode(accelerator, images, paths, vae, args):
             problems[i] = str(error)
 
     label = "encoding images" if vae else "checking images"
-    bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not accelerator.is_main_process)
+    bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not (mine and rank == 0))
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(mine), 64):  # all images at once would not fit in memory
             for i, image in zip(mine[start : start + 64], pool.map(decode, mine[start : start + 64])):
                 bar.update()
-                if vae is None or image is None:  # None: unreadable, see problems
+                if vae is None or image is None:  # unreadable images are in `problems`
                     continue
                 # One image at a time, so that latents do not depend on the batch.
                 posterior = vae.encode(to_pixel_values(image)[None].to(vae.device)).latent_dist.parameters[0]
@@ -647,24 +645,25 @@ def check_and_encode(accelerator, images, paths, vae, args):
 
 
 def drop_bad_images(data, problems, on_bad_image):
-    """Stop at unreadable images, or drop them from `data`; positions count training images first, then held-out."""
+    """Stop at unreadable images, or drop them from `data`. `problems` counts training, then held-out images."""
+    if not problems:
+        return
     listed = "; ".join(list(problems.values())[:20])
-    if problems and on_bad_image == "stop":
+    if on_bad_image == "stop":
         fail(f"{len(problems):,} images cannot be used; repair them or pass --on_bad_image skip: {listed}")
-    if problems:
-        data.notes.append(f"left out {len(problems):,} unreadable images: {listed}")
-        data.left_out["unreadable"], count = len(problems), len(data.train)
-        data.train = data.train.drop([i for i in problems if i < count]).reset_index(drop=True)
-        data.heldout = data.heldout.drop([i - count for i in problems if i >= count]).reset_index(drop=True)
+    data.notes.append(f"left out {len(problems):,} unreadable images: {listed}")
+    data.left_out["unreadable"], count = len(problems), len(data.train)
+    data.train = data.train.drop([i for i in problems if i < count]).reset_index(drop=True)
+    data.heldout = data.heldout.drop([i - count for i in problems if i >= count]).reset_index(drop=True)
     if data.train.empty:
         fail(f"{data.source}: all training images are unreadable: {listed}")
 
 
 @torch.no_grad()
-def encode_captions(pipeline, data, device, cache_embeddings):
-    """Map captions, and the empty one, to their part of a sample: encoder_hidden_states (77, D) or input_ids (77,).
+def encode_captions(pipeline, data, device, train_text_encoder):
+    """Return, for each caption and the empty one, {"encoder_hidden_states": (77, D)} or {"input_ids": (77,)}.
 
-    Like the pipeline's own, embeddings are computed without an attention mask. Adds a note if captions are cut.
+    As in the pipeline, no attention mask is used. Add a note if captions are cut.
     """
     tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
     captions = [*sorted({*data.train["prompt"], *data.heldout["prompt"]}), ""]
@@ -674,7 +673,7 @@ def encode_captions(pipeline, data, device, cache_embeddings):
         data.notes.append(f"{num_cut:,} of {len(captions) - 1:,} captions are cut at {length} tokens")
     padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     input_ids = tokenizer(captions, **padding).input_ids
-    if not cache_embeddings or len(captions) > MAX_CACHED_CAPTIONS:
+    if train_text_encoder or len(captions) > MAX_CACHED_CAPTIONS:
         return {caption: {"input_ids": ids} for caption, ids in zip(captions, input_ids)}
     text_encoder.to(device)
     embeddings = torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in input_ids.split(64)])
@@ -683,17 +682,16 @@ def encode_captions(pipeline, data, device, cache_embeddings):
 
 def prepare_streams(accelerator, pipeline, data, args, vae_hash):
     """Return the training and the held-out stream, with latents and embeddings cached where they are constant."""
-    train_vae = "vae" in args.components
-    # A jointly trained VAE needs gradients, so its latents cannot be cached.
-    use_latents = args.latent_cache_dir != "none" and not (train_vae and args.vae_loss == "joint")
     images = [*data.train["image"], *data.heldout["image"]]
-    paths = None if args.latent_cache_dir == "none" else latent_paths(images, vae_hash, args)
-    vae = pipeline.vae.to(accelerator.device) if use_latents else None
+    paths = latent_paths(images, vae_hash, args)
+    train_vae = "vae" in args.components
+    # A jointly trained VAE changes, so its latents cannot be cached: images are only checked.
+    vae = None if train_vae and args.vae_loss == "joint" else pipeline.vae.to(accelerator.device)
     problems = check_and_encode(accelerator, images, paths, vae, args)
     drop_bad_images(data, problems, args.on_bad_image)
-    latents = [path for i, path in enumerate(paths) if i not in problems] if use_latents else None
-    captions = encode_captions(pipeline, data, accelerator.device, "text_encoder" not in args.components)
-    pipeline.to("cpu")  # free the device; the loss takes what it needs
+    latents = [path for i, path in enumerate(paths) if i not in problems] if vae else None
+    captions = encode_captions(pipeline, data, accelerator.device, "text_encoder" in args.components)
+    pipeline.to("cpu")  # frees the device; accelerator.prepare moves what the loss uses
     n = len(data.train)
     stream = SampleStream(data.train, latents and latents[:n], captions, pipeline, args, train_vae)
     heldout = SampleStream(data.heldout, latents and latents[n:], captions, pipeline, args, train_vae, heldout=True)
@@ -744,25 +742,17 @@ def load_base_pipeline(args):
     return pipeline
 
 
-def to_channels_last(module):
-    """Use channels-last convolution weights on GPUs, where they are faster."""
-    if torch.cuda.is_available():
-        module.to(memory_format=torch.channels_last)
-
-
 def build_loss(args, pipeline, stream, mixed_precision):
-    """Freeze what is not trained, cast it to the autocast type, and return the loss module."""
+    """Freeze and cast what is not trained, and return the loss module."""
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-    base_vae = None
-    if args.train_vae and args.vae_loss == "anchored" and not stream.latents:
-        base_vae = copy.deepcopy(pipeline.vae).requires_grad_(False).to(frozen_dtype)
     for name in ("unet", "text_encoder", "vae"):
         component, trained = getattr(pipeline, name), name in args.components
         component.requires_grad_(trained)
         if not trained:
             component.to(frozen_dtype)
-        if name != "text_encoder" and not args.use_8bit_adam:  # bitsandbytes' kernels need contiguous weights
-            to_channels_last(component)
+        # Channels-last convolutions are faster on GPUs; bitsandbytes' kernels need contiguous weights.
+        if name != "text_encoder" and torch.cuda.is_available() and not args.use_8bit_adam:
+            component.to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         if args.train_vae:
@@ -771,22 +761,16 @@ def build_loss(args, pipeline, stream, mixed_precision):
             pipeline.text_encoder.gradient_checkpointing_enable()
     if args.compile:
         pipeline.unet.compile(dynamic=False)
-    vae = pipeline.vae if args.train_vae or not stream.latents else None
     text_encoder = None if stream.has_embeddings else pipeline.text_encoder
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    loss_args = (pipeline.unet, vae, text_encoder, noise_scheduler, pipeline.vae.config.scaling_factor, args.snr_gamma)
-    return VAELoss(*loss_args, base_vae=base_vae, args=args) if args.train_vae else DiffusionLoss(*loss_args)
+    return (VAELoss if args.train_vae else DiffusionLoss)(pipeline, text_encoder, args)
 
 
-def parameter_groups(args, parameters):
-    """Return the optimizer's parameter groups: each component with its own learning rate."""
-    groups = {name: {"params": [], "lr": getattr(args, f"{name}_lr")} for name in args.components}
-    for name, parameter in parameters.items():
-        groups[name.split(".")[0]]["params"].append(parameter)
-    return list(groups.values())
-
-
-def make_optimizer(args, groups):
+def make_optimizer(args, parameters):
+    """Return AdamW with a learning rate for each trained component."""
+    groups = [
+        {"params": [p for name, p in parameters.items() if name.startswith(f"{component}.")], "lr": learning_rate}
+        for component, learning_rate in args.learning_rates.items()
+    ]
     options = {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     options["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.use_8bit_adam:
@@ -800,14 +784,14 @@ def make_optimizer(args, groups):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Resuming fails if one of the first has changed, and warns if one of the second has.
+# Settings that must not change when a run is resumed, and those that cause a warning if they do.
 REFUSE_IF_CHANGED = "method vae_loss rank lora_alpha lora_dropout use_8bit_adam use_ema".split()
 WARN_IF_CHANGED = (
     "learning_rate unet_lr text_encoder_lr vae_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 "
     "adam_beta2 adam_weight_decay adam_epsilon max_grad_norm ema_decay seed caption_dropout noise_offset snr_gamma "
     "vae_recon_weight vae_anchor_weight"
 ).split()
-# Deleted by --overwrite_output_dir, with the checkpoints.
+# What --overwrite_output_dir deletes, besides checkpoints.
 RUN_FILES = (
     "training_summary.json README.md model_index.json unet text_encoder vae tokenizer scheduler merged validation "
     "logs pytorch_lora_weights.safetensors unet_delta.safetensors"
@@ -830,13 +814,14 @@ class TrainState:
     train_loss: float | None = None  # mean since the previous logging step
 
 
-def run_identity(args, data, hashes, global_batch_size, max_train_steps):
-    """Return the settings that are compared when a run is resumed."""
+def run_identity(accelerator, args, data, hashes, global_batch_size, max_train_steps):
+    """Return the settings to compare when a run is resumed."""
     rows = "\n".join(f"{name}\t{prompt}" for name, prompt in zip(data.train["name"], data.train["prompt"]))
     return {
         "base_fingerprint": hashlib.sha256("".join(hashes.values()).encode()).hexdigest(),
         "data_fingerprint": hashlib.sha256(f"{args.resolution}/{args.resize_mode}\n{rows}".encode()).hexdigest(),
         "global_batch_size": global_batch_size,
+        "mixed_precision": accelerator.mixed_precision,
         "length_of_lr_schedule": None if args.lr_scheduler.startswith("constant") else max_train_steps,
         **{name: getattr(args, name) for name in (*REFUSE_IF_CHANGED, *WARN_IF_CHANGED) if hasattr(args, name)},
     }
@@ -849,19 +834,19 @@ def list_checkpoints(output_dir):
 
 
 def remove_checkpoint(folder):
-    """Delete a checkpoint, renaming it first, so that a kill leaves no part of it under its name."""
-    hidden = folder.with_name(f".{folder.name}.tmp")
+    """Rename a checkpoint, then delete it, so that an interrupted deletion leaves no broken checkpoint."""
+    hidden = folder.with_name(".deleted-checkpoint")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)
     shutil.rmtree(hidden)
 
 
 def find_checkpoint(args):
-    """Return the checkpoint to resume from, or None; refuse to overwrite a run or a pipeline."""
-    output_dir, base, checkpoint = Path(args.output_dir), Path(args.pretrained_model_name_or_path), None
+    """Return the checkpoint to resume from, or None. Fail if --output_dir already holds another run or a pipeline."""
+    output_dir, base = Path(args.output_dir), Path(args.pretrained_model_name_or_path)
     if base.is_dir() and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
         fail(f"--output_dir {output_dir} holds the base model; pass another")
-    existing = list_checkpoints(output_dir)
+    existing, checkpoint = list_checkpoints(output_dir), None
     if args.resume_from_checkpoint == "latest":
         checkpoint = existing[-1] if existing else None
     elif args.resume_from_checkpoint:
@@ -872,43 +857,44 @@ def find_checkpoint(args):
         return checkpoint
     used = existing or any((output_dir / name).exists() for name in ("training_summary.json", "model_index.json"))
     if used and not args.overwrite_output_dir:
-        hint = "pass --resume_from_checkpoint latest to continue it, --overwrite_output_dir, or another --output_dir"
-        fail(f"{output_dir} already holds a run or a pipeline; {hint}")
+        hint = "--resume_from_checkpoint latest to continue it, " if existing else ""
+        hint += "--overwrite_output_dir to delete it, or another --output_dir"
+        fail(f"{output_dir} already holds a run or a pipeline; pass {hint}")
     return checkpoint
 
 
 def check_identity(checkpoint, identity, max_train_steps):
-    """Refuse a checkpoint of another model or method; return warnings about other changes."""
+    """Fail if the checkpoint is of another model or method; return warnings about other changed settings."""
     saved, notes = json.loads((checkpoint / "state.json").read_text()), []
     if saved["step"] > max_train_steps:
-        fail(f"{checkpoint} is past step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
+        fail(f"{checkpoint} is beyond step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
     for name, value in identity.items():
-        before = saved["identity"].get(name)
-        if before == value:
+        saved_value = saved["identity"].get(name)
+        if saved_value == value:
             continue
         if name == "base_fingerprint":
             fail(f"{checkpoint} was trained from a base model with other weights; pass that model")
         if name in REFUSE_IF_CHANGED:
-            fail(f"{checkpoint} was trained with {name}={before}, not {value}; pass that or another --output_dir")
-        notes.append(f"{name} was {before} in {checkpoint} and is now {value}")
+            hint = "restore that setting or pass another --output_dir"
+            fail(f"{checkpoint} was trained with {name}={saved_value}, not {value}; {hint}")
+        notes.append(f"{name} was {saved_value} in {checkpoint} and is now {value}")
     return notes
 
 
 def save_tensors(tensors, path):
-    # Copied, since safetensors refuses tensors that share memory, such as 8-bit AdamW's quantization maps.
+    # Cloned: safetensors refuses tensors that share memory, such as 8-bit AdamW's quantization maps.
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
 
 
 def save_checkpoint(accelerator, state, args):
-    """Write checkpoint-<step> under a temporary name, then rename it, so that a checkpoint that exists is complete."""
-    folder = Path(args.output_dir) / f"checkpoint-{state.step}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    """Write checkpoint-<step> to a temporary folder, then rename it atomically."""
+    temporary = Path(args.output_dir) / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     optimizer = {}
     for i, values in state.optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            # bitsandbytes nests its 8-bit state one level deeper, and loads it flat as well.
+            # bitsandbytes nests its 8-bit state one level deeper but also loads it flat.
             inner = value if isinstance(value, dict) else {name: value}
             optimizer |= {f"{i}.{key}": entry for key, entry in inner.items()}
     tensors = {name: value for name, value in optimizer.items() if torch.is_tensor(value)}
@@ -924,15 +910,13 @@ def save_checkpoint(accelerator, state, args):
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    if folder.exists():
-        remove_checkpoint(folder)
-    os.replace(temporary, folder)
+    os.replace(temporary, temporary.with_name(f"checkpoint-{state.step}"))
     for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
         remove_checkpoint(old)
 
 
 def match_layout(value, parameter):
-    """Return a tensor on the device and in the memory layout of its parameter."""
+    """Copy a tensor to the device and the memory layout of a parameter."""
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
@@ -940,8 +924,6 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     """Restore weights, optimizer, learning rate and counters in place."""
     saved = json.loads((checkpoint / "state.json").read_text())
     weights = load_file(checkpoint / "trainable.safetensors")
-    if weights.keys() != state.parameters.keys():
-        fail(f"{checkpoint}: its parameters are not those that train now")
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             parameter.copy_(weights[name])
@@ -949,7 +931,7 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     optimizer = {i: {} for i in range(len(in_order))}
     for key, value in (load_file(checkpoint / "optimizer.safetensors") | saved["optimizer"]).items():
         i, name = key.split(".", 1)
-        # Fused AdamW reads memory linearly: its state must have the layout of its (channels-last) weight.
+        # Fused AdamW ignores strides: its state must have the memory layout of its (channels-last) weight.
         same_shape = torch.is_tensor(value) and value.shape == in_order[int(i)].shape
         optimizer[int(i)][name] = match_layout(value, in_order[int(i)]) if same_shape else value
     groups = state.optimizer.state_dict()["param_groups"]
@@ -968,7 +950,7 @@ def load_checkpoint(accelerator, state, checkpoint, args):
         setattr(state, name, saved[name])
     if accelerator.is_main_process and checkpoint.resolve().parent == Path(args.output_dir).resolve():
         for later in list_checkpoints(args.output_dir):
-            if int(later.name[11:]) > state.step:  # the history that this run abandons
+            if int(later.name[11:]) > state.step:  # of the continuation that this run replaces
                 remove_checkpoint(later)
 
 
@@ -979,8 +961,8 @@ def load_checkpoint(accelerator, state, checkpoint, args):
 
 @torch.no_grad()
 def heldout_losses(accelerator, model, stream, batch_size):
-    """Return each loss at fixed timesteps and noise as an array (n,), the images shared among the processes."""
-    model = accelerator.unwrap_model(model).eval()  # unwrapped, since ranks may run different numbers of batches
+    """Return each loss at fixed timesteps and noise as an array, (n,). The images are divided among the processes."""
+    # Each process fills in its own images; the others' entries stay 0, and the sum over processes has all.
     losses = {name: torch.zeros(len(stream), device=accelerator.device) for name in model.reported}
     for start in range(accelerator.process_index * batch_size, len(stream), accelerator.num_processes * batch_size):
         rows = range(start, min(start + batch_size, len(stream)))
@@ -988,25 +970,24 @@ def heldout_losses(accelerator, model, stream, batch_size):
         found = model({key: value.to(accelerator.device) for key, value in batch.items()})
         for name, values in losses.items():
             values[rows.start : rows.stop] = found[name]
-    model.train()
     return {name: accelerator.reduce(values, "sum").cpu().numpy() for name, values in losses.items()}
 
 
 @torch.no_grad()
-def draw_validation(accelerator, pipeline, prompts, args, path):
-    """Sample the validation prompts from fixed seeds into one row of images."""
+def draw_validation(accelerator, pipeline, prompts, args, step):
+    """Sample the validation prompts with fixed seeds and save the images side by side."""
+    # Components that the loss does not use are on the CPU.
     moved = [part for part in (pipeline.vae, pipeline.text_encoder) if part.device.type != accelerator.device.type]
     for component in moved:
         component.to(accelerator.device)
-    pipeline.unet.eval()
     images, size = [], {"height": args.resolution, "width": args.resolution}
     for i, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(keyed_seed(args.seed, "validation", i))
         with accelerator.autocast():
             images += pipeline(prompt, **size, num_inference_steps=25, generator=generator).images
-    pipeline.unet.train()
     for component in moved:
         component.to("cpu")
+    path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     make_image_grid(images, rows=1, cols=len(images)).save(temporary, format="PNG")
@@ -1014,14 +995,16 @@ def draw_validation(accelerator, pipeline, prompts, args, path):
 
 
 def validate(accelerator, state, pipeline, heldout, prompts, args):
-    """Measure held-out losses and sample images with the current weights, averaged ones with --use_ema."""
+    """Measure held-out losses and sample images with the current weights, or their average with --use_ema."""
     if state.ema:
         state.ema.store(state.parameters.values())
         state.ema.copy_to(state.parameters.values())
-    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size) if len(heldout) else {}
+    # Unwrapped: DDP would hang, since processes may run different numbers of batches.
+    model = accelerator.unwrap_model(state.model).eval()
+    losses = heldout_losses(accelerator, model, heldout, args.train_batch_size) if len(heldout) else {}
     if prompts and accelerator.is_main_process:
-        path = Path(args.output_dir) / "validation" / f"step-{state.step:06d}.png"
-        draw_validation(accelerator, pipeline, prompts, args, path)
+        draw_validation(accelerator, pipeline, prompts, args, state.step)
+    model.train()
     if state.ema:
         state.ema.restore(state.parameters.values())
     accelerator.wait_for_everyone()
@@ -1030,20 +1013,19 @@ def validate(accelerator, state, pipeline, heldout, prompts, args):
 
 
 def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
-    """Return one row of the form that all result files share; low and high are the 95% interval."""
-    row = {"metric": metric, "label": label, "value": value, "low": low, "high": high}
-    return row | {"n": n, "floor": floor, "note": note}
+    """Return one row of the format that all result files share; low and high are the 95% interval."""
+    return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
 def count_rows(part, table, uncertain):
-    """Return the paper's Table 2 for one part of the data: the number of its images, and of those with each label."""
+    """Count the images of one part of the data, in all and per label (the paper's Table 2)."""
     counts = positive_labels(table, [label for label in LABELS if label in table], uncertain).sum()
     by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
 
 
 def heldout_rows(before, after):
-    """Return held-out losses at the start and the end, and their change image by image, with 95% normal intervals."""
+    """Return held-out losses before and after training and their change per image, with normal 95% intervals."""
     if not before:
         return [result_row("heldout_diffusion", None, note="no held-out images")]
     rows = []
@@ -1051,8 +1033,10 @@ def heldout_rows(before, after):
         figures = {"_start": before[name], "": after[name], "_change": after[name] - before[name]}
         for suffix, values in figures.items():
             mean, n = float(values.mean()), len(values)
-            half = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-            interval = {"low": mean - half, "high": mean + half}
+            interval = {}
+            if n > 1:
+                half_width = 1.96 * float(values.std(ddof=1)) / math.sqrt(n)
+                interval = {"low": mean - half_width, "high": mean + half_width}
             rows.append(result_row(f"heldout_{name}{suffix}", mean, n=n, **interval, note="fixed timesteps and noise"))
     return rows
 
@@ -1073,13 +1057,14 @@ def summarize(accelerator, args, state, data, losses):
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = torch.cuda.max_memory_allocated() if cuda else resident
     seconds_per_epoch = state.seconds * len(data.train) / state.samples_seen
-    shared = ("method", "resolution", "resize_mode", "uncertain", "prompt_template")
+    settings = ("method", "resolution", "resize_mode", "uncertain", "prompt_template")
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {
         "script": Path(__file__).name,
         "base_model": args.pretrained_model_name_or_path,
-        **{name: getattr(args, name) for name in shared},
+        **{name: getattr(args, name) for name in settings},
         **{name: getattr(data, name) for name in ("source", "rows", "left_out", "notes")},
+        "example_prompt": data.train["prompt"].iloc[0],
         "images": len(data.train),
         "patients": data.train["patient"].nunique(),
         "heldout_images": len(data.heldout),
@@ -1097,8 +1082,8 @@ def summarize(accelerator, args, state, data, losses):
             *(result_row("trainable_parameters", count, label=name) for name, count in trainable.items()),
             result_row("seconds_per_epoch", seconds_per_epoch, n=len(data.train), note="training steps only"),
             result_row("seconds", state.seconds, note="training steps only, summed over resumed runs"),
-            result_row("peak_memory_gib", memory / 2**30, note=f"main process, {accelerator.device.type}"),
-            result_row("train_loss", state.train_loss, note="mean since the previous logging step"),
+            result_row("peak_memory_gib", memory / 2**30, note=f"main process, whole run, {accelerator.device.type}"),
+            result_row("train_loss", state.train_loss, note="mean since the last log entry"),
             *heldout_rows(*losses),
             *count_rows("train", data.train, args.uncertain),
             *data.val_counts,
@@ -1126,7 +1111,7 @@ Base model `{base}`; trained parameters: {trained}; {summary["images"]:,} images
 {usage}
 ```
 
-Prompts: "{args.prompt_template.replace("{}", "Cardiomegaly, Pleural Effusion")}".
+Prompts such as "{summary["example_prompt"]}".
 
 | metric | value | n |
 |---|---|---|
@@ -1149,12 +1134,12 @@ def save_folder(pipeline, folder):
 
 
 def save_model(args, state, pipeline):
-    """Save a complete pipeline: the base model in float32, loaded again, with what was trained."""
-    pipeline = load_base_pipeline(args)
+    """Load the base pipeline again, in float32, copy the trained weights into it and save it."""
+    trained = load_base_pipeline(args)
     for name, parameter in state.parameters.items():
         component, name = name.split(".", 1)
-        getattr(pipeline, component).get_parameter(name).data.copy_(parameter)
-    save_folder(pipeline, Path(args.output_dir))
+        getattr(trained, component).get_parameter(name).data.copy_(parameter)
+    save_folder(trained, Path(args.output_dir))
 
 
 def usage_example(args, model):
@@ -1164,10 +1149,9 @@ def usage_example(args, model):
 pipe = StableDiffusionPipeline.from_pretrained("{model}", safety_checker=None)"""
 
 
-def finish_run(accelerator, args, state, data, losses, repo_id):
-    """Write the model card and, last of all, the summary; upload the run with --push_to_hub."""
+def finish_run(args, summary, repo_id):
+    """Write the model card, then the summary, which marks the run as finished; upload it with --push_to_hub."""
     output_dir = Path(args.output_dir)
-    summary = summarize(accelerator, args, state, data, losses)
     model_card(args, summary, usage_example(args, repo_id or args.output_dir)).save(output_dir / "README.md")
     write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")
     if repo_id:
@@ -1184,10 +1168,10 @@ def make_accelerator(args):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     accelerator = Accelerator(
-        # Otherwise processes that torchrun starts on a machine without a GPU would each train for themselves.
+        # Without this, CPU processes that torchrun started would not join one process group.
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
-        # A plugin, since accelerate's config or environment overrides a plain number.
+        # As a plugin, since accelerate's config or environment would override gradient_accumulation_steps.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -1202,16 +1186,16 @@ def make_accelerator(args):
 def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     """Print what the run is about to do, with all warnings."""
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items() if count)
-    size, world = state.identity["global_batch_size"], accelerator.num_processes
-    layout = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
-    train, epochs = data.train, max_train_steps * size / len(data.train)
+    train, size = data.train, state.identity["global_batch_size"]
+    layout = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated"
+    layout += f" x {accelerator.num_processes} processes, {max_train_steps * size / len(train):.1f} epochs"
     lines = [
         ("data", f"{data.source}, {data.rows:,} rows; left out: {left_out or 'none'}"),
         ("train", f"{len(train):,} images, {train['patient'].nunique():,} patients"),
         ("captions", f"{train['prompt'].nunique():,}, such as {train['prompt'].iloc[0]!r}"),
         ("held out", f"{len(data.heldout):,} images, {data.heldout['patient'].nunique():,} patients"),
         ("method", f"{args.method}, {sum(p.numel() for p in state.parameters.values()):,} trainable parameters"),
-        ("steps", f"{max_train_steps:,} of {size} images ({layout}), {epochs:.1f} epochs"),
+        ("steps", f"{max_train_steps:,} of {size} images: {layout}"),
         ("device", f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"),
         ("output", f"{args.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}"),
         *(("warning", note) for note in data.notes),
@@ -1230,7 +1214,8 @@ def start_run(accelerator, args, checkpoint):
             for folder in list_checkpoints(output_dir):
                 remove_checkpoint(folder)
         output_dir.mkdir(parents=True, exist_ok=True)
-        if args.push_to_hub:  # before training, when a missing login costs nothing
+        (output_dir / "training_summary.json").unlink(missing_ok=True)  # it marks a finished run
+        if args.push_to_hub:  # before training, so that a missing login fails early
             repo_id = create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True).repo_id
     settings = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in vars(args).items()}
     accelerator.init_trackers(Path(__file__).stem, config=settings)
@@ -1254,7 +1239,7 @@ def stop_on_signals(accelerator):
 
 
 def ignore_signals(worker):
-    """Leave stop signals, which may be sent to the whole job, to the training process."""
+    """Leave stop signals, which may reach every process of a job, to the training process."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1283,21 +1268,21 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
     batches = iterate_batches(accelerator, stream, args, state.samples_seen, num_batches)
     quiet = not accelerator.is_main_process
     bar = tqdm(desc="training", total=max_train_steps, initial=state.step, unit="step", disable=quiet)
-    # Losses and gradient norms are summed on the device. Reading them forces a synchronization: at logging steps only.
+    # Loss and gradient norm are summed on the device and read at logging steps only: reading forces a synchronization.
     sums, count = torch.zeros(2, device=accelerator.device), 0
     began = window_began = time.perf_counter()
     state.model.train()
     while state.step < max_train_steps:
         for micro in range(accumulation):
             batch = next(batches)  # the first call draws from the global generator, so seed after it
-            # Dropout draws from it too. Seeding every micro-batch means that resuming needs no saved random state.
+            # Dropout draws from it too; seeded per micro-batch, checkpoints need no random state.
             torch.manual_seed(keyed_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 loss = state.model(batch)["loss"].mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-                    # A gradient scaler skips steps with an infinite norm.
+                    # A gradient scaler skips steps with infinite gradients; leave them out.
                     sums[1] += norm.nan_to_num(0.0, 0.0, 0.0) if accelerator.scaler else norm
                 state.optimizer.step()
                 state.optimizer.zero_grad()
@@ -1314,14 +1299,14 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
         if state.step % args.logging_steps == 0 or checkpointing or validating or last:
             stopped = accelerator.check_trigger()
             state.train_loss, norm = (accelerator.reduce(sums, "mean") / count).tolist()
-            # A scale this small has been halved at every step, because no gradient was finite.
+            # The scale starts at 65,536 and is halved when gradients overflow: below 1e-4, about 30 steps did.
             overflowing = accelerator.scaler and accelerator.scaler.get_scale() < 1e-4
             if overflowing or not math.isfinite(state.train_loss + norm):
                 bar.close()
                 accelerator.end_training()
-                remedies = "--lr_scheduler constant_with_warmup, --max_grad_norm, --snr_gamma or --mixed_precision no"
-                found = f"loss {state.train_loss:.3g}, gradient norm {norm:.3g}"
-                fail(f"diverged by step {state.step:,} ({found}); try a lower learning rate, {remedies}")
+                diverged = f"diverged by step {state.step:,}: loss {state.train_loss:.3g}, gradient norm {norm:.3g}"
+                hint = "--lr_scheduler constant_with_warmup, --max_grad_norm, --snr_gamma or --mixed_precision no"
+                fail(f"{diverged}; try a lower learning rate, {hint}")
             rate = count * global_batch_size / (time.perf_counter() - window_began)
             logs = {"loss": state.train_loss, "gradient_norm": norm, "lr": state.lr_scheduler.get_last_lr()[0]}
             bar.set_postfix_str(f"loss {state.train_loss:.4f}, lr {logs['lr']:.1e}, {rate:.3g} images/s")
@@ -1336,7 +1321,6 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
                 break
             if validating:
                 run_validation()
-                state.model.train()
             began = window_began = time.perf_counter()
     bar.close()
     return state.step < max_train_steps
@@ -1351,8 +1335,7 @@ def main(args):
     stream, heldout = prepare_streams(accelerator, pipeline, data, args, hashes["vae"])
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / global_batch_size)
-    identity = run_identity(args, data, hashes, global_batch_size, max_train_steps)
-    identity["mixed_precision"] = accelerator.mixed_precision
+    identity = run_identity(accelerator, args, data, hashes, global_batch_size, max_train_steps)
     if checkpoint:
         data.notes += check_identity(checkpoint, identity, max_train_steps)
 
@@ -1360,7 +1343,7 @@ def main(args):
         torch.set_float32_matmul_precision("high")  # TF32, after the latents were cached with PyTorch's default
     model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = make_optimizer(args, parameter_groups(args, parameters))
+    optimizer = make_optimizer(args, parameters)
     schedule = {"num_cycles": args.lr_num_cycles, "power": args.lr_power, "num_training_steps": max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, **schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -1373,7 +1356,7 @@ def main(args):
     frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
     prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
     run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
-    before = run_validation()  # of the base model, so before a checkpoint is loaded
+    before = run_validation()  # of the base model, so before the checkpoint is loaded
     if checkpoint:
         load_checkpoint(accelerator, state, checkpoint, args)
     with stop_on_signals(accelerator):
@@ -1387,8 +1370,9 @@ def main(args):
         ema.copy_to(parameters.values())
     after = run_validation()
     if accelerator.is_main_process:
+        summary = summarize(accelerator, args, state, data, (before, after))  # saving may take more memory
         save_model(args, state, pipeline)
-        finish_run(accelerator, args, state, data, (before, after), repo_id)
+        finish_run(args, summary, repo_id)
     accelerator.end_training()
 
 
@@ -1397,5 +1381,5 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except torch.OutOfMemoryError as error:
-        smaller = "lower --train_batch_size and raise --gradient_accumulation_steps, or pass --gradient_checkpointing"
-        fail(f"{error}; {smaller}, --mixed_precision bf16, --use_8bit_adam or a smaller --resolution")
+        hint = "lower --train_batch_size and raise --gradient_accumulation_steps, or pass --gradient_checkpointing"
+        fail(f"{error}; {hint}, --mixed_precision bf16, --use_8bit_adam or a smaller --resolution")

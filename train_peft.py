@@ -50,6 +50,7 @@ import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
@@ -105,22 +106,23 @@ def add_shared_arguments(parser):
     """Add the arguments shared by both training scripts."""
     flag = parser.add_argument_group("data").add_argument
     flag("--data_csv", help=f"image table (default: {' or '.join(DEFAULT_TABLES)})")
-    flag("--validation_csv", help="separate held-out table; --data_csv is then used in full unless --split is given")
+    flag("--validation_csv", help="separate held-out table; --split then defaults to all")
     flag("--image_root", help="folder that image paths are relative to (default: the table's folder or its parent)")
     flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
     flag("--image_column", default="image", help="image column of --dataset_name")
-    flag("--caption_column", help="caption column of --dataset_name (default: prompt, text, caption, or the labels)")
-    flag("--split", choices=["train", "val", "test", "all"], help="patients to train on (default: train)")
+    flag("--caption_column", help="captions of --dataset_name (default: prompt, text, caption, else the labels)")
+    splits = ["train", "val", "test", "all"]
+    flag("--split", choices=splits, help="patients to train on (default: train; all with --validation_csv)")
     flag("--split_seed", type=int, default=0, help="seed of the patient split; must match the other scripts")
-    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="-1: ones names it in the prompt")
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="-1: only ones puts it in prompts")
     flag("--prompt_template", default=PROMPT_TEMPLATE, help="caption; {} stands for the findings")
-    flag("--max_train_samples", type=int, help="train on a seeded random subset of this size (default: all)")
+    flag("--max_train_samples", type=int, help="train on a random subset of this size, drawn with --split_seed")
     flag("--max_validation_samples", type=int, default=256, help="maximum number of held-out images")
     flag("--resolution", type=int, default=512, help="side of the square training images in pixels")
     flag("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how images are made square")
-    flag("--caption_dropout", type=float, default=0.1, help="fraction of empty captions, for guidance; 0 turns it off")
+    flag("--caption_dropout", type=float, default=0.1, help="fraction of captions left empty, for guidance; 0: none")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
-    flag("--latent_cache_dir", help="latent cache (default: latent_cache beside --output_dir); none turns it off")
+    flag("--latent_cache_dir", help="folder of cached latents (default: latent_cache beside --output_dir)")
     flag("--dataloader_num_workers", type=int, help="data loader workers per process (default: 4 on a GPU, else 0)")
 
     flag = parser.add_argument_group("model and loss").add_argument
@@ -146,7 +148,7 @@ def add_shared_arguments(parser):
     flag("--lr_power", type=float, default=1.0, help="power of polynomial")
     flag("--adam_beta1", type=float, default=0.9)
     flag("--adam_beta2", type=float, default=0.999)
-    flag("--adam_weight_decay", type=float, default=1e-2)
+    flag("--adam_weight_decay", type=float, default=1e-2, help="of all trained weights, also biases and norms")
     flag("--adam_epsilon", type=float, default=1e-8)
     flag("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
     flag("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
@@ -156,14 +158,14 @@ def add_shared_arguments(parser):
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", help="run folder (default: runs/<method>)")
     flag("--overwrite_output_dir", action="store_true", help="start over in a folder that already holds a run")
-    flag("--seed", type=int, default=0, help="seed of order, noise, timesteps and validation images")
+    flag("--seed", type=int, default=0, help="seed of sample order, noise, timesteps and validation images")
     flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only when stopped")
     flag("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep")
     flag("--resume_from_checkpoint", metavar="PATH|latest", help="latest starts from scratch if there is none")
     flag("--validation_steps", type=int, default=500, help="steps between validations; 0: first and last only")
     flag("--validation_prompts", nargs="+", help="prompts of validation images (default: the most frequent captions)")
-    flag("--num_validation_images", type=int, default=4, help="images without --validation_prompts; 0 turns them off")
-    flag("--logging_steps", type=int, default=10, help="steps between log entries; stop signals are checked then")
+    flag("--num_validation_images", type=int, default=4, help="number of frequent captions to sample; 0: no images")
+    flag("--logging_steps", type=int, default=10, help="steps between log entries and checks for stop signals")
     flag("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard")
     flag("--push_to_hub", action="store_true", help="upload the finished run to a private hub repository")
     flag("--hub_model_id", help="repository of --push_to_hub (default: the output folder's name)")
@@ -171,7 +173,7 @@ def add_shared_arguments(parser):
 
 # Copied from train_full.check_arguments
 def check_arguments(parser, args):
-    """Check what argparse cannot, and look for the default table."""
+    """Check values and combinations of arguments, and find the default table."""
     at_least_one = (
         "resolution train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps logging_steps "
         "checkpoints_total_limit max_train_samples max_validation_samples"
@@ -205,16 +207,18 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("method").add_argument
     flag("--method", choices=["lora", "dora", "bitfit", "difffit"], required=True)
     flag("--rank", type=int, default=8, help="rank of LoRA and DoRA")
-    flag("--lora_alpha", type=int, default=16, help="the update of LoRA and DoRA is scaled by alpha / rank")
-    flag("--lora_dropout", type=float, default=0.0, help="dropout on the input of the update")
+    flag("--lora_alpha", type=int, default=16, help="LoRA and DoRA updates are scaled by lora_alpha / rank")
+    flag("--lora_dropout", type=float, default=0.0, help="dropout on the input of the LoRA layers")
     flag("--learning_rate", type=float, default=1e-4)
-    flag("--save_merged", action="store_true", help="also save a pipeline with the adapter merged, in merged/")
+    flag("--save_merged", action="store_true", help="also save a full pipeline with the adapter merged to merged/")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
-    if args.rank < 1 or not 0 <= args.lora_dropout < 1:
-        parser.error("--rank must be at least 1, and --lora_dropout at least 0 and below 1")
-    args.components = ["unet"]
+    if args.rank < 1:
+        parser.error("--rank must be at least 1")
+    if not 0 <= args.lora_dropout < 1:
+        parser.error("--lora_dropout must be at least 0 and below 1")
+    args.components, args.learning_rates = ["unet"], {"unet": args.learning_rate}
     args.output_dir = args.output_dir or f"runs/{args.method}"
     return args
 
@@ -226,7 +230,7 @@ def parse_args(argv=None):
 
 # Copied from train_full.keyed_seed
 def keyed_seed(*key):
-    """Return a 63-bit seed that depends on the key alone, so that random draws need no saved state."""
+    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
@@ -237,14 +241,15 @@ def load_image(image, resolution, resize_mode):
     `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
     """
     try:
-        file = image
         if isinstance(image, tuple):
             dataset, column, row = image
             encoded = dataset[row][column]
             file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+        else:
+            file = image
         with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
-            # Pillow clips or drops the lower bits of deeper images without a warning.
+            # Pillow silently clips deeper images or drops their low bits.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
             if getattr(opened, "n_frames", 1) > 1:
@@ -268,28 +273,33 @@ def to_pixel_values(image):
 
 # Copied from train_full.SampleStream
 class SampleStream(torch.utils.data.Dataset):
-    """Training sample n as a pure function of (seed, n).
+    """Training sample n, determined by (seed, n) alone.
 
-    Each epoch is a seeded permutation of the images. Noise, timestep and caption dropout come from a generator keyed
-    by n, so it does not matter which process draws a sample, in which batch, or after how many interruptions.
+    Each epoch is a seeded permutation of the images; noise, timestep and caption dropout are seeded by n. So samples
+    do not depend on the number of processes, the batch size or interruptions.
 
-    With `heldout`, sample n is image n, and noise and timesteps (spread evenly by the golden ratio) are the same for
-    every run.
+    With `heldout`, sample n is image n, with noise and timesteps (spread evenly, by the golden ratio) that are the
+    same in all runs.
 
-    A sample holds noise and latent_noise (C, h, w), timesteps, encoder_hidden_states (77, D) or input_ids (77,), and
-    posterior (2C, h, w: mean and log-variance) if latents are cached, pixel_values (3, H, W) if not or `with_pixels`.
+    A sample is a dict of
+        noise (C, h, w), and posterior_noise (C, h, w), which samples the VAE's posterior
+        timesteps ()
+        encoder_hidden_states (77, D), or input_ids (77,) if the text encoder runs in the training loop
+        posterior (2C, h, w), the VAE's mean and log-variance, if `latents` are given
+        pixel_values (3, H, W), in [-1, 1], `with_pixels`
     """
 
     def __init__(self, table, latents, captions, pipeline, args, with_pixels=False, heldout=False):
         self.images, self.prompts = list(table["image"]), list(table["prompt"])
         self.latents, self.captions = latents, captions
         self.has_embeddings = "encoder_hidden_states" in captions[""]
-        self.with_pixels = with_pixels or latents is None
+        self.with_pixels = with_pixels
         self.resolution, self.resize_mode = args.resolution, args.resize_mode
         side = args.resolution // pipeline.vae_scale_factor
         self.latent_shape = (pipeline.vae.config.latent_channels, side, side)
         self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
-        self.heldout, self.seed = heldout, "held-out" if heldout else args.seed
+        self.heldout = heldout
+        self.seed = "held-out" if heldout else args.seed  # held-out samples do not depend on --seed
         self.caption_dropout = 0.0 if heldout else args.caption_dropout
         self.noise_offset = 0.0 if heldout else args.noise_offset
         self.epoch, self.order = None, None
@@ -311,12 +321,12 @@ class SampleStream(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(keyed_seed(self.seed, "sample", n))
         timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
         noise = torch.randn(self.latent_shape, generator=generator)
-        latent_noise = torch.randn(self.latent_shape, generator=generator)
+        posterior_noise = torch.randn(self.latent_shape, generator=generator)
         noise = noise + self.noise_offset * torch.randn(self.latent_shape[0], 1, 1, generator=generator)
         drop_caption = torch.rand((), generator=generator) < self.caption_dropout
         if self.heldout:
             timestep = torch.tensor(int((n * 0.6180339887498949 + 0.5) % 1 * self.num_train_timesteps))
-        sample = {"noise": noise, "latent_noise": latent_noise, "timesteps": timestep}
+        sample = {"noise": noise, "posterior_noise": posterior_noise, "timesteps": timestep}
         sample |= self.captions["" if drop_caption else self.prompts[i]]
         if self.latents:
             sample["posterior"] = torch.from_numpy(np.load(self.latents[i]).astype(np.float32))
@@ -330,39 +340,30 @@ class SampleStream(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_full.split_posterior
-def split_posterior(posterior):
-    """Return mean and standard deviation of a VAE posterior (B, 2C, h, w), clamped as in diffusers."""
-    mean, logvar = posterior.float().chunk(2, dim=1)
-    return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-
-
 # Copied from train_full.DiffusionLoss
 class DiffusionLoss(torch.nn.Module):
-    """The training objective in one forward, so that DDP, autocast and torch.compile see a single call.
+    """Compute the training loss in a single forward, for DDP and autocast to wrap.
 
-    A pure function of the batch, which holds all random numbers, and the weights. Returns per-sample losses, (B,) in
-    float32, by name; "loss" is what is optimized. `vae` and `text_encoder` are None if their outputs are in the batch.
+    The batch holds all random numbers but those of dropout. Return per-sample losses, (B,) in float32, by name; "loss"
+    is the one to optimize. `text_encoder` is None if the batch holds embeddings.
     """
 
     reported = ("diffusion",)  # losses to measure on held-out images
 
-    def __init__(self, unet, vae, text_encoder, noise_scheduler, scaling_factor, snr_gamma=None):
+    def __init__(self, pipeline, text_encoder, args):
         super().__init__()
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.noise_scheduler, self.scaling_factor, self.snr_gamma = noise_scheduler, scaling_factor, snr_gamma
+        self.unet, self.text_encoder = pipeline.unet, text_encoder
+        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.scaling_factor, self.snr_gamma = pipeline.vae.config.scaling_factor, args.snr_gamma
 
     def forward(self, batch):
-        if "posterior" in batch:
-            posterior = batch["posterior"]
-        else:
-            posterior = self.vae.encode(batch["pixel_values"]).latent_dist.parameters
-        mean, std = split_posterior(posterior)
-        diffusion = self.diffusion((mean + std * batch["latent_noise"]) * self.scaling_factor, batch)
+        posterior = DiagonalGaussianDistribution(batch["posterior"])
+        latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * self.scaling_factor
+        diffusion = self.diffusion_loss(latents, batch)
         return {"loss": diffusion * self.snr_weight(batch["timesteps"]), "diffusion": diffusion}
 
-    def diffusion(self, latents, batch):
-        """Return the squared error of the predicted noise, or of the velocity for a v-prediction model, (B,)."""
+    def diffusion_loss(self, latents, batch):
+        """Return the mean squared error of the predicted noise, or velocity for a v-prediction model, (B,)."""
         noise, timesteps = batch["noise"], batch["timesteps"]
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         if "encoder_hidden_states" in batch:
@@ -375,28 +376,23 @@ class DiffusionLoss(torch.nn.Module):
         return F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def snr_weight(self, timesteps):
-        """Return min-SNR weights, arXiv 2303.09556 eq. 5 for noise prediction, over SNR + 1 for velocity."""
+        """Return min-SNR weights (arXiv 2303.09556): min(SNR, gamma) / SNR, or / (SNR + 1) for v-prediction."""
         if self.snr_gamma is None:
             return 1.0
         snr = compute_snr(self.noise_scheduler, timesteps)
         if self.noise_scheduler.config.prediction_type == "v_prediction":
             return snr.clamp(max=self.snr_gamma) / (snr + 1)
-        # min(SNR, gamma) / SNR, in a form that is finite where the SNR is 0.
+        # The same as min(SNR, gamma) / SNR, but finite where the SNR is 0.
         return (self.snr_gamma / snr).clamp(max=1.0)
 
 
-def scale_output(module, inputs, output):
-    """Multiply a layer's output by DiffFit's scale (a forward hook)."""
-    return output * module.gamma.to(output.dtype)
-
-
 def apply_method(unet, args):
-    """Freeze the U-Net except for the method's parameters, adding those that it does not have.
+    """Freeze the U-Net, then add or unfreeze the parameters that the method trains.
 
-    lora, dora: a low-rank update of the attention projections (arXiv 2106.09685, 2402.09353), as in PEFT.
-    bitfit: every existing bias (arXiv 2106.10199).
-    difffit: biases, the weights of all norms, and a scale per channel, initially one, on the output of each residual
-    branch of each transformer block (arXiv 2304.06648).
+    lora, dora: low-rank updates of the attention projections (arXiv 2106.09685, 2402.09353), by PEFT.
+    bitfit: all biases (arXiv 2106.10199).
+    difffit: all biases and norm weights, and a new per-channel scale, initially 1, on the output of every attention
+    and feed-forward branch (arXiv 2304.06648).
     """
     unet.requires_grad_(False)
     if args.method in ("lora", "dora"):
@@ -412,7 +408,7 @@ def apply_method(unet, args):
                 module.weight.requires_grad_(True)
             if name.endswith(BRANCH_ENDS):
                 module.gamma = torch.nn.Parameter(torch.ones(module.out_features))
-                module.register_forward_hook(scale_output)
+                module.register_forward_hook(lambda layer, inputs, output: (output * layer.gamma).to(output.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,26 +431,26 @@ def parse_labels(raw, source):
 
 # Copied from train_full.resolve_paths
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths, from the first folder under which one of the first 1,000 images exists.
+    """Return absolute image paths.
 
-    CheXpert's paths start with the dataset's own folder, which a resized copy often renames, so that part is optional.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
+    without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
-    for root in roots:
-        for skip in (0, 1):
-            paths = (root / Path(*Path(name).parts[skip:]) for name in names)
-            if any(path.is_file() for path in itertools.islice(paths, 1000)):
-                return [str((root / Path(*Path(name).parts[skip:])).absolute()) for name in names]
+    for root, skip in itertools.product(roots, (0, 1)):
+        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
+        if any(path.is_file() for path in paths[:1000]):
+            return [str(path) for path in paths]
     searched = " or ".join(str(root.absolute()) for root in roots)
     fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
 
 
 # Copied from train_full.make_table
 def make_table(raw, names, images, prompt_column, source):
-    """Build the image table that all scripts use from a table of strings.
+    """Convert a table of strings to the image table that all scripts share.
 
     Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels found. An image without a patient counts as a patient of its own.
+    the labels that exist. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
@@ -469,16 +465,16 @@ def make_table(raw, names, images, prompt_column, source):
 
 # Copied from train_full.load_image_table
 def load_image_table(csv, image_root=None, with_images=True):
-    """Read an image table: CheXpert's CSV, or any with an image column and label or prompt columns.
+    """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
     try:
         with warnings.catch_warnings():
             # pandas only warns about a row longer than the header, and shifts or drops its cells.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **form)
+            raw = pd.read_csv(csv, index_col=False, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
     column = next((name for name in ("Path", "file_name") if name in raw), None)
@@ -496,7 +492,7 @@ def load_image_table(csv, image_root=None, with_images=True):
 
 # Copied from train_full.load_dataset_table
 def load_dataset_table(name, image_column, caption_column):
-    """Return the image table of a Hugging Face dataset; images stay there and are given as (dataset, column, row)."""
+    """Return the image table of a Hugging Face dataset, whose images are (dataset, column, row), decoded on demand."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -504,14 +500,15 @@ def load_dataset_table(name, image_column, caption_column):
         dataset = datasets.load_dataset(name, split="train")
     except Exception as error:  # anything from connection errors to malformed files
         fail(f"--dataset_name {name}: cannot be loaded ({str(error)[:300]})")
-    columns = dataset.column_names
     if not isinstance(dataset.features.get(image_column), datasets.Image):
-        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {columns}")
+        names = dataset.column_names
+        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {names}")
+    columns = [column for column in dataset.column_names if column != image_column]
     if caption_column is None:
         caption_column = next((column for column in ("prompt", "text", "caption") if column in columns), None)
     if caption_column not in columns and (caption_column or not {*LABELS} & {*columns}):
         fail(f"--dataset_name {name}: no caption or label column; pass --caption_column, one of {columns}")
-    raw = dataset.remove_columns(image_column).to_pandas().reindex(range(len(dataset)))
+    raw = dataset.remove_columns(image_column).to_pandas()
     raw = raw.astype(object).where(raw.notna(), "").astype(str)
     dataset = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     images, names = [(dataset, image_column, row) for row in raw.index], [f"{name}[{row}]" for row in raw.index]
@@ -536,7 +533,7 @@ def positive_labels(table, labels, uncertain):
 
 # Copied from train_full.add_prompts
 def add_prompts(table, template, uncertain):
-    """Fill empty prompts from the labels, in the order of LABELS; without a positive label they stay empty."""
+    """Fill empty prompts from the labels, in the order of LABELS. Rows without a positive label stay empty."""
     positive = positive_labels(table, LABELS, uncertain).to_numpy()
     findings = [", ".join(label for label, found in zip(LABELS, row) if found) for row in positive]
     from_labels = pd.Series([template.replace("{}", text) if text else "" for text in findings], table.index, str)
@@ -552,7 +549,7 @@ class TrainingData:
     rows: int
     left_out: dict  # number of rows by reason
     notes: list  # warnings
-    val_counts: list  # result rows
+    val_counts: list  # result rows: images per label in the whole val split, as in the paper's Table 2
 
 
 # Copied from train_full.load_training_data
@@ -604,7 +601,7 @@ def load_training_data(args):
 
 # Copied from train_full.fingerprint
 def fingerprint(module):
-    """Return a SHA-256 over the values of a module's weights, independent of their names."""
+    """Return a SHA-256 of a module's weights that does not depend on their names."""
     tensors = (parameter.detach().cpu().contiguous() for parameter in module.parameters())
     digests = [hashlib.sha256(str(tuple(t.shape)).encode() + t.numpy().tobytes()).digest() for t in tensors]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
@@ -618,10 +615,13 @@ def latent_paths(images, vae_hash, args):
     for image in images:
         if isinstance(image, tuple):
             dataset, column, row = image
-            key = dataset[row][column]["bytes"] or Path(dataset[row][column]["path"]).read_bytes()
+            encoded = dataset[row][column]
+            key = encoded["bytes"] or Path(encoded["path"]).read_bytes()
+        elif os.path.exists(image):
+            stat = os.stat(image)
+            key = f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode()
         else:
-            stat = os.stat(image) if os.path.exists(image) else None
-            key = f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode() if stat else image.encode()
+            key = image.encode()  # check_and_encode reports it
         name = hashlib.sha256(key).hexdigest()
         paths.append(folder / name[:2] / f"{name[2:34]}.npy")
     return paths
@@ -630,14 +630,14 @@ def latent_paths(images, vae_hash, args):
 # Copied from train_full.check_and_encode
 @torch.no_grad()
 def check_and_encode(accelerator, images, paths, vae, args):
-    """Decode all images that have no cached latents yet, and encode them if `vae` is given.
+    """Decode images that have no cached latents and, given a VAE, cache their latents.
 
-    The processes share the work, and an interrupted run keeps what it has encoded. Return {position: error} of bad
-    images, identical on every process.
+    The images are divided among the processes; a restarted run continues where it stopped. Return {index: error} of
+    unreadable images, the same on all processes.
     """
     rank, world, problems = accelerator.process_index, accelerator.num_processes, {}
-    # Divide the images before looking for their latents, which another process may be writing meanwhile.
-    mine = [i for i in range(rank, len(images), world) if not (paths and paths[i].exists())]
+    # Divide by index, not by what is missing: other processes may already be filling the cache.
+    mine = [i for i in range(rank, len(images), world) if not paths[i].exists()]
 
     def decode(i):
         try:
@@ -646,12 +646,12 @@ def check_and_encode(accelerator, images, paths, vae, args):
             problems[i] = str(error)
 
     label = "encoding images" if vae else "checking images"
-    bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not accelerator.is_main_process)
+    bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not (mine and rank == 0))
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(mine), 64):  # all images at once would not fit in memory
             for i, image in zip(mine[start : start + 64], pool.map(decode, mine[start : start + 64])):
                 bar.update()
-                if vae is None or image is None:  # None: unreadable, see problems
+                if vae is None or image is None:  # unreadable images are in `problems`
                     continue
                 # One image at a time, so that latents do not depend on the batch.
                 posterior = vae.encode(to_pixel_values(image)[None].to(vae.device)).latent_dist.parameters[0]
@@ -665,25 +665,26 @@ def check_and_encode(accelerator, images, paths, vae, args):
 
 # Copied from train_full.drop_bad_images
 def drop_bad_images(data, problems, on_bad_image):
-    """Stop at unreadable images, or drop them from `data`; positions count training images first, then held-out."""
+    """Stop at unreadable images, or drop them from `data`. `problems` counts training, then held-out images."""
+    if not problems:
+        return
     listed = "; ".join(list(problems.values())[:20])
-    if problems and on_bad_image == "stop":
+    if on_bad_image == "stop":
         fail(f"{len(problems):,} images cannot be used; repair them or pass --on_bad_image skip: {listed}")
-    if problems:
-        data.notes.append(f"left out {len(problems):,} unreadable images: {listed}")
-        data.left_out["unreadable"], count = len(problems), len(data.train)
-        data.train = data.train.drop([i for i in problems if i < count]).reset_index(drop=True)
-        data.heldout = data.heldout.drop([i - count for i in problems if i >= count]).reset_index(drop=True)
+    data.notes.append(f"left out {len(problems):,} unreadable images: {listed}")
+    data.left_out["unreadable"], count = len(problems), len(data.train)
+    data.train = data.train.drop([i for i in problems if i < count]).reset_index(drop=True)
+    data.heldout = data.heldout.drop([i - count for i in problems if i >= count]).reset_index(drop=True)
     if data.train.empty:
         fail(f"{data.source}: all training images are unreadable: {listed}")
 
 
 # Copied from train_full.encode_captions
 @torch.no_grad()
-def encode_captions(pipeline, data, device, cache_embeddings):
-    """Map captions, and the empty one, to their part of a sample: encoder_hidden_states (77, D) or input_ids (77,).
+def encode_captions(pipeline, data, device, train_text_encoder):
+    """Return, for each caption and the empty one, {"encoder_hidden_states": (77, D)} or {"input_ids": (77,)}.
 
-    Like the pipeline's own, embeddings are computed without an attention mask. Adds a note if captions are cut.
+    As in the pipeline, no attention mask is used. Add a note if captions are cut.
     """
     tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
     captions = [*sorted({*data.train["prompt"], *data.heldout["prompt"]}), ""]
@@ -693,7 +694,7 @@ def encode_captions(pipeline, data, device, cache_embeddings):
         data.notes.append(f"{num_cut:,} of {len(captions) - 1:,} captions are cut at {length} tokens")
     padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     input_ids = tokenizer(captions, **padding).input_ids
-    if not cache_embeddings or len(captions) > MAX_CACHED_CAPTIONS:
+    if train_text_encoder or len(captions) > MAX_CACHED_CAPTIONS:
         return {caption: {"input_ids": ids} for caption, ids in zip(captions, input_ids)}
     text_encoder.to(device)
     embeddings = torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in input_ids.split(64)])
@@ -703,17 +704,16 @@ def encode_captions(pipeline, data, device, cache_embeddings):
 # Copied from train_full.prepare_streams
 def prepare_streams(accelerator, pipeline, data, args, vae_hash):
     """Return the training and the held-out stream, with latents and embeddings cached where they are constant."""
-    train_vae = "vae" in args.components
-    # A jointly trained VAE needs gradients, so its latents cannot be cached.
-    use_latents = args.latent_cache_dir != "none" and not (train_vae and args.vae_loss == "joint")
     images = [*data.train["image"], *data.heldout["image"]]
-    paths = None if args.latent_cache_dir == "none" else latent_paths(images, vae_hash, args)
-    vae = pipeline.vae.to(accelerator.device) if use_latents else None
+    paths = latent_paths(images, vae_hash, args)
+    train_vae = "vae" in args.components
+    # A jointly trained VAE changes, so its latents cannot be cached: images are only checked.
+    vae = None if train_vae and args.vae_loss == "joint" else pipeline.vae.to(accelerator.device)
     problems = check_and_encode(accelerator, images, paths, vae, args)
     drop_bad_images(data, problems, args.on_bad_image)
-    latents = [path for i, path in enumerate(paths) if i not in problems] if use_latents else None
-    captions = encode_captions(pipeline, data, accelerator.device, "text_encoder" not in args.components)
-    pipeline.to("cpu")  # free the device; the loss takes what it needs
+    latents = [path for i, path in enumerate(paths) if i not in problems] if vae else None
+    captions = encode_captions(pipeline, data, accelerator.device, "text_encoder" in args.components)
+    pipeline.to("cpu")  # frees the device; accelerator.prepare moves what the loss uses
     n = len(data.train)
     stream = SampleStream(data.train, latents and latents[:n], captions, pipeline, args, train_vae)
     heldout = SampleStream(data.heldout, latents and latents[n:], captions, pipeline, args, train_vae, heldout=True)
@@ -766,49 +766,38 @@ def load_base_pipeline(args):
     return pipeline
 
 
-# Copied from train_full.to_channels_last
-def to_channels_last(module):
-    """Use channels-last convolution weights on GPUs, where they are faster."""
-    if torch.cuda.is_available():
-        module.to(memory_format=torch.channels_last)
-
-
 def cast_frozen(unet, dtype):
-    """Cast frozen weights to `dtype`, except those of norms: CPU kernels need a norm's weight and bias in one type."""
-    for module in unet.modules():
-        if not isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+    """Cast frozen weights to `dtype`, except norms: on CPUs, a norm's weight and bias must have the same dtype."""
+    for name, parameter in unet.named_parameters():
+        if not parameter.requires_grad and "norm" not in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def build_loss(args, pipeline, stream, mixed_precision):
-    """Apply the method, cast what is frozen to the autocast type, and return the loss module."""
+    """Apply the method, cast frozen weights to the autocast dtype, and return the loss module."""
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
     apply_method(pipeline.unet, args)
     cast_frozen(pipeline.unet, frozen_dtype)
     for component in (pipeline.text_encoder, pipeline.vae):
         component.requires_grad_(False).to(frozen_dtype)
-    for component in (pipeline.unet, pipeline.vae):
-        to_channels_last(component)
+    if torch.cuda.is_available():  # where channels-last convolutions are faster
+        for component in (pipeline.unet, pipeline.vae):
+            component.to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     if args.compile:
         pipeline.unet.compile(dynamic=False)
-    vae = None if stream.latents else pipeline.vae
     text_encoder = None if stream.has_embeddings else pipeline.text_encoder
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    scaling_factor = pipeline.vae.config.scaling_factor
-    return DiffusionLoss(pipeline.unet, vae, text_encoder, noise_scheduler, scaling_factor, args.snr_gamma)
-
-
-def parameter_groups(args, parameters):
-    """Return the optimizer's parameter groups."""
-    return [{"params": list(parameters.values()), "lr": args.learning_rate}]
+    return DiffusionLoss(pipeline, text_encoder, args)
 
 
 # Copied from train_full.make_optimizer
-def make_optimizer(args, groups):
+def make_optimizer(args, parameters):
+    """Return AdamW with a learning rate for each trained component."""
+    groups = [
+        {"params": [p for name, p in parameters.items() if name.startswith(f"{component}.")], "lr": learning_rate}
+        for component, learning_rate in args.learning_rates.items()
+    ]
     options = {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     options["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.use_8bit_adam:
@@ -857,13 +846,14 @@ class TrainState:
 
 
 # Copied from train_full.run_identity
-def run_identity(args, data, hashes, global_batch_size, max_train_steps):
-    """Return the settings that are compared when a run is resumed."""
+def run_identity(accelerator, args, data, hashes, global_batch_size, max_train_steps):
+    """Return the settings to compare when a run is resumed."""
     rows = "\n".join(f"{name}\t{prompt}" for name, prompt in zip(data.train["name"], data.train["prompt"]))
     return {
         "base_fingerprint": hashlib.sha256("".join(hashes.values()).encode()).hexdigest(),
         "data_fingerprint": hashlib.sha256(f"{args.resolution}/{args.resize_mode}\n{rows}".encode()).hexdigest(),
         "global_batch_size": global_batch_size,
+        "mixed_precision": accelerator.mixed_precision,
         "length_of_lr_schedule": None if args.lr_scheduler.startswith("constant") else max_train_steps,
         **{name: getattr(args, name) for name in (*REFUSE_IF_CHANGED, *WARN_IF_CHANGED) if hasattr(args, name)},
     }
@@ -878,8 +868,8 @@ def list_checkpoints(output_dir):
 
 # Copied from train_full.remove_checkpoint
 def remove_checkpoint(folder):
-    """Delete a checkpoint, renaming it first, so that a kill leaves no part of it under its name."""
-    hidden = folder.with_name(f".{folder.name}.tmp")
+    """Rename a checkpoint, then delete it, so that an interrupted deletion leaves no broken checkpoint."""
+    hidden = folder.with_name(".deleted-checkpoint")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)
     shutil.rmtree(hidden)
@@ -887,11 +877,11 @@ def remove_checkpoint(folder):
 
 # Copied from train_full.find_checkpoint
 def find_checkpoint(args):
-    """Return the checkpoint to resume from, or None; refuse to overwrite a run or a pipeline."""
-    output_dir, base, checkpoint = Path(args.output_dir), Path(args.pretrained_model_name_or_path), None
+    """Return the checkpoint to resume from, or None. Fail if --output_dir already holds another run or a pipeline."""
+    output_dir, base = Path(args.output_dir), Path(args.pretrained_model_name_or_path)
     if base.is_dir() and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
         fail(f"--output_dir {output_dir} holds the base model; pass another")
-    existing = list_checkpoints(output_dir)
+    existing, checkpoint = list_checkpoints(output_dir), None
     if args.resume_from_checkpoint == "latest":
         checkpoint = existing[-1] if existing else None
     elif args.resume_from_checkpoint:
@@ -902,46 +892,47 @@ def find_checkpoint(args):
         return checkpoint
     used = existing or any((output_dir / name).exists() for name in ("training_summary.json", "model_index.json"))
     if used and not args.overwrite_output_dir:
-        hint = "pass --resume_from_checkpoint latest to continue it, --overwrite_output_dir, or another --output_dir"
-        fail(f"{output_dir} already holds a run or a pipeline; {hint}")
+        hint = "--resume_from_checkpoint latest to continue it, " if existing else ""
+        hint += "--overwrite_output_dir to delete it, or another --output_dir"
+        fail(f"{output_dir} already holds a run or a pipeline; pass {hint}")
     return checkpoint
 
 
 # Copied from train_full.check_identity
 def check_identity(checkpoint, identity, max_train_steps):
-    """Refuse a checkpoint of another model or method; return warnings about other changes."""
+    """Fail if the checkpoint is of another model or method; return warnings about other changed settings."""
     saved, notes = json.loads((checkpoint / "state.json").read_text()), []
     if saved["step"] > max_train_steps:
-        fail(f"{checkpoint} is past step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
+        fail(f"{checkpoint} is beyond step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
     for name, value in identity.items():
-        before = saved["identity"].get(name)
-        if before == value:
+        saved_value = saved["identity"].get(name)
+        if saved_value == value:
             continue
         if name == "base_fingerprint":
             fail(f"{checkpoint} was trained from a base model with other weights; pass that model")
         if name in REFUSE_IF_CHANGED:
-            fail(f"{checkpoint} was trained with {name}={before}, not {value}; pass that or another --output_dir")
-        notes.append(f"{name} was {before} in {checkpoint} and is now {value}")
+            hint = "restore that setting or pass another --output_dir"
+            fail(f"{checkpoint} was trained with {name}={saved_value}, not {value}; {hint}")
+        notes.append(f"{name} was {saved_value} in {checkpoint} and is now {value}")
     return notes
 
 
 # Copied from train_full.save_tensors
 def save_tensors(tensors, path):
-    # Copied, since safetensors refuses tensors that share memory, such as 8-bit AdamW's quantization maps.
+    # Cloned: safetensors refuses tensors that share memory, such as 8-bit AdamW's quantization maps.
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
 
 
 # Copied from train_full.save_checkpoint
 def save_checkpoint(accelerator, state, args):
-    """Write checkpoint-<step> under a temporary name, then rename it, so that a checkpoint that exists is complete."""
-    folder = Path(args.output_dir) / f"checkpoint-{state.step}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    """Write checkpoint-<step> to a temporary folder, then rename it atomically."""
+    temporary = Path(args.output_dir) / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     optimizer = {}
     for i, values in state.optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            # bitsandbytes nests its 8-bit state one level deeper, and loads it flat as well.
+            # bitsandbytes nests its 8-bit state one level deeper but also loads it flat.
             inner = value if isinstance(value, dict) else {name: value}
             optimizer |= {f"{i}.{key}": entry for key, entry in inner.items()}
     tensors = {name: value for name, value in optimizer.items() if torch.is_tensor(value)}
@@ -957,16 +948,14 @@ def save_checkpoint(accelerator, state, args):
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    if folder.exists():
-        remove_checkpoint(folder)
-    os.replace(temporary, folder)
+    os.replace(temporary, temporary.with_name(f"checkpoint-{state.step}"))
     for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
         remove_checkpoint(old)
 
 
 # Copied from train_full.match_layout
 def match_layout(value, parameter):
-    """Return a tensor on the device and in the memory layout of its parameter."""
+    """Copy a tensor to the device and the memory layout of a parameter."""
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
@@ -975,8 +964,6 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     """Restore weights, optimizer, learning rate and counters in place."""
     saved = json.loads((checkpoint / "state.json").read_text())
     weights = load_file(checkpoint / "trainable.safetensors")
-    if weights.keys() != state.parameters.keys():
-        fail(f"{checkpoint}: its parameters are not those that train now")
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             parameter.copy_(weights[name])
@@ -984,7 +971,7 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     optimizer = {i: {} for i in range(len(in_order))}
     for key, value in (load_file(checkpoint / "optimizer.safetensors") | saved["optimizer"]).items():
         i, name = key.split(".", 1)
-        # Fused AdamW reads memory linearly: its state must have the layout of its (channels-last) weight.
+        # Fused AdamW ignores strides: its state must have the memory layout of its (channels-last) weight.
         same_shape = torch.is_tensor(value) and value.shape == in_order[int(i)].shape
         optimizer[int(i)][name] = match_layout(value, in_order[int(i)]) if same_shape else value
     groups = state.optimizer.state_dict()["param_groups"]
@@ -1003,7 +990,7 @@ def load_checkpoint(accelerator, state, checkpoint, args):
         setattr(state, name, saved[name])
     if accelerator.is_main_process and checkpoint.resolve().parent == Path(args.output_dir).resolve():
         for later in list_checkpoints(args.output_dir):
-            if int(later.name[11:]) > state.step:  # the history that this run abandons
+            if int(later.name[11:]) > state.step:  # of the continuation that this run replaces
                 remove_checkpoint(later)
 
 
@@ -1015,8 +1002,8 @@ def load_checkpoint(accelerator, state, checkpoint, args):
 # Copied from train_full.heldout_losses
 @torch.no_grad()
 def heldout_losses(accelerator, model, stream, batch_size):
-    """Return each loss at fixed timesteps and noise as an array (n,), the images shared among the processes."""
-    model = accelerator.unwrap_model(model).eval()  # unwrapped, since ranks may run different numbers of batches
+    """Return each loss at fixed timesteps and noise as an array, (n,). The images are divided among the processes."""
+    # Each process fills in its own images; the others' entries stay 0, and the sum over processes has all.
     losses = {name: torch.zeros(len(stream), device=accelerator.device) for name in model.reported}
     for start in range(accelerator.process_index * batch_size, len(stream), accelerator.num_processes * batch_size):
         rows = range(start, min(start + batch_size, len(stream)))
@@ -1024,26 +1011,25 @@ def heldout_losses(accelerator, model, stream, batch_size):
         found = model({key: value.to(accelerator.device) for key, value in batch.items()})
         for name, values in losses.items():
             values[rows.start : rows.stop] = found[name]
-    model.train()
     return {name: accelerator.reduce(values, "sum").cpu().numpy() for name, values in losses.items()}
 
 
 # Copied from train_full.draw_validation
 @torch.no_grad()
-def draw_validation(accelerator, pipeline, prompts, args, path):
-    """Sample the validation prompts from fixed seeds into one row of images."""
+def draw_validation(accelerator, pipeline, prompts, args, step):
+    """Sample the validation prompts with fixed seeds and save the images side by side."""
+    # Components that the loss does not use are on the CPU.
     moved = [part for part in (pipeline.vae, pipeline.text_encoder) if part.device.type != accelerator.device.type]
     for component in moved:
         component.to(accelerator.device)
-    pipeline.unet.eval()
     images, size = [], {"height": args.resolution, "width": args.resolution}
     for i, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(keyed_seed(args.seed, "validation", i))
         with accelerator.autocast():
             images += pipeline(prompt, **size, num_inference_steps=25, generator=generator).images
-    pipeline.unet.train()
     for component in moved:
         component.to("cpu")
+    path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     make_image_grid(images, rows=1, cols=len(images)).save(temporary, format="PNG")
@@ -1052,14 +1038,16 @@ def draw_validation(accelerator, pipeline, prompts, args, path):
 
 # Copied from train_full.validate
 def validate(accelerator, state, pipeline, heldout, prompts, args):
-    """Measure held-out losses and sample images with the current weights, averaged ones with --use_ema."""
+    """Measure held-out losses and sample images with the current weights, or their average with --use_ema."""
     if state.ema:
         state.ema.store(state.parameters.values())
         state.ema.copy_to(state.parameters.values())
-    losses = heldout_losses(accelerator, state.model, heldout, args.train_batch_size) if len(heldout) else {}
+    # Unwrapped: DDP would hang, since processes may run different numbers of batches.
+    model = accelerator.unwrap_model(state.model).eval()
+    losses = heldout_losses(accelerator, model, heldout, args.train_batch_size) if len(heldout) else {}
     if prompts and accelerator.is_main_process:
-        path = Path(args.output_dir) / "validation" / f"step-{state.step:06d}.png"
-        draw_validation(accelerator, pipeline, prompts, args, path)
+        draw_validation(accelerator, pipeline, prompts, args, state.step)
+    model.train()
     if state.ema:
         state.ema.restore(state.parameters.values())
     accelerator.wait_for_everyone()
@@ -1069,14 +1057,13 @@ def validate(accelerator, state, pipeline, heldout, prompts, args):
 
 # Copied from train_full.result_row
 def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
-    """Return one row of the form that all result files share; low and high are the 95% interval."""
-    row = {"metric": metric, "label": label, "value": value, "low": low, "high": high}
-    return row | {"n": n, "floor": floor, "note": note}
+    """Return one row of the format that all result files share; low and high are the 95% interval."""
+    return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
 # Copied from train_full.count_rows
 def count_rows(part, table, uncertain):
-    """Return the paper's Table 2 for one part of the data: the number of its images, and of those with each label."""
+    """Count the images of one part of the data, in all and per label (the paper's Table 2)."""
     counts = positive_labels(table, [label for label in LABELS if label in table], uncertain).sum()
     by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
@@ -1084,7 +1071,7 @@ def count_rows(part, table, uncertain):
 
 # Copied from train_full.heldout_rows
 def heldout_rows(before, after):
-    """Return held-out losses at the start and the end, and their change image by image, with 95% normal intervals."""
+    """Return held-out losses before and after training and their change per image, with normal 95% intervals."""
     if not before:
         return [result_row("heldout_diffusion", None, note="no held-out images")]
     rows = []
@@ -1092,8 +1079,10 @@ def heldout_rows(before, after):
         figures = {"_start": before[name], "": after[name], "_change": after[name] - before[name]}
         for suffix, values in figures.items():
             mean, n = float(values.mean()), len(values)
-            half = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-            interval = {"low": mean - half, "high": mean + half}
+            interval = {}
+            if n > 1:
+                half_width = 1.96 * float(values.std(ddof=1)) / math.sqrt(n)
+                interval = {"low": mean - half_width, "high": mean + half_width}
             rows.append(result_row(f"heldout_{name}{suffix}", mean, n=n, **interval, note="fixed timesteps and noise"))
     return rows
 
@@ -1116,13 +1105,14 @@ def summarize(accelerator, args, state, data, losses):
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = torch.cuda.max_memory_allocated() if cuda else resident
     seconds_per_epoch = state.seconds * len(data.train) / state.samples_seen
-    shared = ("method", "resolution", "resize_mode", "uncertain", "prompt_template")
+    settings = ("method", "resolution", "resize_mode", "uncertain", "prompt_template")
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {
         "script": Path(__file__).name,
         "base_model": args.pretrained_model_name_or_path,
-        **{name: getattr(args, name) for name in shared},
+        **{name: getattr(args, name) for name in settings},
         **{name: getattr(data, name) for name in ("source", "rows", "left_out", "notes")},
+        "example_prompt": data.train["prompt"].iloc[0],
         "images": len(data.train),
         "patients": data.train["patient"].nunique(),
         "heldout_images": len(data.heldout),
@@ -1140,8 +1130,8 @@ def summarize(accelerator, args, state, data, losses):
             *(result_row("trainable_parameters", count, label=name) for name, count in trainable.items()),
             result_row("seconds_per_epoch", seconds_per_epoch, n=len(data.train), note="training steps only"),
             result_row("seconds", state.seconds, note="training steps only, summed over resumed runs"),
-            result_row("peak_memory_gib", memory / 2**30, note=f"main process, {accelerator.device.type}"),
-            result_row("train_loss", state.train_loss, note="mean since the previous logging step"),
+            result_row("peak_memory_gib", memory / 2**30, note=f"main process, whole run, {accelerator.device.type}"),
+            result_row("train_loss", state.train_loss, note="mean since the last log entry"),
             *heldout_rows(*losses),
             *count_rows("train", data.train, args.uncertain),
             *data.val_counts,
@@ -1170,7 +1160,7 @@ Base model `{base}`; trained parameters: {trained}; {summary["images"]:,} images
 {usage}
 ```
 
-Prompts: "{args.prompt_template.replace("{}", "Cardiomegaly, Pleural Effusion")}".
+Prompts such as "{summary["example_prompt"]}".
 
 | metric | value | n |
 |---|---|---|
@@ -1194,14 +1184,12 @@ def save_folder(pipeline, folder):
 
 
 def save_adapter(args, state, pipeline):
-    """Save what was trained under the names that loaders expect, in a temporary file that is renamed."""
+    """Save the trained weights under the names that diffusers and sample.py expect."""
     output_dir, temporary = Path(args.output_dir), Path(args.output_dir) / ".adapter.tmp"
     if args.method in ("lora", "dora"):
-        config = pipeline.unet.peft_config["default"]
-        # Without metadata, loaders assume alpha = rank and scale the update wrongly. Older peft knows no other fields.
-        metadata = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_dora")}
-        metadata["lora_dropout"] = 0.0  # loaders leave dropout active
-        metadata["target_modules"] = sorted(config.target_modules)
+        # Without metadata, diffusers assumes alpha = rank. Older versions of peft accept no further fields.
+        metadata = {"r": args.rank, "lora_alpha": args.lora_alpha, "use_dora": args.method == "dora"}
+        metadata |= {"target_modules": sorted(LORA_TARGETS), "lora_dropout": 0.0}  # loaders would leave dropout active
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(temporary, layers, unet_lora_adapter_metadata=metadata)
         os.replace(temporary / "pytorch_lora_weights.safetensors", output_dir / "pytorch_lora_weights.safetensors")
@@ -1223,14 +1211,13 @@ def merge_delta(unet, path):
             weights[f"{layer}.weight"].mul_(tensor[:, None])
             weights[f"{layer}.bias"].mul_(tensor)
         else:
-            # copy_ would broadcast a bias of another size.
-            if weights[name].shape != tensor.shape:
+            if weights[name].shape != tensor.shape:  # copy_ would broadcast
                 raise ValueError(f"{path}: {name} does not fit the base model's U-Net")
             weights[name].copy_(tensor)
 
 
 def merge_adapter(pipeline, run):
-    """Merge a run's adapter into the pipeline's U-Net, which remains a plain one."""
+    """Merge a run's adapter into the pipeline's U-Net, leaving no PEFT layers."""
     if (run / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
         pipeline.fuse_lora(components=["unet"])
@@ -1238,11 +1225,11 @@ def merge_adapter(pipeline, run):
     else:
         merge_delta(pipeline.unet, run / "unet_delta.safetensors")
     if not all(parameter.isfinite().all() for parameter in pipeline.unet.parameters()):
-        raise ValueError(f"{run}: weights that are not finite")
+        raise ValueError(f"{run}: the merged weights are not finite")
 
 
 def save_model(args, state, pipeline):
-    """Save the adapter and, with --save_merged, the base model in float32 with the adapter merged."""
+    """Save the adapter and, with --save_merged, the base pipeline in float32 with the adapter merged."""
     save_adapter(args, state, pipeline)
     if args.save_merged:
         merged = load_base_pipeline(args)
@@ -1252,32 +1239,19 @@ def save_model(args, state, pipeline):
 
 def usage_example(args, model):
     """Return the Python that loads the run from `model`, a folder or a hub repository."""
-    lines = [
-        "from diffusers import StableDiffusionPipeline",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}", safety_checker=None)',
-    ]
-    delta = f'"{model}/unet_delta.safetensors"'
-    if not os.path.exists(model):
-        lines.insert(1, "from huggingface_hub import hf_hub_download")
-        delta = f'hf_hub_download("{model}", "unet_delta.safetensors")'
-    if args.method in ("lora", "dora"):
-        lines += [f'pipe.load_lora_weights("{model}")']
-    elif args.method == "bitfit":
-        lines.insert(1, "from safetensors.torch import load_file")
-        lines += [f"pipe.unet.load_state_dict(load_file({delta}), strict=False)"]
-    else:
-        lines = [
-            "# Train with --save_merged for a pipeline in merged/, or sample with:",
-            "# python sample.py --model <folder>",
-        ]
-    return "\n".join(lines)
+    if args.method in ("bitfit", "difffit"):
+        return f"# Sample with `python sample.py --model {model}`, or train with --save_merged and load merged/."
+    base, revision = args.pretrained_model_name_or_path, f', revision="{args.revision}"' if args.revision else ""
+    return f"""from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{base}"{revision}, safety_checker=None)
+pipe.load_lora_weights("{model}")"""
 
 
 # Copied from train_full.finish_run
-def finish_run(accelerator, args, state, data, losses, repo_id):
-    """Write the model card and, last of all, the summary; upload the run with --push_to_hub."""
+def finish_run(args, summary, repo_id):
+    """Write the model card, then the summary, which marks the run as finished; upload it with --push_to_hub."""
     output_dir = Path(args.output_dir)
-    summary = summarize(accelerator, args, state, data, losses)
     model_card(args, summary, usage_example(args, repo_id or args.output_dir)).save(output_dir / "README.md")
     write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")
     if repo_id:
@@ -1295,10 +1269,10 @@ def make_accelerator(args):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     accelerator = Accelerator(
-        # Otherwise processes that torchrun starts on a machine without a GPU would each train for themselves.
+        # Without this, CPU processes that torchrun started would not join one process group.
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
-        # A plugin, since accelerate's config or environment overrides a plain number.
+        # As a plugin, since accelerate's config or environment would override gradient_accumulation_steps.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -1314,16 +1288,16 @@ def make_accelerator(args):
 def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     """Print what the run is about to do, with all warnings."""
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items() if count)
-    size, world = state.identity["global_batch_size"], accelerator.num_processes
-    layout = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
-    train, epochs = data.train, max_train_steps * size / len(data.train)
+    train, size = data.train, state.identity["global_batch_size"]
+    layout = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated"
+    layout += f" x {accelerator.num_processes} processes, {max_train_steps * size / len(train):.1f} epochs"
     lines = [
         ("data", f"{data.source}, {data.rows:,} rows; left out: {left_out or 'none'}"),
         ("train", f"{len(train):,} images, {train['patient'].nunique():,} patients"),
         ("captions", f"{train['prompt'].nunique():,}, such as {train['prompt'].iloc[0]!r}"),
         ("held out", f"{len(data.heldout):,} images, {data.heldout['patient'].nunique():,} patients"),
         ("method", f"{args.method}, {sum(p.numel() for p in state.parameters.values()):,} trainable parameters"),
-        ("steps", f"{max_train_steps:,} of {size} images ({layout}), {epochs:.1f} epochs"),
+        ("steps", f"{max_train_steps:,} of {size} images: {layout}"),
         ("device", f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"),
         ("output", f"{args.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}"),
         *(("warning", note) for note in data.notes),
@@ -1343,7 +1317,8 @@ def start_run(accelerator, args, checkpoint):
             for folder in list_checkpoints(output_dir):
                 remove_checkpoint(folder)
         output_dir.mkdir(parents=True, exist_ok=True)
-        if args.push_to_hub:  # before training, when a missing login costs nothing
+        (output_dir / "training_summary.json").unlink(missing_ok=True)  # it marks a finished run
+        if args.push_to_hub:  # before training, so that a missing login fails early
             repo_id = create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True).repo_id
     settings = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in vars(args).items()}
     accelerator.init_trackers(Path(__file__).stem, config=settings)
@@ -1369,7 +1344,7 @@ def stop_on_signals(accelerator):
 
 # Copied from train_full.ignore_signals
 def ignore_signals(worker):
-    """Leave stop signals, which may be sent to the whole job, to the training process."""
+    """Leave stop signals, which may reach every process of a job, to the training process."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1400,21 +1375,21 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
     batches = iterate_batches(accelerator, stream, args, state.samples_seen, num_batches)
     quiet = not accelerator.is_main_process
     bar = tqdm(desc="training", total=max_train_steps, initial=state.step, unit="step", disable=quiet)
-    # Losses and gradient norms are summed on the device. Reading them forces a synchronization: at logging steps only.
+    # Loss and gradient norm are summed on the device and read at logging steps only: reading forces a synchronization.
     sums, count = torch.zeros(2, device=accelerator.device), 0
     began = window_began = time.perf_counter()
     state.model.train()
     while state.step < max_train_steps:
         for micro in range(accumulation):
             batch = next(batches)  # the first call draws from the global generator, so seed after it
-            # Dropout draws from it too. Seeding every micro-batch means that resuming needs no saved random state.
+            # Dropout draws from it too; seeded per micro-batch, checkpoints need no random state.
             torch.manual_seed(keyed_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 loss = state.model(batch)["loss"].mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-                    # A gradient scaler skips steps with an infinite norm.
+                    # A gradient scaler skips steps with infinite gradients; leave them out.
                     sums[1] += norm.nan_to_num(0.0, 0.0, 0.0) if accelerator.scaler else norm
                 state.optimizer.step()
                 state.optimizer.zero_grad()
@@ -1431,14 +1406,14 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
         if state.step % args.logging_steps == 0 or checkpointing or validating or last:
             stopped = accelerator.check_trigger()
             state.train_loss, norm = (accelerator.reduce(sums, "mean") / count).tolist()
-            # A scale this small has been halved at every step, because no gradient was finite.
+            # The scale starts at 65,536 and is halved when gradients overflow: below 1e-4, about 30 steps did.
             overflowing = accelerator.scaler and accelerator.scaler.get_scale() < 1e-4
             if overflowing or not math.isfinite(state.train_loss + norm):
                 bar.close()
                 accelerator.end_training()
-                remedies = "--lr_scheduler constant_with_warmup, --max_grad_norm, --snr_gamma or --mixed_precision no"
-                found = f"loss {state.train_loss:.3g}, gradient norm {norm:.3g}"
-                fail(f"diverged by step {state.step:,} ({found}); try a lower learning rate, {remedies}")
+                diverged = f"diverged by step {state.step:,}: loss {state.train_loss:.3g}, gradient norm {norm:.3g}"
+                hint = "--lr_scheduler constant_with_warmup, --max_grad_norm, --snr_gamma or --mixed_precision no"
+                fail(f"{diverged}; try a lower learning rate, {hint}")
             rate = count * global_batch_size / (time.perf_counter() - window_began)
             logs = {"loss": state.train_loss, "gradient_norm": norm, "lr": state.lr_scheduler.get_last_lr()[0]}
             bar.set_postfix_str(f"loss {state.train_loss:.4f}, lr {logs['lr']:.1e}, {rate:.3g} images/s")
@@ -1453,7 +1428,6 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
                 break
             if validating:
                 run_validation()
-                state.model.train()
             began = window_began = time.perf_counter()
     bar.close()
     return state.step < max_train_steps
@@ -1469,8 +1443,7 @@ def main(args):
     stream, heldout = prepare_streams(accelerator, pipeline, data, args, hashes["vae"])
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / global_batch_size)
-    identity = run_identity(args, data, hashes, global_batch_size, max_train_steps)
-    identity["mixed_precision"] = accelerator.mixed_precision
+    identity = run_identity(accelerator, args, data, hashes, global_batch_size, max_train_steps)
     if checkpoint:
         data.notes += check_identity(checkpoint, identity, max_train_steps)
 
@@ -1478,7 +1451,7 @@ def main(args):
         torch.set_float32_matmul_precision("high")  # TF32, after the latents were cached with PyTorch's default
     model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = make_optimizer(args, parameter_groups(args, parameters))
+    optimizer = make_optimizer(args, parameters)
     schedule = {"num_cycles": args.lr_num_cycles, "power": args.lr_power, "num_training_steps": max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, **schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -1491,7 +1464,7 @@ def main(args):
     frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
     prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
     run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
-    before = run_validation()  # of the base model, so before a checkpoint is loaded
+    before = run_validation()  # of the base model, so before the checkpoint is loaded
     if checkpoint:
         load_checkpoint(accelerator, state, checkpoint, args)
     with stop_on_signals(accelerator):
@@ -1505,8 +1478,9 @@ def main(args):
         ema.copy_to(parameters.values())
     after = run_validation()
     if accelerator.is_main_process:
+        summary = summarize(accelerator, args, state, data, (before, after))  # saving may take more memory
         save_model(args, state, pipeline)
-        finish_run(accelerator, args, state, data, (before, after), repo_id)
+        finish_run(args, summary, repo_id)
     accelerator.end_training()
 
 

@@ -12,10 +12,10 @@
     python launch/benchmark.py --device cpu --methods lora --repeats 3 --steps 2
     python launch/benchmark.py --device cpu --base launch/demo/base --resolution 64 --batch_size 4 --steps 200 --start
 
-The model has its true size and random weights, and the images are noise, so nothing is downloaded. The plain training loop
-encodes every image and caption at every step, runs eagerly and reads the loss at every step; the plain sampling loop calls
-the pipeline batch by batch. Every measurement runs in a process of its own, the two loops in turn. Writes benchmark.json,
-benchmark.md and benchmark.png to --output_dir, beside the model and its cached latents.
+The model has its true size and random weights, and the images are noise, so nothing is downloaded. The plain training
+loop encodes every image and caption at every step, runs eagerly and reads the loss at every step. The plain sampling
+loop calls the pipeline batch by batch. The two loops are measured in turn, each time in a new process. Writes
+benchmark.json, benchmark.md and benchmark.png to --output_dir, beside the model and its cached latents.
 """
 
 import argparse
@@ -55,24 +55,22 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-# The rows of the paper's Table 1: script and flags. A VAE is trained with the paper's loss.
+# Script and flags of the rows of the paper's Table 1, and of sampling. The VAE is trained with the paper's loss.
 METHODS = {
-    "unet": ("train_full", ["--train_unet"]),
-    "text_encoder": ("train_full", ["--train_text_encoder"]),
-    "vae": ("train_full", ["--train_vae", "--vae_loss=joint"]),
-    "unet_text_encoder": ("train_full", ["--train_unet", "--train_text_encoder"]),
-    "unet_vae": ("train_full", ["--train_unet", "--train_vae", "--vae_loss=joint"]),
-    "vae_text_encoder": ("train_full", ["--train_vae", "--train_text_encoder", "--vae_loss=joint"]),
-    "unet_vae_text_encoder": (
-        "train_full",
-        ["--train_unet", "--train_vae", "--train_text_encoder", "--vae_loss=joint"],
-    ),
-    "lora": ("train_peft", ["--method", "lora"]),
-    "dora": ("train_peft", ["--method", "dora"]),
-    "bitfit": ("train_peft", ["--method", "bitfit"]),
-    "difffit": ("train_peft", ["--method", "difffit"]),
+    "unet": ("train_full", "--train_unet"),
+    "text_encoder": ("train_full", "--train_text_encoder"),
+    "vae": ("train_full", "--train_vae --vae_loss=joint"),
+    "unet_text_encoder": ("train_full", "--train_unet --train_text_encoder"),
+    "unet_vae": ("train_full", "--train_unet --train_vae --vae_loss=joint"),
+    "vae_text_encoder": ("train_full", "--train_vae --train_text_encoder --vae_loss=joint"),
+    "unet_vae_text_encoder": ("train_full", "--train_unet --train_vae --train_text_encoder --vae_loss=joint"),
+    "lora": ("train_peft", "--method=lora"),
+    "dora": ("train_peft", "--method=dora"),
+    "bitfit": ("train_peft", "--method=bitfit"),
+    "difffit": ("train_peft", "--method=difffit"),
+    "sample": ("sample", ""),
 }
-# Where Stable Diffusion v1.5 differs from the libraries' defaults: 859,520,964, 83,653,863 and 123,060,480 parameters.
+# Where Stable Diffusion v1.5 differs from the libraries' defaults.
 UNET = {"sample_size": 64, "cross_attention_dim": 768}
 VAE = {"sample_size": 512, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
 VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -82,7 +80,7 @@ SCHEDULER |= {"skip_prk_steps": True, "steps_offset": 1}
 # Copied from sample.DTYPES
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOOPS = ("plain", "project")
-PARTS = ["data", "VAE", "text encoder", "U-Net forward", "backward", "optimizer", "rest"]  # of a step
+PARTS = ["data", "VAE", "text encoder", "U-Net forward", "backward", "optimizer", "rest"]  # of a step's time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,8 +92,7 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("what to measure").add_argument
-    all_methods = [*METHODS, "sample"]
-    flag("--methods", nargs="+", choices=all_methods, default=all_methods, metavar="METHOD", help="default: all")
+    flag("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD", help="default: all")
     flag("--start", action="store_true", help="also the time from accelerate launch to the end of the first step")
     flag("--base", type=Path, help="pipeline folder (default: Stable Diffusion v1.5 with random weights)")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU if there is one")
@@ -135,7 +132,7 @@ def parse_args(argv=None):
 
 
 def make_base(folder):
-    """Save Stable Diffusion v1.5's architecture with random weights, and a tokenizer that splits text into letters."""
+    """Save Stable Diffusion v1.5 with random weights and a tokenizer that splits text into letters."""
     torch.manual_seed(0)
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -152,7 +149,7 @@ def make_base(folder):
 
 
 def make_images(folder, count):
-    """Write noise images of CheXpert-small's size (390 x 320) that are not there yet, and return their table."""
+    """Write the missing noise images, of CheXpert-small's size (390 x 320), and return their table."""
     folder.mkdir(parents=True, exist_ok=True)
     lines, findings = ["Path,prompt"], ["Edema", "Cardiomegaly", "Pneumothorax", "No Finding"]
     for i in range(count):
@@ -172,10 +169,11 @@ def make_images(folder, count):
 
 
 class Clock:
-    """Times the steps after a warm-up and the parts of a step; on a GPU by events in its stream, so that nothing waits."""
+    """Time the steps after a warm-up, and the parts of a step; on a GPU with CUDA events, which do not block."""
 
     def __init__(self, device, warmup_steps, steps):
         self.cuda, self.warmup_steps, self.num_steps = device == "cuda", warmup_steps, steps
+        # Spans are (part, part that called it, start, end); `running` has the parts being timed, innermost last.
         self.spans, self.running = [], [None]
 
     def now(self):
@@ -190,7 +188,7 @@ class Clock:
         return (start.elapsed_time(end) / 1000 if self.cuda else end - start) / self.num_steps
 
     def timed(self, part, function):
-        """Return the function with its time counted as `part`, and not as the part that calls it."""
+        """Wrap a function to count its time as `part` rather than as the part that calls it."""
 
         def wrapped(*args, **kwargs):
             caller, start = self.running[-1], self.now()
@@ -216,7 +214,7 @@ class Clock:
         self.patch("optimizer", optimizer, "step", "zero_grad")
 
     def steps(self, batches):
-        """Yield one batch per step until all are measured; a step ends when the next batch is asked for."""
+        """Yield a batch per step until all are measured; a step ends when the next batch is requested."""
         fetch = self.timed("data", lambda: next(batches))
         for step in range(self.warmup_steps + self.num_steps):
             if step == self.warmup_steps:
@@ -225,13 +223,13 @@ class Clock:
         self.ended = self.now()
 
     def figures(self, images):
-        """Return the cost of a loop with this many images per step; times are in seconds per step."""
+        """Return what a loop with this many images per step cost; times are in seconds per step."""
         if self.cuda:
             torch.cuda.synchronize()
         total, parts = self.seconds(self.began, self.ended), Counter()
         for part, caller, start, end in self.spans:
             parts[part] += self.seconds(start, end)
-            parts[caller] -= self.seconds(start, end)
+            parts[caller] -= self.seconds(start, end)  # the caller's own span includes it
         parts["rest"] = total - sum(parts[part] for part in PARTS)
         # ru_maxrss is in KiB, on macOS in bytes.
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -245,14 +243,14 @@ class Clock:
 
 
 def train_project(script, args, clock):
-    """Measure the training script itself."""
+    """Measure a training script, by wrapping its `train` and `iterate_batches`."""
     iterate_batches, train = script.iterate_batches, script.train
 
     def timed_train(accelerator, state, *rest):
         model = accelerator.unwrap_model(state.model)
-        # The U-Net is what remains of the loss without the other two; its own method may be compiled.
+        # This is the whole loss, less VAE and text encoder; the U-Net's own method may be compiled.
         clock.patch("U-Net forward", state.model, "forward")
-        clock.patch_training(accelerator, state.optimizer, model.vae, model.text_encoder)
+        clock.patch_training(accelerator, state.optimizer, getattr(model, "vae", None), model.text_encoder)
         return train(accelerator, state, *rest)
 
     script.train = timed_train
@@ -271,7 +269,7 @@ def plain_batch(script, pipeline, args, rows):
 
 
 def plain_loss(pipeline, noise_scheduler, batch, train_vae):
-    """Encode images and captions, and return the noise prediction error, plus the reconstruction error of a VAE that trains."""
+    """Encode a batch; return the noise prediction error, plus the reconstruction error if the VAE is trained."""
     raw = pipeline.vae.encode(batch["pixel_values"].to(pipeline.vae.dtype)).latent_dist.sample()
     latents = raw * pipeline.vae.config.scaling_factor
     noise = torch.randn_like(latents)
@@ -286,7 +284,7 @@ def plain_loss(pipeline, noise_scheduler, batch, train_vae):
 
 
 def train_plain(script, args, clock):
-    """Measure the loop of a usual example: everything encoded at every step, eager, the loss read at every step."""
+    """Measure a training loop as in most examples: it encodes everything and reads the loss at every step."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     pipeline, dtype = script.load_base_pipeline(args), DTYPES[args.mixed_precision]
     if script.__name__ == "train_peft":
@@ -322,7 +320,7 @@ def train_plain(script, args, clock):
 
 
 def sample_project(script, args, clock):
-    """Measure sample.py itself: half of the images as a warm-up, which also finds the batch size, then the other half."""
+    """Measure sample.py: half of the images are a warm-up, which also finds the batch size."""
     sample, draw, sizes = script.sample, clock.timed("U-Net forward", script.draw), []
 
     def timed_draw(pipeline, embeddings, rows, *rest):
@@ -334,7 +332,7 @@ def sample_project(script, args, clock):
         clock.patch("text encoder", pipeline, "encode_prompt")
         clock.patch("VAE", pipeline.vae, "decode")
         for rows in clock.steps(iter([todo.iloc[::2], todo.iloc[1::2]])):
-            gc.freeze()  # accelerate collects garbage once per call, which would count with few images
+            gc.freeze()  # accelerate collects garbage once per call, which takes a share of the time of few images
             sample(args, pipeline, rows, *rest)
             args.batch_size, args.compile = max(sizes), False  # the U-Net stays compiled
 
@@ -344,7 +342,7 @@ def sample_project(script, args, clock):
 
 
 def sample_plain(script, args, clock):
-    """Measure the pipeline called batch by batch, as it is loaded: half of the images as a warm-up, then the others."""
+    """Measure calls of the pipeline as it is loaded, batch by batch: half of the images are a warm-up."""
     pipeline = script.load_model(args, {}).to("cuda" if clock.cuda else "cpu", DTYPES[args.mixed_precision])
     clock.patch("text encoder", pipeline, "encode_prompt")
     clock.patch("VAE", pipeline.vae, "decode")
@@ -374,16 +372,16 @@ def script_flags(method, args, csv):
     else:
         flags |= {"pretrained_model_name_or_path": args.base, "data_csv": csv, "split": "all"}
         flags |= {"train_batch_size": args.batch_size, "gradient_accumulation_steps": 1, "validation_steps": 0}
-        # One step more than is measured, since the last one ends with reading the loss.
+        # One step more than is measured, since the script reads the loss in the last one.
         flags |= {"max_train_steps": args.warmup_steps + args.steps + 1, "checkpointing_steps": 0}
         flags |= {"num_validation_images": 0, "latent_cache_dir": args.output_dir / "latent_cache"}
-    return [*METHODS.get(method, ("", []))[1], *(f"--{name}={value}" for name, value in flags.items())]
+    return [*METHODS[method][1].split(), *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def measure(method, loop, args, csv):
-    """Measure one loop in this process. Return its figures, or a note if it does not fit in memory."""
+    """Measure one loop in this process; return its figures, or a note if it runs out of memory."""
     sys.path.insert(0, str(ROOT))
-    script, sampling = __import__(METHODS.get(method, ["sample"])[0]), method == "sample"
+    script, sampling = __import__(METHODS[method][0]), method == "sample"
     clock = Clock(args.device, 1, 1) if sampling else Clock(args.device, args.warmup_steps, args.steps)
     loops = {"plain": (train_plain, sample_plain), "project": (train_project, sample_project)}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -397,7 +395,7 @@ def measure(method, loop, args, csv):
 
 
 def in_new_process(function, *inputs):
-    """Call a function in a process of its own, whose peak memory is then its own, too."""
+    """Call a function in a new process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *inputs).result()
@@ -406,7 +404,7 @@ def in_new_process(function, *inputs):
 
 
 def compare_loops(method, args, csv):
-    """Measure the plain loop and the project's in turn. Each round has a ratio, of images per second."""
+    """Measure both loops in turn; return the median round of each, and the ratio of their images per second."""
     rounds, both = {loop: [] for loop in LOOPS}, {}
     for _ in range(args.repeats):
         for loop in LOOPS:
@@ -415,7 +413,8 @@ def compare_loops(method, args, csv):
     for loop, found in rounds.items():
         notes = [figures for figures in found if "note" in figures]
         by_rate = notes or sorted(found, key=lambda figures: figures["images_per_second"])
-        both[loop] = by_rate[(len(by_rate) - 1) // 2] | {"peak_bytes": max(f.get("peak_bytes", 0) for f in found)}
+        median = by_rate[(len(by_rate) - 1) // 2]
+        both[loop] = median | {"peak_bytes": max(figures.get("peak_bytes", 0) for figures in found)}
     if not any("note" in both[loop] for loop in LOOPS):
         rates = [[figures["images_per_second"] for figures in rounds[loop]] for loop in LOOPS]
         both["ratios"] = [project / plain for plain, project in zip(*rates)]
@@ -424,7 +423,7 @@ def compare_loops(method, args, csv):
 
 
 def measure_start(args, csv):
-    """Time accelerate launch up to the end of the first step on the demo's base, and importing the libraries alone."""
+    """Time accelerate launch to the end of the first step, with the demo's base, and the libraries' import alone."""
     method, imports, first_steps = next(name for name in args.methods if name != "sample"), [], []
     libraries = "import torch, diffusers, transformers, peft, accelerate; diffusers.StableDiffusionPipeline"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines=1"]
@@ -439,7 +438,7 @@ def measure_start(args, csv):
             flags = ["--max_train_steps=1", "--checkpointing_steps=1", f"--output_dir={folder}/run"]
             began = time.time()
             subprocess.run([*command, *script_flags(method, tiny, csv), *flags], check=True, capture_output=True)
-            # The first file that a run writes after its first step.
+            # A run writes this file first after its first step.
             saved = Path(folder) / "run/checkpoint-1/trainable.safetensors"
             first_steps.append(saved.stat().st_mtime - began)
     ratio = statistics.median(first_steps) / statistics.median(imports)
@@ -457,7 +456,8 @@ def format_table(summary):
     size, compiling = f"{args['resolution']}x{args['resolution']}", "on" if args["compile"] else "off"
     lines = [
         f"{machine['name']}, {machine['threads']} threads; {size}, batch {args['batch_size']}, mixed precision "
-        f"{args['mixed_precision']}, compile {compiling}; {args['repeats']} x {args['steps']} steps; parts in seconds per step",
+        f"{args['mixed_precision']}, compile {compiling}; {args['repeats']} x {args['steps']} steps; "
+        "parts in seconds per step",
         "",
         f"| method | loop | images/s | ratio | s/step | {' | '.join(PARTS)} | peak GiB |",
         f"|---|---|---:|---:|---:|{'---:|' * len(PARTS)}---:|",
@@ -480,8 +480,8 @@ def format_table(summary):
 
 
 def draw_plot(methods, path):
-    """Draw the seconds per image by part, plain above project, without what did not fit in memory."""
-    from matplotlib.figure import Figure  # here, since it would count in the memory of every measurement
+    """Plot the seconds per image by part, plain above project, without loops that ran out of memory."""
+    from matplotlib.figure import Figure  # not at the top, where it would add to the memory that is measured
 
     bars = [(-2.4 * i - j, name, loop) for i, name in enumerate(methods) for j, loop in enumerate(LOOPS)]
     bars = [(y, name, loop) for y, name, loop in bars if "parts" in methods[name][loop]]

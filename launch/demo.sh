@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole study in small, offline, on a CPU, in 10 to 15 minutes on two cores: draw chest phantoms, fine-tune the tiny base
-# model of launch/demo/base with LoRA, DoRA and the full U-Net, sample, evaluate, and write the report.
+# Run a small study, offline, in 10 to 15 minutes on two CPU cores: draw chest phantoms, fine-tune the tiny base model
+# in launch/demo/base with LoRA, DoRA and the full U-Net, sample, evaluate, and write the report.
 #   bash launch/demo.sh
 #   STUDY=demo/long STEPS=2000 METHODS="lora bitfit" bash launch/demo.sh --seed 1
 # Run it again to continue after an interruption. Flags are passed on to the training scripts.
@@ -10,24 +10,24 @@ cd "$(dirname "$0")/.."
 export STUDY=${STUDY:-demo} METHODS=${METHODS:-lora dora unet}
 STEPS=${STEPS:-200}
 
-# launch/sweep.sh reads these. Learning rates are higher than at full size, since the base is small and the runs are short.
+# launch/sweep.sh reads these. Learning rates are higher than at full size: the base is small and the runs are short.
 export MODEL=launch/demo/base RESOLUTION=128 BATCH=8 GLOBAL_BATCH=8 MIXED_PRECISION=no
 export UNET_LR=${UNET_LR:-1e-3} LORA_LR=${LORA_LR:-5e-3} DORA_LR=${DORA_LR:-5e-3}
 export BITFIT_LR=${BITFIT_LR:-5e-3} DIFFFIT_LR=${DIFFFIT_LR:-5e-3}
 export PROCESSES=1 LAUNCH=python ACCELERATE_USE_CPU=true HF_HUB_OFFLINE=1
 export REPORT_TITLE="The demo: which fine-tuning strategy for procedural phantoms?"
-# Settings that the shell may hold for another study.
-unset VALIDATION_CSV TEST_CSV IMAGE_ROOT LABELS SPLIT_SEED UNCERTAIN PROMPT_TEMPLATE RESIZE_MODE TRAIN_IMAGES BUDGET VAE_LOSS
-unset JUDGE REPORT
+# The shell may have set these for another study.
+unset VALIDATION_CSV TEST_CSV IMAGE_ROOT LABELS SPLIT_SEED UNCERTAIN PROMPT_TEMPLATE RESIZE_MODE TRAIN_IMAGES BUDGET
+unset VAE_LOSS JUDGE REPORT
 
 TRAINING=(
   --max_train_steps "$STEPS" --lr_scheduler cosine --checkpointing_steps 100
-  # Without noise offset, images keep the brightness and color that the base has learned from the mean of the initial noise.
+  # The base takes brightness and color from the mean of the initial noise; a noise offset lets training change them.
   --noise_offset 0.2
   --validation_steps 0 --max_validation_samples 64 --num_validation_images 0
 )
 SAMPLING=(--images_per_label 64 --num_inference_steps 6 --scheduler dpmsolver++)
-# The classifier's features: those of torchxrayvision would have to be downloaded.
+# The study's own classifier supplies the features; torchxrayvision's would have to be downloaded.
 EVALUATION=(--features "$STUDY/downstream/real/classifier" --max_per_label 64 --num_subsamples 30)
 DOWNSTREAM=(
   --arch resnet18 --weights none --resolution 64 --num_train_images 300
@@ -41,8 +41,8 @@ source launch/environment.sh
 use_environment requirements.txt
 
 echo "== phantoms"
-python launch/demo/make_phantoms.py --output_dir "$STUDY/phantoms"
 export TRAIN_CSV=$STUDY/phantoms/CheXpert-phantom/train.csv
+[ -f "$TRAIN_CSV" ] || python launch/demo/make_phantoms.py --output_dir "$STUDY/phantoms"
 bash launch/sweep.sh "${TRAINING[@]}" "$@"
 
 echo "== gains over the base model"

@@ -7,9 +7,9 @@
     python launch/report.py --study study
     python launch/report.py --study study --rows lora dora bitfit difffit --output_dir study/report_peft
 
-Reads runs/, samples/, evaluations/ and downstream/ in the study's folder, as launch/sweep.sh fills them. Writes report.html
-(one file that loads nothing), report.csv (every value, one a line) and figure2.png. It computes no metric: two strategies are
-compared by the difference of their values and of their draws.
+Reads runs/, samples/, evaluations/ and downstream/ in the study's folder, as launch/sweep.sh fills them. Writes
+report.html (one file that loads nothing), report.csv (one value per line) and figure2.png. It computes no metric; it
+only tests whether the values of two strategies differ, by the draws that the evaluation scripts saved.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from scipy import stats
 
 # Copied from sample.CONDITIONS
 CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion"]
+# Column headings.
 SHORT = dict(zip(CONDITIONS, ["Ca", "Lo", "Ed", "Nf", "Pn", "Pe"])) | {"unet": "U-Net", "vae": "VAE"}
 # Table 1: the folder of a row and its name.
 STRATEGIES = {
@@ -53,11 +54,12 @@ NUMBERS = {row: str(number) for number, row in enumerate(STRATEGIES, 1)}
 PEFT = ("lora", "dora", "bitfit", "difffit")
 COSTS = ("trainable_parameters", "seconds_per_epoch")
 SAMPLES, TILE, MAX_PROMPTS, PLOT_DPI = 2, 128, 6, 160
-ALPHA = 0.05  # of the verdicts, after Holm's correction
+ALPHA = 0.05  # significance level, after Holm's correction
 
-# What strategies are compared by: a metric, the part of the study that has it, its better direction, and what its floor is. The
-# answer rests on the first three: the others depend on a threshold or the share of positives, or count noise as variety.
+# What strategies are compared by: a metric, the folder of the study that has it, its name, its better direction, and
+# what its floor is (real images, or an answer without looking).
 Measure = namedtuple("Measure", "metric part name arrow floor")
+Measure.heading = property(lambda measure: f"{measure.name} {measure.arrow}")
 MEASURES = [
     Measure("fid", "evaluations", "FID", "↓", "real images, n/2"),
     Measure("class_consistency_auroc", "evaluations", "prompt AUROC", "↑", "real images"),
@@ -67,79 +69,68 @@ MEASURES = [
     Measure("vendi_ratio", "evaluations", "Vendi / real", "↑", "real images"),
     Measure("accuracy", "downstream", "downstream accuracy, %", "↑", "constant answer"),
 ]
-# Digits and factor with which a metric is shown; two digits and no factor for others.
+# The answer rests on the first three. The others depend on a threshold or the share of positives, or reward noise.
+NUM_DECIDING = 3
+# (digits, factor) with which a metric is shown; (2, 1) for others.
 UNITS = dict.fromkeys(["accuracy", "class_consistency", "colour_visible", "memorisation_nearer_train"], (1, 100))
 UNITS |= dict.fromkeys(["memorisation_suspects", "memorisation_suspects_pixels"], (1, 100)) | {"kid": (2, 1000)}
-UNITS |= dict.fromkeys(["auroc", "class_consistency_auroc"], (3, 1)) | {"trainable_parameters": (0, 1)}
+UNITS |= dict.fromkeys(["trainable_parameters", "images_train", "images_val", "images_test"], (0, 1))
+UNITS |= dict.fromkeys(["auroc", "class_consistency_auroc"], (3, 1))
 UNITS |= dict.fromkeys(["heldout_diffusion", "heldout_diffusion_change"], (4, 1)) | {"seconds_per_epoch": (1, 1)}
-# Fields of the JSON files, or columns of the samples' table, that rows should share. Results that differ in one of those of
-# `evaluations` or `downstream` are not compared.
+# Settings that should be the same in all rows: fields of the JSON files, for samples columns of metadata.csv. The
+# report warns if they differ, and does not compare rows whose evaluations or downstream results differ in one.
 SHARED = {
-    "runs": "images steps global_batch_size identity.data_fingerprint identity.base_fingerprint resolution resize_mode uncertain "
-    "prompt_template mixed_precision device arguments.seed arguments.caption_dropout arguments.lr_scheduler "
-    "arguments.lr_warmup_steps arguments.max_grad_norm arguments.adam_weight_decay arguments.snr_gamma arguments.noise_offset "
-    "arguments.use_ema arguments.use_8bit_adam arguments.learning_rate arguments.unet_lr arguments.text_encoder_lr "
-    "arguments.vae_lr arguments.vae_loss",
+    "runs": "images steps global_batch_size identity.data_fingerprint identity.base_fingerprint resolution "
+    "resize_mode uncertain prompt_template mixed_precision device arguments.seed arguments.caption_dropout "
+    "arguments.lr_scheduler arguments.lr_warmup_steps arguments.max_grad_norm arguments.adam_weight_decay "
+    "arguments.snr_gamma arguments.noise_offset arguments.use_ema arguments.use_8bit_adam arguments.learning_rate "
+    "arguments.unet_lr arguments.text_encoder_lr arguments.vae_lr arguments.vae_loss",
     "samples": "number seed guidance_scale num_inference_steps scheduler resolution prompt_template",
-    "evaluations": "draws_id images.real.fingerprint features.fingerprint classifier.fingerprint resolution resize_mode pool "
-    "arguments.uncertain",
+    "evaluations": "draws_id images.real.fingerprint features.fingerprint classifier.fingerprint resolution "
+    "resize_mode pool arguments.uncertain",
     "downstream": "draws_id settings.test settings.labels settings.num_train_images settings.arch settings.weights "
-    "settings.resolution settings.num_train_epochs settings.learning_rate settings.train_batch_size settings.num_seeds "
-    "settings.uncertain settings.shuffle_labels settings.weights_sha256",
+    "settings.resolution settings.num_train_epochs settings.learning_rate settings.train_batch_size "
+    "settings.num_seeds settings.uncertain settings.shuffle_labels settings.weights_sha256",
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper's values
-# ---------------------------------------------------------------------------------------------------------------------
-
-PAPER = '<a href="https://arxiv.org/abs/2508.14931">Pixels Under Pressure: Exploring Fine-Tuning Paradigms for Foundation Models in High-Resolution Medical Imaging</a>'
-# Table 2: positives in training, validation and test.
+# Table 2: positives in the order of CONDITIONS.
 PAPER_SPLIT = {
-    "Cardiomegaly": (3173, 1195, 4515),
-    "Lung Opacity": (10269, 4075, 14658),
-    "Edema": (6447, 2584, 9210),
-    "No Finding": (1801, 722, 2591),
-    "Pneumothorax": (2196, 827, 3027),
-    "Pleural Effusion": (9001, 3505, 12972),
+    "train": (3173, 10269, 6447, 1801, 2196, 9001),
+    "val": (1195, 4075, 2584, 722, 827, 3505),
+    "test": (4515, 14658, 9210, 2591, 3027, 12972),
 }
-# Table 3: FID, Vendi, then class consistency in per cent in the order of CONDITIONS.
-PAPER_GENERATION = {
-    "unet": (3.42, 5.65, 24.1, 10.7, 25.7, 91.6, 15.7, 21.6),
-    "unet_text_encoder": (6.57, 2.79, 11.0, 3.1, 8.2, 96.9, 9.99, 5.8),
-    "unet_vae": (7.46, 2.59, 12.1, 1.0, 0.7, 98.1, 48.0, 2.0),
-    "lora": (5.65, 2.64, 5.0, 0.5, 0.5, 98.9, 1.0, 1.8),
-    "dora": (5.72, 3.18, 8.3, 0.8, 0.7, 98.8, 0.9, 1.3),
-    "bitfit": (5.05, 5.89, 4.8, 12.6, 9.8, 86.4, 13.4, 5.0),
-}
-# Table 4: accuracy in per cent in the order of CONDITIONS.
-PAPER_DOWNSTREAM = {
-    "unet": (37.4, 48.8, 67.8, 90.9, 89.4, 51.5),
-    "unet_text_encoder": (77.9, 54.0, 67.8, 81.0, 89.4, 55.3),
-    "unet_vae": (15.7, 48.8, 67.5, 90.9, 89.4, 54.7),
-    "lora": (35.3, 47.6, 60.2, 75.8, 86.4, 53.6),
-    "dora": (80.6, 47.4, 52.9, 75.8, 89.3, 52.7),
-    "bitfit": (77.3, 50.9, 67.8, 90.9, 76.4, 54.5),
+# Tables 3 and 4: FID, Vendi, class consistency and accuracy, the last two in per cent in the order of CONDITIONS.
+PAPER_VALUES = {
+    "unet": (3.42, 5.65, (24.1, 10.7, 25.7, 91.6, 15.7, 21.6), (37.4, 48.8, 67.8, 90.9, 89.4, 51.5)),
+    "unet_text_encoder": (6.57, 2.79, (11.0, 3.1, 8.2, 96.9, 9.99, 5.8), (77.9, 54.0, 67.8, 81.0, 89.4, 55.3)),
+    "unet_vae": (7.46, 2.59, (12.1, 1.0, 0.7, 98.1, 48.0, 2.0), (15.7, 48.8, 67.5, 90.9, 89.4, 54.7)),
+    "lora": (5.65, 2.64, (5.0, 0.5, 0.5, 98.9, 1.0, 1.8), (35.3, 47.6, 60.2, 75.8, 86.4, 53.6)),
+    "dora": (5.72, 3.18, (8.3, 0.8, 0.7, 98.8, 0.9, 1.3), (80.6, 47.4, 52.9, 75.8, 89.3, 52.7)),
+    "bitfit": (5.05, 5.89, (4.8, 12.6, 9.8, 86.4, 13.4, 5.0), (77.3, 50.9, 67.8, 90.9, 76.4, 54.5)),
 }
 PAPER_NOTES = [
-    "Table 1: by the text, full U-Net training has 83.7 to 98.3 million parameters. The VAE alone has 83.7 million, the U-Net 859.5 million, with the text encoder 982.6 million. LoRA has 1.59 million by the text.",
+    "Table 1: full U-Net training has 83.7 to 98.3 million parameters by the text; the U-Net has 859.5, the VAE 83.7.",
     "Table 1: by the text, PEFT takes 61 to 70 seconds per epoch and full training 77 to 177, on four H100 GPUs.",
-    "Rows left out: the text names models 3, 5, 6, 7 and 11, but 5 (U-Net + VAE) is in Tables 3 and 4, and 2 is in neither.",
-    "DiffFit: the authors' code gives this name to full-size updates of all linear and convolution weights, so the verdict on DiffFit is open.",
-    "FID: DoRA's is 5.72 in Table 3, 5.18 in the text. The text calls LoRA and DoRA competitive; BitFit's is lower than both.",
-    "Class consistency: the text gives U-Net's 25.7 for Lung Opacity; in Table 3 it is Edema's. The text calls LoRA's and DoRA's for Pneumothorax (1.0 and 0.9) high.",
-    "U-Net outperforms all PEFT methods by the text; in Vendi, two consistencies and three accuracies one of them is higher.",
-    "Accuracy: that of U-Net + text encoder for No Finding is 81.0 in Table 4, 94.8 in the text, which calls the row highest nearly everywhere; it alone is highest in two of six columns.",
+    "The text leaves out models 3, 5, 6, 7 and 11, but 5 (U-Net + VAE) is in Tables 3 and 4, and 2 is in neither.",
+    "DiffFit: in the authors' code it updates all linear and convolution weights, so the verdict on DiffFit is open.",
+    "FID: DoRA's is 5.72 in Table 3, 5.18 in the text. The text calls LoRA and DoRA competitive; BitFit's is lower.",
+    "Class consistency: the U-Net's 25.7 is Edema's in Table 3, Lung Opacity's in the text. The text calls LoRA's and "
+    "DoRA's for Pneumothorax (1.0 and 0.9) high.",
+    "By the text U-Net outperforms PEFT; a PEFT row is higher in Vendi, two consistencies and three accuracies.",
+    "Accuracy of U-Net + text encoder: 81.0 for No Finding in Table 4, 94.8 in the text. By the text it is highest "
+    "nearly everywhere; it alone is highest in two of six columns.",
     "Accuracy: 34 of 36 do not beat always giving the more frequent answer; 13 equal a constant answer.",
-    "Table 2 counts a split by image (41 % of the test images are of training patients), with uncertain labels as positive.",
+    "Table 2 splits images, not patients (41 % of test images show training patients); uncertain is positive.",
 ]
 
 
 def paper_value(row, metric, label):
-    """Return the paper's value as printed (shares in per cent), or None; for label "all" of a share the mean of its labels."""
-    if metric in ("fid", "vendi") and label == "all" and row in PAPER_GENERATION:
-        return PAPER_GENERATION[row][0 if metric == "fid" else 1]
-    shares = {"class_consistency": PAPER_GENERATION, "accuracy": PAPER_DOWNSTREAM}.get(metric, {}).get(row, ())[-6:]
-    return sum(shares) / 6 if shares and label == "all" else dict(zip(CONDITIONS, shares)).get(label)
+    """Return the paper's value (shares in per cent), for label "all" of a share the mean of its labels; else None."""
+    values = dict(zip(("fid", "vendi", "class_consistency", "accuracy"), PAPER_VALUES.get(row, ())))
+    if metric not in values or metric in ("fid", "vendi"):
+        return values.get(metric) if label == "all" else None
+    shares = values[metric]
+    return sum(shares) / 6 if label == "all" else dict(zip(CONDITIONS, shares)).get(label)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,21 +162,11 @@ def parse_args(argv=None):
 
 
 class ResultFile:
-    """A JSON file's rows of results by (metric, label), and the draws beside it; empty if there is no such file."""
+    """A JSON file, its rows of results by (metric, label), and its draws; without arguments, a missing file."""
 
-    def __init__(self, path):
-        self.exists = path.is_file()
-        try:
-            self.info = json.loads(path.read_text(encoding="utf-8")) if self.exists else {}
-        except ValueError as error:
-            fail(f"{path}: not valid JSON ({error}); remove it and run the step again")
+    def __init__(self, info=None, draws=None):
+        self.exists, self.info, self.draws = info is not None, info or {}, draws or {}
         self.rows = {(row["metric"], row["label"]): row for row in self.info.get("results", [])}
-        self.draws = {}
-        draws_path = path.with_name(path.name.replace("metrics.json", "draws.safetensors"))
-        if draws_path != path and draws_path.is_file():
-            with safe_open(draws_path, "np") as file:
-                self.info["draws_id"] = (file.metadata() or {}).get("draws_id")
-                self.draws = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def get(self, metric, label="all"):
         """Return a row that has a value, or None."""
@@ -205,16 +186,29 @@ class ResultFile:
         return found
 
 
+def read_results(path):
+    """Read a JSON file and the draws beside it, where there are any."""
+    if not path.is_file():
+        return ResultFile()
+    info, draws = json.loads(path.read_text(encoding="utf-8")), {}
+    draws_path = path.with_name(path.name.replace("_metrics.json", "_draws.safetensors"))
+    if draws_path.suffix == ".safetensors" and draws_path.is_file():
+        with safe_open(draws_path, "np") as file:
+            info["draws_id"] = (file.metadata() or {}).get("draws_id")
+            draws = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return ResultFile(info, draws)
+
+
 @dataclass
 class Study:
-    """Each part maps rows to their ResultFile; `info` of the samples has the distinct values of the table's columns."""
+    """The results of a study; each part maps rows, "base" and "real" to ResultFile."""
 
     folder: Path
     strategies: list  # those that ran, in Table 1's order
     missing: list
     tables: dict  # metadata.csv of the samples
     runs: dict
-    samples: dict
+    samples: dict  # in place of a JSON file, the distinct values of each column of metadata.csv
     evaluations: dict
     downstream: dict
 
@@ -222,12 +216,11 @@ class Study:
         return {row: found for row, found in getattr(self, part).items() if found.exists}
 
     def first(self, part):
-        """Return the first file of a part, an empty one if there is none."""
-        return next(iter(self.existing(part).values()), ResultFile(Path("none")))
+        return next(iter(self.existing(part).values()), ResultFile())
 
     def labels(self, part, metric):
         """Return the labels that a metric has in any file of a part, the paper's first."""
-        found = {label for result in self.existing(part).values() for name, label in result.rows if name == metric}
+        found = {label for results in self.existing(part).values() for name, label in results.rows if name == metric}
         return [label for label in CONDITIONS if label in found] + sorted(found - {"all", *CONDITIONS})
 
 
@@ -235,18 +228,18 @@ def read_study(folder, rows):
     """Read the results of the rows that were asked for. A row ran if any of its results is there."""
     rows = [row for row in STRATEGIES if row in rows]
     names = {"runs": "training_summary", "evaluations": "generation_metrics", "downstream": "downstream_metrics"}
-    folders = [*rows, "base", "real"]
-    parts = {p: {row: ResultFile(folder / p / row / f"{names.get(p)}.json") for row in folders} for p in SHARED}
-    for row, run in parts["runs"].items():
-        if run.exists and run.info["method"] != row:
-            fail(f"{folder / 'runs' / row} is a run of {run.info['method']}; name run folders after their method")
-    tables = {}
+    parts, tables = {"samples": {}}, {}
+    for part, name in names.items():
+        parts[part] = {row: read_results(folder / part / row / f"{name}.json") for row in [*rows, "base", "real"]}
     for row in ["base", *rows]:
         path = folder / "samples" / row / "metadata.csv"
         if path.is_file():
             table = tables[row] = pd.read_csv(path, dtype=str, keep_default_na=False)
             columns = {name: ", ".join(table[name].unique()) for name in SHARED["samples"].split() if name in table}
-            parts["samples"][row].exists, parts["samples"][row].info = True, {"number": len(table)} | columns
+            parts["samples"][row] = ResultFile({"number": len(table)} | columns)
+    for row, run in parts["runs"].items():
+        if run.exists and run.info["method"] != row:
+            fail(f"{folder / 'runs' / row} is a run of {run.info['method']}; name run folders after their method")
     ran = [row for row in rows if any(parts[part][row].exists for part in names)]
     if not ran:
         fail(f"--study {folder}: no results of these rows; pass the folder that launch/sweep.sh filled")
@@ -254,7 +247,7 @@ def read_study(folder, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs
+# Comparisons and answer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +264,8 @@ class Pair:
     p: float
     num_draws: int
     p_holm: float = 1.0
+    better: str | None = None  # the row shown to be better, and the other; None if not shown to differ
+    worse: str | None = None
 
     @property
     def differs(self):
@@ -280,8 +275,8 @@ class Pair:
 def compare_draws(value, other, draws, other_draws):
     """Return (difference, low, high, p, n) of two values with draws, (n,), of the same images or patients.
 
-    The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p are
-    Student's t with n - 1 degrees of freedom.
+    The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p
+    are Student's t with n - 1 degrees of freedom.
     """
     paired = draws - other_draws
     paired = paired[np.isfinite(paired)]
@@ -300,32 +295,22 @@ def correct_holm(pairs):
 
 
 def are_comparable(one, other, measure, label):
-    """Whether two files have a metric of the same images or patients, made in the same way, with the same draws."""
-    rows, key = [found.get(measure.metric, label) for found in (one, other)], f"{measure.metric}/{label}"
+    """Return whether two rows have a metric of the same images or patients, by the same settings and draws."""
+    rows, key = [results.get(measure.metric, label) for results in (one, other)], f"{measure.metric}/{label}"
     if None in rows or rows[0]["n"] != rows[1]["n"] or one.dig("draws_id") is None:
         return False
     if any(one.dig(path) != other.dig(path) for path in SHARED[measure.part].split()):
         return False
-    draws = [found.draws.get(key, np.empty(0)) for found in (one, other)]
+    draws = [results.draws.get(key, np.empty(0)) for results in (one, other)]
     return draws[0].shape == draws[1].shape and np.isfinite(draws[0] - draws[1]).sum() > 2
 
 
-@dataclass
-class Comparison:
-    """All pairs of one measure, overall and by label: strategies, and the base model last."""
-
-    measure: Measure
-    pairs: list
+class Comparison(namedtuple("Comparison", "measure pairs")):
+    """All pairs of rows in one measure, overall and by label; the base model is always second."""
 
     def of(self, label="all", *rows):
-        """Return the pairs of a label, or only that of the two rows."""
+        """Return the pairs of a label, or only those that have all these rows."""
         return [pair for pair in self.pairs if pair.label == label and {*rows} <= {pair.first, pair.second}]
-
-    def better(self, pair):
-        """Return the row that is shown to be better, or None."""
-        if not pair.differs:
-            return None
-        return pair.first if (pair.difference < 0) == (self.measure.arrow == "↓") else pair.second
 
     def compared(self, label="all"):
         """Return the strategies that were compared with another."""
@@ -333,29 +318,26 @@ class Comparison:
 
     def leaders(self, label="all"):
         """Return the compared strategies that no other row beats, in Table 1's order."""
-        rows, beaten = self.compared(label), set()
-        for pair in self.of(label):
-            beaten |= {pair.first, pair.second} - {self.better(pair)} if pair.differs else set()
-        return [row for row in STRATEGIES if row in rows - beaten]
+        unbeaten = self.compared(label) - {pair.worse for pair in self.of(label)}
+        return [row for row in STRATEGIES if row in unbeaten]
 
 
 def compare_measure(study, measure):
-    """Return the Comparison of a measure. Holm's correction is over its pairs overall, and over the pairs of all its labels."""
-    files, comparison = getattr(study, measure.part), Comparison(measure, [])
+    """Return the Comparison of a measure; Holm's correction is over the overall pairs, and over those of labels."""
+    files, pairs = getattr(study, measure.part), []
     for label in ["all", *study.labels(measure.part, measure.metric)]:
         for first, second in combinations([*study.strategies, "base"], 2):
             if are_comparable(files[first], files[second], measure, label):
                 values = [files[row].get(measure.metric, label)["value"] for row in (first, second)]
                 draws = [files[row].draws[f"{measure.metric}/{label}"] for row in (first, second)]
-                comparison.pairs.append(Pair(first, second, label, *compare_draws(*values, *draws)))
-    correct_holm(comparison.of("all"))
-    correct_holm([pair for pair in comparison.pairs if pair.label != "all"])
-    return comparison
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answer and warnings
-# ---------------------------------------------------------------------------------------------------------------------
+                pairs.append(Pair(first, second, label, *compare_draws(*values, *draws)))
+    correct_holm([pair for pair in pairs if pair.label == "all"])
+    correct_holm([pair for pair in pairs if pair.label != "all"])
+    for pair in pairs:
+        if pair.differs:
+            first_is_better = (pair.difference < 0) == (measure.arrow == "↓")
+            pair.better, pair.worse = (pair.first, pair.second)[:: 1 if first_is_better else -1]
+    return Comparison(measure, pairs)
 
 
 def join_words(words, last="and"):
@@ -374,7 +356,7 @@ def format_number(value, digits):
 
 
 def format_setting(value):
-    """Return a setting for a reader, of a fingerprint the first eight digits."""
+    """Return a setting as text; of a fingerprint, the first eight digits."""
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return text[-64:][:8] if len(text) >= 40 and set(text[-40:]) <= set("0123456789abcdef") else text
 
@@ -393,9 +375,9 @@ def describe_pair(pair, metric):
 def write_lead(deciding):
     """Return the first sentence of the answer, and the strategies it names: those that no other row beats."""
     leaders = {c.measure.name: c.leaders() for c in deciding if c.compared()}
-    common = [row for row in STRATEGIES if leaders and all(row in rows for rows in leaders.values())]
     if not leaders:
         return "No strategy can be named: no figure was measured for two strategies in a comparable way.", []
+    common = [row for row in STRATEGIES if all(row in rows for rows in leaders.values())]
     if len(common) == 1:
         alone = join_words(name for name, rows in leaders.items() if rows == common)
         text = f"{join_names(common)} leads: no other strategy beats it in {join_words(leaders, 'or')}"
@@ -408,34 +390,31 @@ def write_lead(deciding):
 
 
 def find_excess(study, row, metric):
-    """Return the share of a row's images, in words, if it is well above its floor, "" if not, None if it is unknown."""
+    """Return the share of a row's images as text if it is well above its floor, "" if not, None if it is unknown."""
     found, base = study.evaluations[row].get(metric), study.evaluations["base"].get(metric)
     if not found or found["low"] is None:
         return None
     floor = found["floor"] or 0.0
     if base and metric.startswith("memorisation"):
-        floor = max(floor, base["value"])  # the untouched base model has seen none of the training images
+        floor = max(floor, base["value"])  # the base model has not seen the training images
     return f"{100 * found['value']:.1f} % of images" if found["low"] > max(2 * floor, 0.005) else ""
 
 
 def check_strategy(study, row, deciding):
-    """Return what speaks against a strategy by check: a text, "" for nothing, None if it could not be checked."""
+    """Return what speaks against a strategy, by check: a text, "" for nothing, None if it could not be checked."""
+    with_base = [(c.measure.name, pair) for c in deciding for pair in c.of("all", row, "base")]
+    not_better = [name for name, pair in with_base if pair.better != row]
     copies = [find_excess(study, row, f"memorisation_suspects{kind}") for kind in ("", "_pixels")]
+    copies = [found for found in copies if found is not None]
     aurocs = study.evaluations[row].by_label("class_consistency_auroc")
-    accuracies = study.downstream[row].by_label("accuracy")
-    with_base = [(comparison, pair) for comparison in deciding for pair in comparison.of("all", row, "base")]
-    level = [comparison.measure.name for comparison, pair in with_base if comparison.better(pair) != row]
     below = [f"{k} {v['value']:.2f}" for k, v in aurocs.items() if v["high"] is not None and v["high"] < 0.5]
+    accuracies = study.downstream[row].by_label("accuracy")
     constant = [label for label, found in accuracies.items() if "CONSTANT" in (found["note"] or "")]
-    beaten = [
-        f"{pair.label} by {NAMES[comparison.better(pair)]} in {comparison.measure.name}"
-        for comparison in deciding
-        for pair in comparison.pairs
-        if pair.label != "all" and row in (pair.first, pair.second) and comparison.better(pair) not in (None, row)
-    ]
+    losses = [(c.measure.name, pair) for c in deciding for pair in c.pairs if pair.worse == row]
+    beaten = [f"{pair.label} by {NAMES[pair.better]} in {name}" for name, pair in losses if pair.label != "all"]
     return {
-        "not shown to beat the base model": ", ".join(level) if with_base else None,
-        "suspected copies": next(filter(None, copies), None if copies == [None, None] else ""),
+        "not shown to beat the base model": ", ".join(not_better) if with_base else None,
+        "suspected copies": next(filter(None, copies), "") if copies else None,
         "visible tint": find_excess(study, row, "colour_visible"),
         "prompts answered below chance": ", ".join(below) if aurocs else None,
         "CONSTANT classifiers": ", ".join(constant) if accuracies else None,
@@ -444,33 +423,36 @@ def check_strategy(study, row, deciding):
 
 
 def write_objections(study, leaders, deciding):
-    """Return the second sentence of the answer, what speaks against the leaders; then one on what was not checked."""
-    checks = {row: check_strategy(study, row, deciding) for row in leaders}
-    found, unknown = [], []
-    for name in checks[leaders[0]] if leaders else ():
-        told = [f"{NAMES[row]}: {checks[row][name]}" for row in leaders if checks[row][name]]
-        found += [f"{name} ({'; '.join(told)})"] * bool(told)
-        unknown += [name] * any(checks[row][name] is None for row in leaders)
-    nothing = "Nothing speaks against that: the base model is beaten in each, and there are no suspected copies, visible tint, prompts below chance, CONSTANT classifiers, or labels in which another row is better."
-    if found or (leaders and unknown):
-        nothing = f"Against that: {'; '.join(found) or 'nothing found'}."
-    return [nothing] * bool(leaders) + [f"Not checked: {', '.join(unknown)}."] * bool(unknown)
+    """Return a sentence on what speaks against the leaders, and one on what could not be checked."""
+    if not leaders:
+        return []
+    checks, objections, unknown = [check_strategy(study, row, deciding) for row in leaders], [], []
+    for name in checks[0]:
+        texts = [f"{NAMES[row]}: {check[name]}" for row, check in zip(leaders, checks) if check[name]]
+        if texts:
+            objections.append(f"{name} ({'; '.join(texts)})")
+        if any(check[name] is None for check in checks):
+            unknown.append(name)
+    if not objections and not unknown:
+        return [f"Nothing speaks against that. Checked: {', '.join(checks[0])}."]
+    sentences = [f"Against that: {'; '.join(objections) or 'nothing found'}."]
+    return [*sentences, f"Not checked: {', '.join(unknown)}."] if unknown else sentences
 
 
 def find_differences(study, part):
-    """Return in which of the SHARED fields the rows differ, e.g. "steps 300 (U-Net) and 500 (LoRA)"."""
+    """Return the SHARED settings in which the rows differ, e.g. "steps 300 (U-Net) and 500 (LoRA)"."""
     found = []
     for path in SHARED[part].split():
-        groups = {}
-        for row, file in study.existing(part).items():
-            value = file.dig(path, "absent")
-            # A component's learning rate counts where it trains. The classifier trained on real images is not compared.
-            untrained = path.endswith("_lr") and path.removeprefix("arguments.")[:-3] not in row
+        name, rows_by_value = path.removeprefix("arguments.").removeprefix("settings."), {}
+        for row, results in study.existing(part).items():
+            value = results.dig(path, "absent")
+            # A component's learning rate counts where it trains. The classifier of real images is not compared.
+            untrained = name.endswith("_lr") and name.removesuffix("_lr") not in row
             if not untrained and row != "real" and value != "absent":
-                groups.setdefault(format_setting(value), []).append(row)
-        told = join_words(f"{value} ({', '.join(NAMES[row] for row in rows)})" for value, rows in groups.items())
-        if len(groups) > 1:
-            found.append(f"{path.removeprefix('arguments.').removeprefix('settings.')} {told}")
+                rows_by_value.setdefault(format_setting(value), []).append(NAMES[row])
+        if len(rows_by_value) > 1:
+            values = join_words(f"{value} ({', '.join(names)})" for value, names in rows_by_value.items())
+            found.append(f"{name} {values}")
     return found
 
 
@@ -479,22 +461,24 @@ def find_warnings(study, deciding):
     titles = {"runs": "The trainings differ in", "samples": "The samples differ in"}
     titles |= {part: f"Not compared where the {part} results differ:" for part in ("evaluations", "downstream")}
     differences = {title: find_differences(study, part) for part, title in titles.items()}
-    found = [f"{title} {'; '.join(told)}." for title, told in differences.items() if told]
-    files = [file for part in titles for file in study.existing(part).values()]
+    found = [f"{title} {'; '.join(settings)}." for title, settings in differences.items() if settings]
+    files = [results for part in titles for results in study.existing(part).values()]
     seeds = {file.dig(path) for file in files for path in ("arguments.split_seed", "settings.split_seed")} - {None}
     if len(seeds) > 1:
         found.append(f"Patients were split by seeds {join_words(map(str, seeds))}: test patients may be trained on.")
     evaluations = study.existing("evaluations")
-    wrong = [row for row, file in evaluations.items() if file.info.get("name", row) != row]
+    wrong = [row for row, results in evaluations.items() if results.info.get("name", row) != row]
     if wrong:
         found.append(f"The evaluations of {join_names(wrong)} are of other samples than the study's.")
     real = study.first("evaluations").get("class_consistency_auroc_real")
     if real and real["low"] is not None and real["low"] <= 0.5:
         found.append("The classifier is at chance on real images: prompt AUROC and class consistency say nothing.")
-    texts = dict.fromkeys(text for file in evaluations.values() for text in file.dig("warnings") or [])
+    texts = dict.fromkeys(text for results in evaluations.values() for text in results.dig("warnings") or [])
     found += [f"Warning: {text}." for text in texts if "hardly vary" in text or "10 times" in text]
     missing = [c.measure.name for c in deciding if not c.compared()]
-    return found + [f"Not compared between strategies: {join_words(missing)}."] * bool(missing)
+    if missing:
+        found.append(f"Not compared between strategies: {join_words(missing)}.")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,14 +584,15 @@ def draw_figure_2(study):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# Tables and page
 # ---------------------------------------------------------------------------------------------------------------------
 
-# `paper` is the paper's value, `flag` what must be seen beside the value; grey where it is not shown to be above its floor.
+# `paper` is the paper's value, `flag` a remark on the value; grey where it is not shown to be above its floor.
 Cell = namedtuple("Cell", "text detail paper flag grey", defaults=("", "", "", False))
 Table = namedtuple("Table", "title header rows lead", defaults=("",))
 REAL, VAE = ("real images", "_real"), ("real images through the VAE", "_vae")
-# Part of the study, title, columns as "header:metric:label" ("*" for a column a label), names and suffixes of reference rows.
+# Part of the study, title, columns as "heading:metric" (* for a column per label), and reference rows: a name and the
+# suffix of their metrics.
 TABLES = [
     (
         "runs",
@@ -620,9 +605,10 @@ TABLES = [
     (
         "evaluations",
         "Table 3c. Variety, colour and copies",
-        "FID at n/2:fid_half_n|KID × 1000:kid|Vendi / real:vendi_ratio|precision:precision|recall:recall|density:density|"
-        "coverage:coverage|visible tint, %:colour_visible|nearer to training, %:memorisation_nearer_train|"
-        "suspected copies, %:memorisation_suspects|by pixels, %:memorisation_suspects_pixels",
+        "FID at n/2:fid_half_n|KID × 1000:kid|Vendi / real:vendi_ratio|precision:precision|recall:recall|"
+        "density:density|coverage:coverage|visible tint, %:colour_visible|"
+        "nearer to training, %:memorisation_nearer_train|suspected copies, %:memorisation_suspects|"
+        "by pixels, %:memorisation_suspects_pixels",
         ("expected", "_floor"),
     ),
     ("downstream", "Table 4. Downstream accuracy, %", "*:accuracy", ("constant answer", "_floor")),
@@ -642,30 +628,34 @@ def number_cell(row, metric, paper=None, flag="", grey=False):
 
 
 def row_cell(study, part, row, metric, label):
-    """Return the cell of a strategy, the base model or real images, flagged or grey where it is no better than its floor."""
-    found = getattr(study, part)[row]
-    figure, flag, grey = found.get(metric, label), "", False
-    if figure and figure["low"] is not None:
-        # Accuracy against a constant answer, class consistency against the other prompts' images.
+    """Return the cell of a row in a table, flagged or grey if its value is no better than its floor."""
+    results = getattr(study, part)[row]
+    found, flag, grey = results.get(metric, label), "", False
+    if found and found["low"] is not None:
+        # Accuracy against a constant answer, class consistency against the images of other prompts.
         gains = {"accuracy": "accuracy_gain", "class_consistency": "class_consistency_margin"}
-        gain = found.get(gains.get(metric), label)
+        gain = results.get(gains.get(metric), label)
         grey = bool(gain) and gain["low"] is not None and gain["low"] <= 0
         if metric in ("auroc", "class_consistency_auroc"):
-            grey, flag = figure["low"] <= 0.5, "below chance" * (figure["high"] < 0.5)
-        elif metric == "accuracy":
-            flag = "CONSTANT" * ("CONSTANT" in (figure["note"] or ""))
-        elif metric.startswith(("memorisation_suspects", "colour_visible")):
-            flag = "above floor" * bool(find_excess(study, row, metric))
-    return number_cell(figure, metric, paper_value(row, metric, label), flag, grey)
+            grey, flag = found["low"] <= 0.5, "below chance" if found["high"] < 0.5 else ""
+        elif metric == "accuracy" and "CONSTANT" in (found["note"] or ""):
+            flag = "CONSTANT"
+        elif metric.startswith(("memorisation_suspects", "colour_visible")) and find_excess(study, row, metric):
+            flag = "above floor"
+    return number_cell(found, metric, paper_value(row, metric, label), flag, grey)
 
 
-def metric_table(study, part, title, columns, references):
-    """Return a table of what ran; `references` names rows by the suffix of their metrics, the rows' floors where there is none."""
-    lines, first = [], study.first(part)
-    for row in [*study.strategies, "base", "real"]:
-        if getattr(study, part)[row].exists:
-            cells = [row_cell(study, part, row, metric, label) for _, metric, label in columns]
-            lines.append([Cell(NUMBERS.get(row, "")), Cell(NAMES[row]), *cells])
+def metric_table(study, part, title, headings, *references):
+    """Return one of TABLES, of the rows that ran."""
+    columns, first, lines = [], study.first(part), []
+    for heading, metric in (column.split(":") for column in headings.split("|")):
+        if heading == "*":
+            columns += [(SHORT.get(label, label), metric, label) for label in study.labels(part, metric)]
+        else:
+            columns.append((heading, metric, "all"))
+    for row in study.existing(part):
+        cells = [row_cell(study, part, row, metric, label) for _, metric, label in columns]
+        lines.append([Cell(NUMBERS.get(row, "")), Cell(NAMES[row]), *cells])
     for name, suffix in references:
         cells = []
         for _, metric, label in columns:
@@ -673,20 +663,22 @@ def metric_table(study, part, title, columns, references):
             if not found and row and suffix != "_vae":
                 found = {"value": row["floor"], "low": None, "high": None}
             cells.append(number_cell(found, metric))
-        lines += [[Cell(""), Cell(name), *cells]] * any(cell.text for cell in cells)
-    return Table(title, ["#", "model", *(header for header, _, _ in columns)], lines)
+        if any(cell.text for cell in cells):
+            lines.append([Cell(""), Cell(name), *cells])
+    return Table(title, ["#", "model", *(heading for heading, _, _ in columns)], lines)
 
 
 def split_table(study):
     """Return Table 2, from the first run and the first evaluation."""
-    parts = {"train": "runs", "val": "runs", "test": "evaluations"}
-    counts = [study.first(part).by_label(f"images_{name}") for name, part in parts.items()]
-    labels = dict.fromkeys(label for name, part in parts.items() for label in study.labels(part, f"images_{name}"))
-    lines = []
-    for label in labels:
-        values = [f"{found[label]['value']:,}" if label in found else "" for found in counts]
-        paper = [f"{value:,}" for value in PAPER_SPLIT.get(label, ())] or [""] * 3
-        lines.append([Cell(label), *(Cell(value, "", printed) for value, printed in zip(values, paper))])
+    parts, lines = {"train": "runs", "val": "runs", "test": "evaluations"}, []
+    for label in dict.fromkeys(
+        label for name, part in parts.items() for label in study.labels(part, f"images_{name}")
+    ):
+        cells = []
+        for name, part in parts.items():
+            paper = dict(zip(CONDITIONS, PAPER_SPLIT[name])).get(label)
+            cells.append(number_cell(study.first(part).get(f"images_{name}", label), f"images_{name}", paper))
+        lines.append([Cell(label), *cells])
     return Table("Table 2. Images with each finding", ["finding", "training", "validation", "test"], lines)
 
 
@@ -696,82 +688,76 @@ def pair_table(study, comparisons):
     for first, second in combinations([*study.strategies, "base"], 2):
         cells = []
         for comparison in comparisons:
-            pairs = comparison.of("all", first, second)
-            words = describe_pair(pairs[0], comparison.measure.metric) if pairs else ("", "")
-            cells.append(Cell(*words, grey=bool(pairs) and not pairs[0].differs))
-        lines += [[Cell(f"{NAMES[first]} against {NAMES[second]}"), *cells]] * any(cell.text for cell in cells)
-    lead = "First minus second on the same draws, with the 95 % interval of this pair alone. Lower or higher: p < 0.05 after Holm's correction over the column, so some intervals that miss 0 are not enough."
-    return Table("Pair by pair", ["pair", *(f"{c.measure.name} {c.measure.arrow}" for c in comparisons)], lines, lead)
+            (pair,) = comparison.of("all", first, second) or [None]
+            words = describe_pair(pair, comparison.measure.metric) if pair else ("", "")
+            cells.append(Cell(*words, grey=bool(pair) and not pair.differs))
+        if any(cell.text for cell in cells):
+            lines.append([Cell(f"{NAMES[first]} against {NAMES[second]}"), *cells])
+    return Table("Pair by pair", ["pair", *(c.measure.heading for c in comparisons)], lines, PAIRS_LEAD)
 
 
 def label_table(study, comparisons):
     """Return for each label the strategies that no other row beats."""
-    labels = dict.fromkeys(pair.label for c in comparisons for pair in c.pairs if pair.label != "all")
     lines = []
-    for label in labels:
+    for label in dict.fromkeys(pair.label for c in comparisons for pair in c.pairs if pair.label != "all"):
         leaders = [comparison.leaders(label) for comparison in comparisons]
         names = ["all" if rows == study.strategies else join_names(rows) for rows in leaders]
         lines.append([Cell(label), *map(Cell, names)])
-    lead = "Strategies that no other row beats; Holm's correction over the pairs and labels of a column. report.csv has the pairs, and those of the other figures."
-    head = ["label", *(f"{c.measure.name} {c.measure.arrow}" for c in comparisons)]
-    return Table("Label by label", head, lines, lead)
+    return Table("Label by label", ["label", *(c.measure.heading for c in comparisons)], lines, LABELS_LEAD)
 
 
 def make_tables(study, comparisons):
     """Return all tables of the report in order."""
-    tables = [pair_table(study, comparisons), label_table(study, comparisons[:3])]
-    for part, title, specs, *references in TABLES:
-        columns = []
-        for spec in specs.split("|"):
-            header, metric, *label = spec.split(":")
-            if header == "*":
-                columns += [(SHORT.get(label, label), metric, label) for label in study.labels(part, metric)]
-            else:
-                columns.append((header, metric, *(label or ["all"])))
-        tables.append(metric_table(study, part, title, columns, references))
-    return [*tables[:3], split_table(study), *tables[3:]]
+    table_1, *others = [metric_table(study, *table) for table in TABLES]
+    verdicts = [pair_table(study, comparisons), label_table(study, comparisons[:NUM_DECIDING])]
+    return [*verdicts, table_1, split_table(study), *others]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
 
 ONE_TRAINING = "Each strategy was trained once, so this cannot say which is better in general."
-FOREST = "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Grey band: as good as real images, or no better than chance or a constant answer. Orange: the paper's value, an arrow where it is off the axis."
-TABLES_LEAD = "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above chance, a constant answer or the images of other prompts. Prompt AUROC: the classifier's head on the images of its prompt against those of the others. Ca: Cardiomegaly, Lo: Lung Opacity, Ed: Edema, Nf: No Finding, Pn: Pneumothorax, Pe: Pleural Effusion."
+FOREST_LEAD = (
+    "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Grey: as good as "
+    "real images, or no better than chance or a constant answer. Orange: the paper's value (an arrow: off the axis)."
+)
+TABLES_LEAD = (
+    "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above "
+    "chance, a constant answer or the images of other prompts. Prompt AUROC: the classifier's head on the images of "
+    f"its prompt against the others. {', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
+)
+PAIRS_LEAD = (
+    "First minus second on the same draws, with the 95 % interval of this pair alone. Lower or higher: p < 0.05 after "
+    "Holm's correction over the column, so some intervals that miss 0 are not enough."
+)
+LABELS_LEAD = "Strategies that no other row beats, after Holm's correction over the column. report.csv has the pairs."
 STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; color: #1c1e21; margin: 0; }
 main { max-width: 1240px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; }
-h2 { margin: 2rem 0 .5rem; font-size: 1.25rem; }
-h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { margin: 2rem 0 .5rem; font-size: 1.25rem; }
+h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; } summary { cursor: pointer; font-weight: 600; }
 p, li { max-width: 60rem; margin: .35rem 0; }
 .answer { background: #eef4fb; border-left: 5px solid #2b6cb0; padding: .5rem 1rem; }
 .answer p:first-child { font-size: 1.15rem; font-weight: 600; }
 .warnings { background: #fdf0ee; border-left: 5px solid #b3261e; padding: .25rem 1rem; margin: 1rem 0; }
-.pictures { display: flex; flex-wrap: wrap; gap: .5rem; }
-.pictures img { max-width: 100%; height: auto; }
+.pictures { display: flex; flex-wrap: wrap; gap: .5rem; } .pictures img { max-width: 100%; height: auto; }
 .columns img { width: 9.5rem; flex: 1 1 9.5rem; max-width: 16rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .8rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e1e4e8; overflow-wrap: normal; }
+th, td { padding: .3rem .5rem; text-align: left; vertical-align: top; overflow-wrap: normal; }
+th, td { border-bottom: 1px solid #e1e4e8; }
 th { vertical-align: bottom; border-bottom: 2px solid #8a919a; }
 td:first-child, td:nth-child(2) { white-space: nowrap; }
 td span { display: block; white-space: nowrap; font-size: .72rem; color: #57606a; }
-td .paper { color: #2a5d9f; }
-td .flag { color: #8a3b00; }
-td.grey { background: #e9ebee; }
-summary { cursor: pointer; font-weight: 600; }
+td .paper { color: #2a5d9f; } td .flag { color: #8a3b00; } td.grey { background: #e9ebee; }
 """
 
 
-def html_table(table):
-    def html_cell(cell):
-        spans = (("detail", cell.detail), ("paper", cell.paper and f"[{cell.paper}]"), ("flag", cell.flag))
-        spans = "".join(f' <span class="{name}">{html.escape(text)}</span>' for name, text in spans if text)
-        return f"<td{' class=grey' * cell.grey}>{html.escape(cell.text)}{spans}</td>"
+def html_cell(cell):
+    spans = {"detail": cell.detail, "paper": cell.paper and f"[{cell.paper}]", "flag": cell.flag}
+    spans = "".join(f' <span class="{name}">{html.escape(text)}</span>' for name, text in spans.items() if text)
+    return f"<td{' class=grey' if cell.grey else ''}>{html.escape(cell.text)}{spans}</td>"
 
-    title, lead = html.escape(table.title), f"<p>{html.escape(table.lead)}</p>" * bool(table.lead)
+
+def html_table(table):
+    title, lead = html.escape(table.title), f"<p>{html.escape(table.lead)}</p>" if table.lead else ""
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.header)
     body = "\n".join(f"<tr>{''.join(map(html_cell, row))}</tr>" for row in table.rows)
     box = f'<div class="scroll" role="region" tabindex="0" aria-label="{title}">'
@@ -788,36 +774,48 @@ def html_notes(title, items):
 
 
 def html_images(title, text, images, style=""):
-    """Return a section of PNGs by their alternative text, which wrap within the page; nothing for no images."""
+    """Return a section of PNGs, {alternative text: bytes}, which wrap within the page; nothing for no images."""
     tags = []
     for alt, png in images.items():
         if png:
-            source, width = base64.b64encode(png).decode(), int.from_bytes(png[16:20], "big") * 96 // PLOT_DPI
+            pixels = int.from_bytes(png[16:20], "big")  # the width, from the PNG's header
+            source, width = base64.b64encode(png).decode(), pixels * 96 // PLOT_DPI
             tags.append(f'<img src="data:image/png;base64,{source}" alt="{html.escape(alt)}" width="{width}">')
     return f'<h2>{title}</h2><p>{text}</p><div class="pictures {style}">{"".join(tags)}</div>' if tags else ""
 
 
-def list_notes(study):
-    """Return what the figures rest on, and the warnings that the scripts recorded, each once."""
-    sources, warnings = [], {}
-    for name in "runs.base_model runs.device evaluations.features.source evaluations.images.real.all downstream.images.test".split():
-        part, path = name.split(".", 1)
-        values = dict.fromkeys(format_setting(found.dig(path)) for found in study.existing(part).values())
-        sources += [f"{name}: {', '.join(values)}"] * bool(values)
+def list_sources(study):
+    """Return what the figures rest on."""
+    sources = []
+    fields = (
+        "runs.base_model runs.device evaluations.features.source evaluations.images.real.all downstream.images.test"
+    )
+    for part, path in (field.split(".", 1) for field in fields.split()):
+        values = dict.fromkeys(format_setting(results.dig(path)) for results in study.existing(part).values())
+        if values:
+            sources.append(f"{part}.{path}: {', '.join(values)}")
+    return sources
+
+
+def list_warnings(study):
+    """Return the warnings that the scripts recorded, each once, with the rows if they are few."""
+    rows_by_text = {}
     for part, path in (("runs", "notes"), ("evaluations", "warnings"), ("downstream", "notes")):
-        for row, found in study.existing(part).items():
-            for text in found.dig(path) or []:
-                warnings.setdefault(str(text), {})[row] = None
-    return sources, [text + (f" ({join_names(rows)})" if len(rows) < 3 else "") for text, rows in warnings.items()]
+        for row, results in study.existing(part).items():
+            for text in results.dig(path) or []:
+                rows_by_text.setdefault(str(text), {})[row] = None
+    return [text + (f" ({join_names(rows)})" if len(rows) < 3 else "") for text, rows in rows_by_text.items()]
 
 
 def make_page(title, study, comparisons, answer, warnings, pictures):
-    """Return the whole HTML page."""
+    """Return the HTML page."""
     samples = {f"Samples of {prompt}": encode(image.save) for prompt, image in pictures.items()}
     forests = {f"{c.measure.name}, difference to the base model": plot_forest(study, c) for c in comparisons}
-    costs = {f"{m.name} against {c}": plot_cost(study, m, c) for m in MEASURES[:3:2] for c in COSTS}
+    quality = [measure for measure in MEASURES if measure.metric in ("fid", "auroc")]
+    costs = {
+        f"{measure.name} against {cost}": plot_cost(study, measure, cost) for measure in quality for cost in COSTS
+    }
     answer, problems = ("".join(f"<p>{html.escape(text)}</p>" for text in texts) for texts in (answer, warnings))
-    sources, recorded = list_notes(study)
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>',
@@ -825,14 +823,15 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
         f'<div class="warnings" role="alert">{problems}</div>' if problems else "",
         f"<p>Not run: {join_names(study.missing)}.</p>" if study.missing else "",
         html_images("Figure 2. Samples", "The first of each prompt, by index.", samples, "columns"),
-        html_images("Against the base model", FOREST, forests),
+        html_images("Against the base model", FOREST_LEAD, forests),
         html_images("Quality against cost", "Squares: PEFT. Lines: 95 % intervals. Numbers: Table 1.", costs),
         f"<h2>Tables</h2><p>{TABLES_LEAD}</p>",
         *(html_table(table) for table in make_tables(study, comparisons) if table.rows),
         html_notes("Where the paper contradicts itself", PAPER_NOTES),
-        html_notes("What the figures rest on", sources),
-        html_notes("Warnings of the scripts", recorded),
-        f"<p>The paper: TehraniNasab, Kumar, Arbel, {PAPER}, 2025.</p></main></body></html>\n",
+        html_notes("What the figures rest on", list_sources(study)),
+        html_notes("Warnings of the scripts", list_warnings(study)),
+        '<p>The paper: TehraniNasab, Kumar, Arbel, <a href="https://arxiv.org/abs/2508.14931">Pixels Under '
+        "Pressure</a>, 2025.</p></main></body></html>\n",
     ]
     return "\n".join(filter(None, parts))
 
@@ -841,12 +840,14 @@ def list_values(study, comparisons):
     """Return every value of what ran and every pair, in the unit of the JSON files, as the table of report.csv."""
     lines = []
     for table, part in (("1", "runs"), ("3", "evaluations"), ("4", "downstream")):
-        for row, found in study.existing(part).items():
-            for (metric, label), figure in found.rows.items():
-                paper = paper_value(row, metric, label) if label != "all" or metric in ("fid", "vendi") else None
-                paper = paper if paper is None or label == "all" else round(paper / 100, 4)
+        for row, results in study.existing(part).items():
+            for (metric, label), found in results.rows.items():
+                paper = paper_value(row, metric, label)
+                if paper is not None and metric in ("class_consistency", "accuracy"):
+                    # A fraction as in the JSON files. The paper does not print the mean.
+                    paper = None if label == "all" else round(paper / 100, 4)
                 number = "2" if metric.startswith("images_") else table
-                lines.append(figure | {"table": number, "row": row, "paper": paper})
+                lines.append(found | {"table": number, "row": row, "paper": paper})
     for comparison in comparisons:
         for pair in comparison.pairs:
             line = {"table": "pairs", "row": f"{pair.first} - {pair.second}", "metric": comparison.measure.metric}
@@ -858,7 +859,7 @@ def list_values(study, comparisons):
 def main(args):
     study = read_study(args.study, args.rows)
     comparisons = [compare_measure(study, measure) for measure in MEASURES]
-    deciding = comparisons[:3]
+    deciding = comparisons[:NUM_DECIDING]
     lead, leaders = write_lead(deciding)
     answer = [lead, *write_objections(study, leaders, deciding), ONE_TRAINING]
     warnings = find_warnings(study, deciding)
@@ -868,7 +869,6 @@ def main(args):
     page = make_page(args.title, study, comparisons, answer, warnings, pictures)
     (output_dir / "report.html").write_text(page, encoding="utf-8")
     list_values(study, comparisons).to_csv(output_dir / "report.csv", index=False)
-    (output_dir / "figure2.png").unlink(missing_ok=True)
     if pictures:
         figure = np.hstack([np.asarray(picture) for picture in pictures.values()])
         Image.fromarray(figure).save(output_dir / "figure2.png")

@@ -4,22 +4,23 @@
 #   METHODS="lora bitfit" STUDY=study/small RESOLUTION=256 bash launch/sweep.sh --max_train_steps 2000
 #   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=/data/xrays bash launch/sweep.sh
 #   BUDGET=authors bash launch/sweep.sh
-# Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. Every variable below can
-# be set from outside. Relative paths start from the repository's folder.
+# Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. The variables
+# below can be set in the environment. Relative paths start from the repository's folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Folder of the results, base model, and rows to run.
 STUDY=${STUDY:-study}
 MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
-ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder lora dora bitfit difffit"
+ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder"
+ALL_METHODS+=" lora dora bitfit difffit"
 METHODS=(${METHODS-$ALL_METHODS})
-# Number of processes, and the command that starts a script with them. By default accelerate would take every GPU, which would
-# change the number of images per step.
+# Number of processes, and the command that starts a script with them. Without a number, accelerate would take all GPUs
+# and put more images into a step.
 PROCESSES=${PROCESSES:-1}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes $PROCESSES}
 
-# One table, split by patient here; or with TEST_CSV three ready-made tables, used in full.
+# One table, which the scripts split by patient; or, with TEST_CSV, three ready-made tables, used in full.
 TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv} # or CheXpert-v1.0-small/train.csv
 VALIDATION_CSV=${VALIDATION_CSV:-}
 TEST_CSV=${TEST_CSV:-}
@@ -39,11 +40,12 @@ declare -A RATE=(
   [unet]=${UNET_LR:-1e-5} [text_encoder]=${TEXT_ENCODER_LR:-1e-6} [vae]=${VAE_LR:-1e-6}
   [lora]=${LORA_LR:-1e-4} [dora]=${DORA_LR:-1e-4} [bitfit]=${BITFIT_LR:-1e-4} [difffit]=${DIFFFIT_LR:-1e-4}
 )
-OPTIMIZER=(--lr_scheduler constant --adam_beta1 0.9 --adam_beta2 0.999 --adam_weight_decay 1e-2 --adam_epsilon 1e-8 --max_grad_norm 1.0)
+OPTIMIZER=(--lr_scheduler constant --max_grad_norm 1.0)
+OPTIMIZER+=(--adam_beta1 0.9 --adam_beta2 0.999 --adam_weight_decay 1e-2 --adam_epsilon 1e-8)
 ADAPTER=(--rank 8 --lora_alpha 16 --lora_dropout 0)
 VAE_LOSS=${VAE_LOSS:-anchored} # joint is the paper's; the README says why it is not the default
 MIXED_PRECISION=${MIXED_PRECISION:-bf16} # the paper's is fp16; bf16 needs no loss scaling; no on a CPU
-# equal: GLOBAL_BATCH images per step in every row (the paper's 4 GPUs x batch 4 x 4 accumulated), so equal numbers of steps.
+# equal: every row sees GLOBAL_BATCH images per step (the paper's 4 GPUs x batch 4 x 4 accumulated) for as many steps.
 # authors: the PEFT rows with twice the batch and half the steps, as in the authors' code.
 BUDGET=${BUDGET:-equal}
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}
@@ -53,7 +55,7 @@ SAMPLE_FLAGS=(${SAMPLE_FLAGS:---images_per_label 5000 --num_inference_steps 50 -
 EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
 REPORT_TITLE=${REPORT_TITLE:-}
-# JUDGE=no trains and samples the rows only; base model and evaluations are left to a later call. REPORT=no skips the report.
+# JUDGE=no only trains and samples the rows, and leaves base model and evaluations to a later call.
 JUDGE=${JUDGE:-yes}
 REPORT=${REPORT:-yes}
 
@@ -64,37 +66,44 @@ refuse() {
 
 # Check now what would otherwise fail after hours.
 for table in "$TRAIN_CSV" ${TEST_CSV:+"$TEST_CSV" "$VALIDATION_CSV"}; do
-  [ -f "$table" ] || refuse "no table '$table'; set TRAIN_CSV (with TEST_CSV also VALIDATION_CSV), or try bash launch/demo.sh"
+  [ -f "$table" ] ||
+    refuse "no table '$table'; set TRAIN_CSV (with TEST_CSV also VALIDATION_CSV), or try bash launch/demo.sh"
 done
 for row in "${METHODS[@]}"; do
   [[ " $ALL_METHODS " == *" $row "* ]] || refuse "METHODS: '$row' is not one of $ALL_METHODS"
 done
-[ -z "$VALIDATION_CSV" ] || [ -n "$TEST_CSV" ] || refuse "VALIDATION_CSV is set and TEST_CSV is not; set both, for three ready-made tables, or neither"
+[ -z "$VALIDATION_CSV" ] || [ -n "$TEST_CSV" ] ||
+  refuse "VALIDATION_CSV is set and TEST_CSV is not; set both, for three ready-made tables, or neither"
 [[ $BUDGET == equal || $BUDGET == authors ]] || refuse "BUDGET=$BUDGET is neither equal nor authors"
 ((GLOBAL_BATCH % (BATCH * PROCESSES) == 0)) ||
   refuse "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
 for flag in "$@"; do
   case $flag in
-    --split_seed* | --uncertain* | --prompt_template* | --resolution* | --max_train_samples* | --data_csv* | --image_root* | --output_dir* | \
-      --split* | --validation_csv* | --dataset_name* | --pretrained_model_name_or_path* | --train_batch_size* | --resize_mode*)
+    --split* | --uncertain* | --prompt_template* | --resolution* | --resize_mode* | --max_train_samples* | \
+      --data_csv* | --validation_csv* | --dataset_name* | --image_root* | --output_dir* | \
+      --pretrained_model_name_or_path* | --train_batch_size*)
       refuse "${flag%%=*} must be the same in all scripts; set the variable at the top of launch/sweep.sh instead" ;;
   esac
 done
 
-real=(--real_csv "$TRAIN_CSV")
+# The data flags of training, eval_generation.py and eval_downstream.py.
 if [ -n "$TEST_CSV" ]; then
-  data=(--data_csv "$TRAIN_CSV" --validation_csv "$VALIDATION_CSV")
-  compared=(--real_csv "$TEST_CSV" --real_split all --train_csv "$TRAIN_CSV" --train_split all)
-  real+=(--validation_csv "$VALIDATION_CSV" --test_csv "$TEST_CSV")
+  training_data=(--data_csv "$TRAIN_CSV" --validation_csv "$VALIDATION_CSV")
+  generation_data=(--real_csv "$TEST_CSV" --real_split all --train_csv "$TRAIN_CSV" --train_split all)
+  downstream_data=(--real_csv "$TRAIN_CSV" --validation_csv "$VALIDATION_CSV" --test_csv "$TEST_CSV")
 else
-  data=(--data_csv "$TRAIN_CSV")
-  compared=(--real_csv "$TRAIN_CSV" --train_csv "$TRAIN_CSV")
+  training_data=(--data_csv "$TRAIN_CSV")
+  generation_data=(--real_csv "$TRAIN_CSV" --train_csv "$TRAIN_CSV")
+  downstream_data=(--real_csv "$TRAIN_CSV")
 fi
-for flags in data compared real; do
-  declare -n list=$flags
-  list+=(--split_seed "$SPLIT_SEED" --uncertain "$UNCERTAIN" --resize_mode "$RESIZE_MODE")
-  [ -z "$IMAGE_ROOT" ] || list+=(--image_root "$IMAGE_ROOT")
-done
+shared=(--split_seed "$SPLIT_SEED" --uncertain "$UNCERTAIN" --resize_mode "$RESIZE_MODE")
+[ -z "$IMAGE_ROOT" ] || shared+=(--image_root "$IMAGE_ROOT")
+
+unless() { # the file that a step writes last, the step
+  [ -f "$STUDY/$1" ] && return
+  echo "== $1"
+  "${@:2}"
+}
 
 train() { # row, further flags
   local row=$1 batch=$BATCH global_batch=$GLOBAL_BATCH command
@@ -110,7 +119,8 @@ train() { # row, further flags
       done
       ;;
   esac
-  $LAUNCH "${command[@]}" "${data[@]}" --pretrained_model_name_or_path "$MODEL" --output_dir "$STUDY/runs/$row" \
+  $LAUNCH "${command[@]}" "${training_data[@]}" "${shared[@]}" \
+    --pretrained_model_name_or_path "$MODEL" --output_dir "$STUDY/runs/$row" \
     --prompt_template "$PROMPT_TEMPLATE" --resolution "$RESOLUTION" --max_train_samples "$TRAIN_IMAGES" \
     --num_train_epochs "$EPOCHS" --train_batch_size "$batch" \
     --gradient_accumulation_steps $((global_batch / (batch * PROCESSES))) --mixed_precision "$MIXED_PRECISION" \
@@ -118,30 +128,29 @@ train() { # row, further flags
 }
 
 sample() { # model, name
-  $LAUNCH sample.py --model "$1" --labels "${LABELS[@]}" --prompt_template "$PROMPT_TEMPLATE" --resolution "$RESOLUTION" \
-    "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2"
-}
-
-evaluate() { # name: base or a row
-  unless "evaluations/$1/generation_metrics.json" $LAUNCH eval_generation.py --synthetic "$STUDY/samples/$1" "${compared[@]}" \
-    --max_train_samples "$TRAIN_IMAGES" --labels "${LABELS[@]}" --classifier "$STUDY/downstream/real/classifier" \
-    --baseline "$STUDY/samples/base" --vae "$MODEL" \
-    "${EVALUATION_FLAGS[@]}" --output_dir "$STUDY/evaluations/$1"
-  unless "downstream/$1/downstream_metrics.json" classify "$1" --synthetic "$STUDY/samples/$1" --reference "$STUDY/downstream/real"
+  $LAUNCH sample.py --model "$1" --labels "${LABELS[@]}" --prompt_template "$PROMPT_TEMPLATE" \
+    --resolution "$RESOLUTION" "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2"
 }
 
 classify() { # name, further flags
-  $LAUNCH eval_downstream.py "${real[@]}" --labels "${LABELS[@]}" "${DOWNSTREAM_FLAGS[@]}" --output_dir "$STUDY/downstream/$1" "${@:2}"
+  $LAUNCH eval_downstream.py "${downstream_data[@]}" "${shared[@]}" --labels "${LABELS[@]}" "${DOWNSTREAM_FLAGS[@]}" \
+    --output_dir "$STUDY/downstream/$1" "${@:2}"
 }
 
-unless() { # the file that a step writes last, the step
-  [ -f "$STUDY/$1" ] && return
-  echo "== $1"
-  "${@:2}"
+compare() { # name
+  $LAUNCH eval_generation.py --synthetic "$STUDY/samples/$1" "${generation_data[@]}" "${shared[@]}" \
+    --max_train_samples "$TRAIN_IMAGES" --labels "${LABELS[@]}" --classifier "$STUDY/downstream/real/classifier" \
+    --baseline "$STUDY/samples/base" --vae "$MODEL" "${EVALUATION_FLAGS[@]}" --output_dir "$STUDY/evaluations/$1"
 }
 
-# The base model's samples, which every row is compared with; and a classifier trained on as many real images: the reference for
-# those trained on synthetic images (Table 4), and the judge of whether an image shows its prompt (Table 3).
+evaluate() { # name: base or a row
+  unless "evaluations/$1/generation_metrics.json" compare "$1"
+  unless "downstream/$1/downstream_metrics.json" \
+    classify "$1" --synthetic "$STUDY/samples/$1" --reference "$STUDY/downstream/real"
+}
+
+# Every row is compared with the base model's samples. A classifier trained on as many real images is the reference for
+# those trained on synthetic ones (Table 4), and judges whether an image shows its prompt (Table 3).
 if [ "$JUDGE" != no ]; then
   unless samples/base/metadata.csv sample "$MODEL" base
   unless downstream/real/downstream_metrics.json classify real --synthetic "$STUDY/samples/base" --train_on real

@@ -95,8 +95,8 @@ def train(row, output_dir, *more, **options):
 def launch(*command, processes=1, **options):
     """Run `accelerate launch` as users do, on the CPU."""
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines=1"]
-    # With --cpu, accelerate starts several processes only through mpirun. --multi_gpu does without, and the script takes the
-    # CPU where there is no GPU.
+    # With --cpu, accelerate starts several processes only through mpirun. --multi_gpu does without, and the script
+    # takes the CPU where there is no GPU.
     launcher += ["--multi_gpu" if processes > 1 else "--cpu", f"--num_processes={processes}"]
     launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
     defaults = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, "timeout": 600}
@@ -136,8 +136,8 @@ def same(one, two):
 def draw(pipeline, **options):
     """Return two images from fixed noise as an array in [0, 1].
 
-    In float64: in float32, kernels that add up in another order can make more of a difference (1.3e-5 has been seen) than a
-    wrong merge of a small adapter.
+    In float64: in float32, kernels that add up in another order can make more of a difference (1.3e-5 has been seen)
+    than a wrong merge of a small adapter.
     """
     prompts = ["Chest X-ray of a subject with Edema", "Chest X-ray of a subject with No Finding"]
     fixed = {"height": 64, "width": 64, "num_inference_steps": 4, "output_type": "np"}

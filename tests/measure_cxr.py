@@ -2,9 +2,9 @@
 
     python tests/measure_cxr.py CheXpert-v1.0/train.csv Pneumonia "No Finding" --features rad-dino
 
-The sets are real images of patients outside the test split: as they are, with the two labels exchanged, blurred, tinted, and
-copies of training images. Each is scored as if a model had generated it; further flags go to eval_generation.py. Not a test,
-since it takes minutes.
+The sets are real images of patients outside the test split: as they are, with the two labels exchanged, blurred,
+tinted, and copies of training images. Each is scored as if a model had generated it; further flags go to
+eval_generation.py. Not a test, since it takes minutes.
 """
 
 import json

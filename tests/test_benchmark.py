@@ -68,9 +68,10 @@ def test_the_plain_loss_is_the_scripts(component, monkeypatch):
     args = train_full.parse_args([f"--train_{component}", "--vae_loss=joint", f"--data_csv={__file__}"])
     pipeline, uncached = pipeline_of(BASE), SimpleNamespace(latents=None, has_embeddings=False)
     batch = {"pixel_values": torch.rand(2, 3, 64, 64) * 2 - 1, "input_ids": torch.randint(99, (2, 77))}
-    draws = dict(zip(("noise", "latent_noise"), torch.randn(2, 2, 4, 8, 8))) | {"timesteps": torch.tensor([9, 700])}
+    draws = dict(zip(("noise", "posterior_noise"), torch.randn(2, 2, 4, 8, 8))) | {"timesteps": torch.tensor([9, 700])}
+    batch["posterior"] = pipeline.vae.encode(batch["pixel_values"]).latent_dist.parameters.detach()
     expected = train_full.build_loss(args, pipeline, uncached, "no")(batch | draws)["loss"].mean()
-    for function, name in {"randn": "latent_noise", "randn_like": "noise", "randint": "timesteps"}.items():
+    for function, name in {"randn": "posterior_noise", "randn_like": "noise", "randint": "timesteps"}.items():
         monkeypatch.setattr(torch, function, lambda *_, name=name, **__: draws[name])
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     plain = benchmark.plain_loss(pipeline, scheduler, batch, component == "vae")

@@ -1,7 +1,7 @@
 """The scripts stand alone, so some functions stand in several of them. This test keeps the copies identical.
 
-A copy has `# Copied from <script>.<name>` directly above it. `python tests/test_copies.py --fix` rewrites every copy from
-its owner.
+A copy has `# Copied from <script>.<name>` directly above it. `python tests/test_copies.py --fix` rewrites every copy
+from its owner.
 """
 
 import argparse
@@ -20,12 +20,12 @@ SCRIPTS = [
     "launch/benchmark",
 ]
 # Each script has its own function of this name.
-OWN = {"main", "parse_args", "build_loss", "parameter_groups", "save_model", "usage_example"}
+OWN = {"main", "parse_args", "build_loss", "save_model", "usage_example"}
 MARKER = re.compile(r"# Copied from (\w+)\.(\w+)$")
 
 
 def top_level_objects(source):
-    """Return {name: (first line, last line, marker)} of functions, classes and constants; lines from 0, last exclusive."""
+    """Return {name: (first line, last line, marker)} of functions, classes and constants; from 0, last exclusive."""
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

@@ -199,10 +199,10 @@ def test_every_image_comes_once_an_epoch_in_any_layout(processes, batch_size, ma
 def test_samples_are_a_function_of_seed_and_number(make_stream):
     stream, other = make_stream(10), make_stream(10, seed=4)
     first, again = stream[13], make_stream(10)[13]
-    assert first.keys() == {"noise", "latent_noise", "timesteps", "input_ids", "posterior"}
+    assert first.keys() == {"noise", "posterior_noise", "timesteps", "input_ids", "posterior"}
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert first["input_ids"] == stream.image_index(13)
-    for noise in (stream[14]["noise"], other[13]["noise"], first["latent_noise"]):
+    for noise in (stream[14]["noise"], other[13]["noise"], first["posterior_noise"]):
         assert not torch.equal(first["noise"], noise)
     noise = torch.stack([stream[n]["noise"] for n in range(200)])
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02

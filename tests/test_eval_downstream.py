@@ -114,7 +114,7 @@ def test_draws_take_patients_and_depend_on_their_number_alone():
 
 
 def test_intervals_cover_what_patients_and_seeds_vary_by():
-    """The interval of a mean of three trainings on a test set that varies holds the truth in 93 to 97% of 2,000 cases."""
+    """The interval of a mean of three trainings on a varying test set holds the truth in 93 to 97% of 2,000 cases."""
     generator, covered = np.random.default_rng(0), 0
     for k in range(2000):
         values = 0.7 + generator.normal(scale=0.02, size=(1, 3)) + generator.normal(scale=0.02)
@@ -132,17 +132,19 @@ def test_rows_come_from_the_draws():
     probabilities = [(0.5 * targets + 0.5 * generator.random((200, 3))) * [1, 0.4, 1] for _ in range(2)]
     figures = eval_downstream.score(targets, np.arange(200) // 2, probabilities, 40)
     noise = eval_downstream.training_noise(2, 40, 5)
-    rows, draws = eval_downstream.result_rows(["A", "B", "C"], figures, noise, targets, [None, None, "a reason"])
+    rows, draws = eval_downstream.result_rows(["A", "B", "C"], figures, noise, targets)
     found = by_name(rows)
     for metric in eval_downstream.METRICS:
         one = found[metric, "A"]
         assert one["value"] == pytest.approx(figures[metric][0, :, 0].mean())
-        assert found[metric, "C"]["value"] is None and found[metric, "C"]["note"] == "n/a: a reason"
+        other = found[metric, "C"]
+        assert other["value"] is None and other["note"] == "n/a: one class only among the test images"
         assert found[metric, "all"]["note"].endswith("mean of 2 of 3 labels")
         if metric == "ece":
             assert one["low"] is None and "ece/A" not in draws
             continue
-        limits = np.percentile(draws[f"{metric}/A"], [2.5, 97.5]).clip(-1 if metric == "accuracy_gain" else 0, 1)
+        assert draws[f"{metric}/A"].shape == (41,) and draws[f"{metric}/A"][0] == one["value"]
+        limits = np.percentile(draws[f"{metric}/A"][1:], [2.5, 97.5]).clip(-1 if metric == "accuracy_gain" else 0, 1)
         assert [one["low"], one["high"]] == pytest.approx(limits)
         assert np.allclose(draws[f"{metric}/all"], (draws[f"{metric}/A"] + draws[f"{metric}/B"]) / 2)
     assert np.allclose(draws["accuracy_gain/A"], draws["accuracy/A"] - draws["constant_accuracy/A"])
@@ -154,24 +156,22 @@ def test_rows_come_from_the_draws():
 
 
 def test_the_ratio_of_auroc_is_above_chance():
-    def one(**draws):
-        rows = [eval_downstream.result_row(name, float(values.mean()), "A") for name, values in draws.items()]
-        return by_name(rows), {f"{name}/A": values for name, values in draws.items()}
+    def run_of(seed):
+        auroc, accuracy = 0.02 * np.random.default_rng(seed).random((2, 101)) + 0.6 + 0.2 * seed
+        return {"auroc/A": auroc, "accuracy/A": accuracy}
 
-    ours, theirs = (0.02 * np.random.default_rng(i).random((2, 100)) + 0.6 + 0.2 * i for i in range(2))
-    found, draws = one(auroc=ours[0], accuracy=ours[1])
-    reference = one(auroc=theirs[0], accuracy=theirs[1])
-    ratios, ratio_draws = eval_downstream.ratio_rows(["A"], found.values(), draws, reference, "real")
-    expected = (ours[0] - 0.5) / (theirs[0] - 0.5)
-    assert np.allclose(ratio_draws["auroc_of_reference/A"], expected)
-    assert np.allclose(ratio_draws["accuracy_of_reference/all"], ours[1] / theirs[1])
-    auroc = by_name(ratios)["auroc_of_reference", "all"]
-    limits = (ours[0].mean() - 0.5) / (theirs[0].mean() - 0.5), *np.percentile(expected, [2.5, 97.5])
+    ours, theirs = run_of(0), run_of(1)
+    rows, draws = eval_downstream.ratio_rows(["A"], ours, theirs, "real")
+    expected = (ours["auroc/A"] - 0.5) / (theirs["auroc/A"] - 0.5)
+    assert np.allclose(draws["auroc_of_reference/A"], expected)
+    assert np.allclose(draws["accuracy_of_reference/all"], ours["accuracy/A"] / theirs["accuracy/A"])
+    auroc = by_name(rows)["auroc_of_reference", "all"]
+    limits = expected[0], *np.percentile(expected[1:], [2.5, 97.5])
     assert [auroc[key] for key in ("value", "low", "high")] == pytest.approx(limits)
-    assert by_name(ratios)["f1_of_reference", "A"]["note"].endswith("lacks the figure")
-    reference[1]["auroc/A"] = theirs[0] - 0.32  # at chance
-    ratios, _ = eval_downstream.ratio_rows(["A"], found.values(), draws, reference, "real")
-    assert "of real is not above 0.5" in by_name(ratios)["auroc_of_reference", "A"]["note"]
+    assert by_name(rows)["f1_of_reference", "A"]["note"].endswith("lacks the figure")
+    theirs["auroc/A"] -= 0.32  # at chance
+    rows, _ = eval_downstream.ratio_rows(["A"], ours, theirs, "real")
+    assert "of real is not above 0.5" in by_name(rows)["auroc_of_reference", "A"]["note"]
 
 
 def test_uncertain_labels_are_masked():
@@ -187,22 +187,24 @@ def test_uncertain_labels_are_masked():
 def test_the_same_seed_gives_the_same_results_killed_or_not(samples, tmp_path, monkeypatch):
     options = {"synthetic": samples, "num_train_epochs": 3, "num_seeds": 2}
     whole = run(tmp_path / "whole", **options)
-    save_progress, saved = eval_downstream.save_progress, []
+    train_epoch, trained = eval_downstream.train_epoch, []
 
-    def save_and_die(*args):
-        save_progress(*args)
-        saved.append(len(args[-1]))
-        if saved in ([1], [1, 2, 3, 1, 2]):
+    def train_and_die(*args):
+        train_epoch(*args)
+        trained.append(args[-2:])
+        if len(trained) in (1, 5):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_downstream, "save_progress", save_and_die)
+    monkeypatch.setattr(eval_downstream, "train_epoch", train_and_die)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut", **options)
-    assert run(tmp_path / "cut", **options) == whole and saved == [1, 2, 3, 1, 2, 3]
+    assert run(tmp_path / "cut", **options) == whole
+    # The first classifier is not trained again once it is finished.
+    assert trained == [(0, 0), (0, 0), (0, 1), (0, 2), (1, 0), (1, 0), (1, 1), (1, 2)]
     for name in ("seeds/seed-0/model.safetensors", "seeds/seed-1/model.safetensors", "downstream_draws.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    assert not list(tmp_path.rglob("progress.safetensors")) and not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
     best = min(whole["seeds"], key=lambda seed: min(seed["validation_losses"]))
     spec = json.loads((tmp_path / "whole" / "classifier" / "classifier.json").read_text())
     assert {label: figure["value"] for label, figure in spec["real_test_auroc"].items()} == best["metrics"]["auroc"]
@@ -308,11 +310,12 @@ ERRORS = {
     "{synthetic} --labels Fracture": "have in common: No Finding",
     "{synthetic} --resize_mode=pad": "--resize_mode pad and squash",
     "{synthetic} --weights=w.pth": "--weights w.pth: cannot be loaded",
-    "{synthetic} --weights={other}": "weights of another network",
+    "{synthetic} --weights={other}": "cannot be loaded into resnet18",
     "{synthetic} --reference={samples}": "no finished run",
-    "{synthetic} --reference={done}": "not trained on real images",
+    "{synthetic} --reference={done}": "not a run with --train_on real",
     "{synthetic} --output_dir={samples}": "not empty and not a result folder",
-    "{synthetic} --train_on=real --resize_mode=squash --output_dir={done}": "results of another mixed_geometry, resize_mode",
+    "{synthetic} --train_on=real --resize_mode=squash --output_dir={done}": "another mixed_geometry, resize_mode",
+    "{synthetic} --num_train_images=500": "too few images for training: ",
 }
 
 
@@ -330,6 +333,13 @@ def test_everyday_mistakes_end_with_a_sentence(samples, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "refused", f"--classifier={done / 'classifier'}")
     assert "has no thresholds" in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("name", ["num_train_images", "max_test_images", "source_resolution", "bootstrap_samples"])
+def test_counts_below_one_are_refused(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        eval_downstream.parse_args(arguments(tmp_path / "out", "--train_on=real", f"--{name}=0"))
+    assert ended.value.code == 2 and f"--{name} must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

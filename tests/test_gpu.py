@@ -1,4 +1,4 @@
-"""What only a GPU shows: it computes what a CPU does, in all precisions, and no step waits for it. Skipped without one."""
+"""A GPU computes what a CPU does, in all precisions, and no step waits for it. Skipped without one."""
 
 import json
 

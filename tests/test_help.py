@@ -13,23 +13,31 @@ REQUIRED = {
     "eval_downstream": "--synthetic samples/bitfit --real_csv x",
 }
 # Flags and defaults; a name alone is a switch that is off, or a value that is unset.
-TRAINING = """data_csv validation_csv dataset_name image_root split split_seed=0 uncertain=ignore max_train_samples resolution=512
-    resize_mode=squash train_batch_size=4 num_train_epochs=100 max_train_steps gradient_accumulation_steps=4 mixed_precision
-    gradient_checkpointing lr_scheduler=constant lr_warmup_steps=0 max_grad_norm=1.0 use_8bit_adam snr_gamma noise_offset=0.0
-    caption_dropout=0.1 use_ema latent_cache_dir compile validation_steps=500 num_validation_images=4 checkpointing_steps=500
-    checkpoints_total_limit=2 resume_from_checkpoint report_to=tensorboard push_to_hub seed=0 output_dir adam_beta1=0.9
-    adam_beta2=0.999 adam_weight_decay=0.01 adam_epsilon=1e-08 on_bad_image=stop
-    pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5"""
+TRAINING = """
+    data_csv validation_csv dataset_name image_root split split_seed=0 uncertain=ignore max_train_samples
+    resolution=512 resize_mode=squash on_bad_image=stop caption_dropout=0.1 latent_cache_dir
+    pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 mixed_precision gradient_checkpointing
+    compile snr_gamma noise_offset=0.0 train_batch_size=4 num_train_epochs=100 max_train_steps
+    gradient_accumulation_steps=4 lr_scheduler=constant lr_warmup_steps=0 max_grad_norm=1.0 use_8bit_adam use_ema
+    adam_beta1=0.9 adam_beta2=0.999 adam_weight_decay=0.01 adam_epsilon=1e-08 validation_steps=500
+    num_validation_images=4 checkpointing_steps=500 checkpoints_total_limit=2 resume_from_checkpoint
+    report_to=tensorboard push_to_hub seed=0 output_dir
+"""
 CONTRACT = {
-    "train_full": f"""{TRAINING} train_unet train_text_encoder train_vae unet_lr=1e-05 text_encoder_lr=1e-06 vae_lr=1e-06
-        vae_loss=anchored vae_recon_weight=1.0 vae_anchor_weight=1.0""",
+    "train_full": f"""{TRAINING}
+        train_unet train_text_encoder train_vae unet_lr=1e-05 text_encoder_lr=1e-06 vae_lr=1e-06 vae_loss=anchored
+        vae_recon_weight=1.0 vae_anchor_weight=1.0""",
     "train_peft": f"{TRAINING} method rank=8 lora_alpha=16 lora_dropout=0.0 learning_rate=0.0001 save_merged",
-    "sample": """model labels like_csv images_per_label=5000 num_images num_inference_steps=50 guidance_scale=7.5 scheduler
+    "sample": """
+        model labels like_csv images_per_label=5000 num_images num_inference_steps=50 guidance_scale=7.5 scheduler
         resolution batch_size=auto seed=0 output_dir split=all split_seed=0 uncertain=ignore prompt_template""",
-    "eval_generation": """synthetic real_csv image_root real_split=test train_csv train_split=train split_seed=0 uncertain=ignore
-        classifier features=xrv baseline vae max_per_label=5000 pool=unique resolution resize_mode seed=0 output_dir""",
-    "eval_downstream": """synthetic real_csv image_root train_on=synthetic arch=efficientnet_b0 weights=imagenet num_seeds=3
-        output_dir labels split split_seed=0 uncertain=ignore resize_mode seed=0 horizontal_flip resolution=224 reference""",
+    "eval_generation": """
+        synthetic real_csv image_root real_split=test train_csv train_split=train split_seed=0 uncertain=ignore
+        classifier features=xrv baseline vae max_per_label=5000 pool=unique resolution resize_mode seed=0
+        output_dir""",
+    "eval_downstream": """
+        synthetic real_csv image_root train_on=synthetic arch=efficientnet_b0 weights=imagenet num_seeds=3 output_dir
+        labels split split_seed=0 uncertain=ignore resize_mode seed=0 horizontal_flip resolution=224 reference""",
 }
 CHOICES = {
     "split": ["train", "val", "test", "all"],

@@ -1,7 +1,7 @@
 """Every command line in README.md, the docstrings and launch/ parses with the script that it starts.
 
-The shell text is run by bash in a copy of launch/ where recorders replace the launchers, so loops, arrays and defaults have
-their real values and nothing is trained.
+The shell text is run by bash in a copy of launch/ where recorders replace the launchers, so loops, arrays and defaults
+have their real values and nothing is trained.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def bash_blocks(markdown):
 
 
 def find_sources():
-    """Return shell text by the file that it is in; scripts are run as a whole, and the commands in their comments too."""
+    """Return shell text by file; scripts are run as a whole, and the commands in their comments too."""
     sources = {"README.md": bash_blocks((ROOT / "README.md").read_text())}
     sources["launch/demo/README.md"] = indented_lines((LAUNCH / "demo" / "README.md").read_text())
     for path in sorted([*ROOT.glob("*.py"), *LAUNCH.rglob("*.py"), *LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.yaml")]):

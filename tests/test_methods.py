@@ -40,15 +40,16 @@ def test_parameter_counts_on_the_architecture_of_stable_diffusion(row, monkeypat
             args, SimpleNamespace(**parts, scheduler=DDPMScheduler()), stream, "no"
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = common.script_of(row).parameter_groups(args, parameters)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: groups)
+    groups = common.script_of(row).make_optimizer(args, parameters)
     parts = [row] if row in PEFT_ROWS else args.components
     assert [sum(p.numel() for p in group["params"]) for group in groups] == [COUNTS[part] for part in parts]
     assert [group["lr"] for group in groups] == [RATES[part] for part in parts]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # One recorded run of each row
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 # The checkpoint is in the middle of an epoch.
 OPTIONS = [
@@ -88,10 +89,10 @@ def whole(tmp_path_factory):
 
 @torch.no_grad()
 def reference(stream, pipeline, positions, cached=False):
-    """Return mean losses written out with diffusers' own parts; only random numbers and images come from the stream."""
+    """Return mean losses written out with diffusers' own parts; the stream gives images and random numbers only."""
     samples = [stream[n] for n in positions]
-    names = ("noise", "latent_noise", "timesteps")
-    noise, latent_noise, timesteps = (torch.stack([sample[name] for sample in samples]) for name in names)
+    names = ("noise", "posterior_noise", "timesteps")
+    noise, posterior_noise, timesteps = (torch.stack([sample[name] for sample in samples]) for name in names)
     indices = [stream.image_index(n) for n in positions]
     images = np.stack([train_full.load_image(stream.images[i], 64, "squash") for i in indices])
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
@@ -100,7 +101,7 @@ def reference(stream, pipeline, positions, cached=False):
     # One image at a time, as for the cache: in a batch, other last digits would round otherwise in fp16.
     posterior = torch.cat([pipeline.vae.encode(image[None]).latent_dist.parameters for image in pixels])
     mean, logvar = (posterior.half().float() if cached else posterior).chunk(2, dim=1)
-    latents = mean + torch.exp(logvar / 2) * latent_noise
+    latents = mean + torch.exp(logvar / 2) * posterior_noise
     signal = pipeline.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     noisy = signal.sqrt() * latents * pipeline.vae.config.scaling_factor + (1 - signal).sqrt() * noise
     prediction = pipeline.unet(noisy, timesteps, pipeline.text_encoder(input_ids)[0]).sample
@@ -112,7 +113,8 @@ def reference(stream, pipeline, positions, cached=False):
 def test_losses_equal_the_reference(row, whole):
     run, base, vae = whole(row), pipeline_of(BASE), "vae" in row
     first = reference(run.streams[0], base, range(4), not vae)
-    # In the first step the VAE is still the base model's, so the anchor is zero; trained alone, it does without the U-Net.
+    # In the first step the VAE is still the base model's, so the anchor is zero; trained alone, it does without the
+    # U-Net.
     assert run.losses[0] == pytest.approx(
         first["reconstruction"] * vae + first["diffusion"] * (row != "vae"), abs=1e-6
     )
@@ -170,7 +172,14 @@ def test_a_resumed_run_is_bit_identical(row, whole, tmp_path):
 
 def test_resuming_is_bit_identical_in_the_memory_layout_of_gpus(tmp_path, monkeypatch):
     """Fused AdamW goes through weights and state as they lie in memory, which a checkpoint's file does not keep."""
-    monkeypatch.setattr(train_full, "to_channels_last", lambda module: module.to(memory_format=torch.channels_last))
+    build_loss = train_full.build_loss
+
+    def build_channels_last(args, pipeline, *rest):
+        for module in (pipeline.unet, pipeline.vae):
+            module.to(memory_format=torch.channels_last)
+        return build_loss(args, pipeline, *rest)
+
+    monkeypatch.setattr(train_full, "build_loss", build_channels_last)
     options = ["--checkpointing_steps=2", "--unet_lr=1e-3", "--vae_lr=1e-3", "--use_ema"]
     train("unet_vae", tmp_path / "whole", *options, steps=4)
     assert_resumes_bit_identically("unet_vae", tmp_path / "whole", tmp_path, *options, steps=4)
@@ -190,15 +199,18 @@ def test_8bit_adam_resumes_bit_identically(tmp_path):
     assert_resumes_bit_identically("unet", tmp_path / "whole", tmp_path, *options, steps=4)
 
 
-# Run in a fresh process: the model card's own code, and for DiffFit, whose card has none, the function that merges.
+# Run in a fresh process: the card's own code for LoRA and DoRA, README's for BitFit, and DiffFit's merge.
 LOAD = """
 import json, re, sys
 sys.path[:0] = sys.argv[1:3]
 import numpy, common, train_peft
+from safetensors.torch import load_file
 for method, run in json.loads(sys.argv[3]).items():
-    if method == "difffit":
-        pipe = common.pipeline_of(common.BASE)
-        train_peft.merge_delta(pipe.unet, f"{run}/unet_delta.safetensors")
+    pipe, delta = common.pipeline_of(common.BASE), f"{run}/unet_delta.safetensors"
+    if method == "bitfit":
+        pipe.unet.load_state_dict(load_file(delta), strict=False)
+    elif method == "difffit":
+        train_peft.merge_delta(pipe.unet, delta)
     else:
         exec(re.search("```python(.*?)```", open(f"{run}/README.md").read(), re.DOTALL)[1])
     pipe.set_progress_bar_config(disable=True)
@@ -220,35 +232,36 @@ def test_adapters_load_in_a_fresh_process_and_equal_the_merged_pipelines(whole):
         assert abs(np.load(whole(method).folder / "images.npy") - trained).max() < 1e-6, method
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Loss functions and optimizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def loss_parts(pipeline, **config):
-    """Return the arguments of a loss, and a batch of random images, captions and noise."""
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **config)
+@torch.no_grad()
+def random_batch(pipeline):
     random = torch.Generator().manual_seed(0)
     batch = {"pixel_values": torch.rand(4, 3, 64, 64, generator=random) * 2 - 1, "timesteps": torch.arange(4) * 333}
-    batch |= {name: torch.randn(4, 4, 8, 8, generator=random) for name in ("noise", "latent_noise")}
+    batch |= {name: torch.randn(4, 4, 8, 8, generator=random) for name in ("noise", "posterior_noise")}
     batch["input_ids"] = torch.randint(pipeline.tokenizer.vocab_size, (4, 77), generator=random)
-    scaling_factor = pipeline.vae.config.scaling_factor
-    return [pipeline.unet, pipeline.vae, pipeline.text_encoder, scheduler, scaling_factor], batch
+    batch["posterior"] = pipeline.vae.encode(batch["pixel_values"]).latent_dist.parameters
+    return batch
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights_and_velocity_equal_the_formulas(prediction_type):
-    parts, batch = loss_parts(pipeline_of(BASE), prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    losses = train_full.DiffusionLoss(*parts, 5.0)(batch)
-    unet, vae, text_encoder, scheduler, scaling_factor = parts
-    posterior = vae.encode(batch["pixel_values"]).latent_dist
-    latents = (posterior.mean + posterior.std * batch["latent_noise"]) * scaling_factor
+    pipeline = pipeline_of(BASE)
+    config = {"prediction_type": prediction_type, "rescale_betas_zero_snr": True}
+    pipeline.scheduler = scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **config)
+    batch = random_batch(pipeline)
+    losses = train_full.DiffusionLoss(pipeline, pipeline.text_encoder, SimpleNamespace(snr_gamma=5.0))(batch)
+    posterior = pipeline.vae.encode(batch["pixel_values"]).latent_dist
+    latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * pipeline.vae.config.scaling_factor
     signal = scheduler.alphas_cumprod[batch["timesteps"]]
     alpha, sigma = signal.sqrt()[:, None, None, None], (1 - signal).sqrt()[:, None, None, None]
-    noisy, states = alpha * latents + sigma * batch["noise"], text_encoder(batch["input_ids"])[0]
+    noisy, states = alpha * latents + sigma * batch["noise"], pipeline.text_encoder(batch["input_ids"])[0]
     target = batch["noise"] if prediction_type == "epsilon" else alpha * batch["noise"] - sigma * latents
-    squared = (unet(noisy, batch["timesteps"], states).sample - target).square().mean(dim=(1, 2, 3))
+    squared = (pipeline.unet(noisy, batch["timesteps"], states).sample - target).square().mean(dim=(1, 2, 3))
     snr = signal / (1 - signal)
     weight = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
     # At the last timestep the SNR is 0, or nearly; the weight's limit is 1 or 0.
@@ -261,9 +274,9 @@ def test_min_snr_weights_and_velocity_equal_the_formulas(prediction_type):
 @pytest.mark.parametrize("vae_loss", ["anchored", "joint"])
 def test_the_diffusion_loss_reaches_the_vae_only_in_the_joint_loss(vae_loss):
     pipeline = pipeline_of(BASE)
-    parts, batch = loss_parts(pipeline)
+    batch = random_batch(pipeline)
     flags = ["--train_unet", "--train_vae", f"--vae_loss={vae_loss}", f"--data_csv={phantoms()}"]
-    model = train_full.VAELoss(*parts, base_vae=pipeline_of(BASE).vae, args=train_full.parse_args(flags))
+    model = train_full.VAELoss(pipeline, pipeline.text_encoder, train_full.parse_args(flags))
     weight = pipeline.vae.encoder.conv_in.weight
     (gradient,) = torch.autograd.grad(model(batch)["diffusion"].mean(), weight, allow_unused=True)
     assert (gradient is None) == (vae_loss == "anchored")

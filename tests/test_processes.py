@@ -18,7 +18,7 @@ def fast_and_slow(*fast):
 
 @pytest.mark.parametrize("row", fast_and_slow("lora", "unet_vae"))
 def test_two_processes_train_as_one_does(row, tmp_path):
-    """Two processes with two accumulated batches of 1, and one with batches of 4. The odd held-out image is one process's."""
+    """Two processes with two accumulated batches of 1, one with batches of 4. An odd number of held-out images."""
     options = ["--max_train_samples=8", "--max_validation_samples=3", "--checkpointing_steps=2", "--use_ema"]
     one = train(row, tmp_path / "one" / "run", *options, "--train_batch_size=4", steps=2)
     layout = ["--train_batch_size=1", "--gradient_accumulation_steps=2"]

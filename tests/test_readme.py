@@ -11,8 +11,9 @@ from test_launch import bash_blocks, command_lines, load, split_launcher
 
 README = (ROOT / "README.md").read_text()
 # What makes the commands small, and the file that each must write.
-TRAINING = f"""--pretrained_model_name_or_path={BASE} --resolution=64 --max_train_steps=1 --train_batch_size=2 --max_train_samples=8
-    --gradient_accumulation_steps=1 --max_validation_samples=2 --num_validation_images=0 --report_to=none
+TRAINING = f"""--pretrained_model_name_or_path={BASE} --resolution=64 --max_train_steps=1
+    --train_batch_size=2 --max_train_samples=8 --gradient_accumulation_steps=1 --max_validation_samples=2
+    --num_validation_images=0 --report_to=none
     --checkpointing_steps=0 --overwrite_output_dir"""
 SMALL = {
     "train_full": (TRAINING, "training_summary.json"),
@@ -20,8 +21,8 @@ SMALL = {
     "sample": ("--num_inference_steps=2 --resolution=64 --batch_size=8", "metadata.csv"),
     "eval_generation": ("--features=downstream/real/classifier --num_subsamples=3", "generation_metrics.json"),
     "eval_downstream": (
-        "--weights=none --resolution=32 --source_resolution=64 --num_seeds=1 --num_train_epochs=1 --train_batch_size=8 "
-        "--bootstrap_samples=20",
+        "--weights=none --resolution=32 --source_resolution=64 --num_seeds=1 --num_train_epochs=1 "
+        "--train_batch_size=8 --bootstrap_samples=20",
         "downstream_metrics.json",
     ),
 }

@@ -61,7 +61,7 @@ def values(study):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """A ready-made split of the phantoms' patients, not beside the images, with uncertain and lateral rows in each part."""
+    """Make a split of the phantoms' patients, not beside the images, with uncertain and lateral rows in each part."""
     folder, source = tmp_path_factory.mktemp("tables"), phantoms(90)
     frame = pd.read_csv(source, dtype=str, keep_default_na=False)
     patients = train_full.load_image_table(str(source))["patient"]

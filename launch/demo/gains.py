@@ -2,15 +2,13 @@
 
     python launch/demo/gains.py --study demo --methods lora dora unet
 
-As in launch/report.py, the 95% interval of a difference comes from the differences draw by draw.
+Reads report.csv, which launch/report.py writes. A model is better if the 95% interval of its difference says so.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from safetensors.numpy import load_file
-from scipy import stats
+import pandas as pd
 
 # Metric: its name, digits to print, and whether lower is better.
 FIGURES = {
@@ -27,33 +25,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def read_evaluation(study, name):
-    """Return values and draws over all labels by metric; only metrics that could be computed have draws."""
-    folder = study / "evaluations" / name
-    results = json.loads((folder / "generation_metrics.json").read_text())["results"]
-    draws = load_file(folder / "generation_draws.safetensors")
-    values = {row["metric"]: row["value"] for row in results if row["label"] == "all"}
-    return values, {metric: draws[f"{metric}/all"] for metric in FIGURES if f"{metric}/all" in draws}
-
-
 def main(args):
-    base, base_draws = read_evaluation(args.study, "base")
+    figures = pd.read_csv(args.study / "report" / "report.csv")
+    figures = figures[figures["label"] == "all"].set_index(["row", "metric"])
     all_better = True
     for method in args.methods:
-        values, draws = read_evaluation(args.study, method)
         for metric, (name, digits, lower_is_better) in FIGURES.items():
-            if metric not in draws or metric not in base_draws:
-                print(f"{method}: {name} could not be computed")
+            if (f"{method} - base", metric) not in figures.index:
+                print(f"{method}: {name} could not be compared")
                 all_better = False
                 continue
-            paired = draws[metric] - base_draws[metric]
-            half = stats.t.ppf(0.975, len(paired) - 1) * paired.std(ddof=1)
-            difference = values[metric] - base[metric]
-            better = difference < -half if lower_is_better else difference > half
-            numbers = (
-                f"{values[metric]:.{digits}f}, base {base[metric]:.{digits}f}, difference {difference:+.{digits}f}"
-            )
-            interval = f"({difference - half:+.{digits}f} to {difference + half:+.{digits}f})"
+            value, base = figures.loc[(method, metric), "value"], figures.loc[("base", metric), "value"]
+            difference, low, high = figures.loc[(f"{method} - base", metric), ["value", "low", "high"]]
+            better = high < 0 if lower_is_better else low > 0
+            numbers = f"{value:.{digits}f}, base {base:.{digits}f}, difference {difference:+.{digits}f}"
+            interval = f"({low:+.{digits}f} to {high:+.{digits}f})"
             print(f"{method}: {name} {numbers} {interval}: {'better' if better else 'not shown to be better'}")
             all_better &= better
     if not all_better:

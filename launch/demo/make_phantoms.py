@@ -1,57 +1,47 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy", "pillow", "scipy", "tqdm"]
+# dependencies = ["numpy", "pandas", "pillow", "scipy", "tqdm"]
 # ///
 """Draw a chest phantom data set in CheXpert's layout, offline and in half a minute.
 
     python launch/demo/make_phantoms.py --output_dir data/phantoms
     python launch/demo/make_phantoms.py --output_dir data/phantoms --num_patients 100 --seed 1
 
-Writes <output_dir>/CheXpert-phantom/train.csv and its grayscale JPEGs. The images are caricatures of radiographs, drawn so
-that a small classifier can see each finding. They have no medical use.
+Writes grayscale JPEGs to <output_dir>/CheXpert-phantom, and then train.csv. The images are caricatures of radiographs,
+drawn so that a small classifier can see each finding. They have no medical use.
 """
 
 import argparse
-import csv
 import functools
 import itertools
-import json
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 from tqdm.auto import tqdm
 
 DATASET_NAME = "CheXpert-phantom"
-# How often an abnormal study has each finding. The six that the demo trains and evaluates on are frequent, the others rare,
-# as in CheXpert. Lung Opacity is counted here without the studies that get it from CheXpert's label hierarchy.
-PREVALENCE = {
-    "Enlarged Cardiomediastinum": 0.07,
-    "Cardiomegaly": 0.29,
-    "Lung Opacity": 0.06,
-    "Lung Lesion": 0.04,
-    "Edema": 0.19,
-    "Consolidation": 0.04,
-    "Pneumonia": 0.04,
-    "Atelectasis": 0.05,
-    "Pneumothorax": 0.24,
-    "Pleural Effusion": 0.31,
-    "Pleural Other": 0.04,
-    "Fracture": 0.05,
-    "Support Devices": 0.12,
-}
-LABELS = ["No Finding", *PREVALENCE]
+LABELS = (
+    "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,"
+    "Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
+).split(",")
+# How often an abnormal study has each finding. Those that the demo trains and evaluates on are frequent; so is Lung
+# Opacity, since others imply it.
+PREVALENCE = {"Cardiomegaly": 0.29, "Edema": 0.19, "Pneumothorax": 0.24, "Pleural Effusion": 0.31}
+PREVALENCE |= {"Enlarged Cardiomediastinum": 0.07, "Lung Opacity": 0.06, "Support Devices": 0.12}
+PREVALENCE |= {"Lung Lesion": 0.04, "Consolidation": 0.04, "Pneumonia": 0.04, "Pleural Other": 0.04}
+PREVALENCE |= {"Atelectasis": 0.05, "Fracture": 0.05}
 # CheXpert's hierarchy: a study with one of these is also positive for Lung Opacity.
 OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Lung Lesion", "Atelectasis")
 NORMAL_RATE = 0.21
-# Studies that are abnormal, with nothing that the 14 labels name.
-UNNAMED_RATE = 0.02
-# How often the table has -1 (uncertain) for a finding that is present, -1 for one that is absent, and 0 rather than a blank.
+UNNAMED_RATE = 0.02  # of abnormal studies whose findings are none of the 14 labels
+# How often the table has -1 for findings that are present and absent, and 0 rather than a blank for absent ones.
 SOMETIMES_UNCERTAIN = ("Cardiomegaly", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pleural Effusion")
 UNCERTAIN_POSITIVE_RATE = 0.08
 UNCERTAIN_NEGATIVE_RATE = 0.01
@@ -59,15 +49,12 @@ EXPLICIT_NEGATIVE_RATE = 0.12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Anatomy
+# Anatomy and drawing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def random_anatomy(rng, spread=1.0):
-    """Draw what all studies of one patient share. Lengths are in half images: x and y run from -1 to 1.
-
-    `spread` scales the ranges; above 1, patients look unlike those of the data set.
-    """
+    """Return what all studies of one patient share; `spread` scales the ranges. The image runs from -1 to 1."""
 
     def around(center, half_range):
         return center + spread * half_range * rng.uniform(-1, 1)
@@ -96,38 +83,28 @@ def random_anatomy(rng, spread=1.0):
     )
 
 
-@dataclass
-class Lung:
-    """Coordinates of one lung, (height, width) each."""
-
-    air: np.ndarray  # 1 inside the lung, 0 outside
-    lateral: np.ndarray  # 0 at the mediastinum, 1 at the ribs
-    depth: np.ndarray  # 0 at the apex, 1 at the diaphragm
-    x: np.ndarray  # points outwards on both sides
+# Arrays (height, width): `air` is 1 inside the lung and 0 outside, `lateral` runs from 0 at the mediastinum to 1 at
+# the ribs, `depth` from 0 at the apex to 1 at the diaphragm, and `x` points outwards on both sides.
+Lung = namedtuple("Lung", "air lateral depth x")
 
 
 def make_lung(anatomy, x, y, side, raised):
-    """Return the lung on one `side` of the image (-1 or 1), its diaphragm `raised` by that much."""
+    """Return the Lung on the left (`side` -1) or right (1) of the image, its diaphragm raised by a length."""
     out = side * x
     # The liver lifts the right diaphragm, which is on the left of the image.
     base = anatomy.diaphragm - raised - (0.05 if side < 0 else 0.0)
     dome = base + anatomy.dome * (np.square((out - 0.36) / 0.36) - 0.5)
     depth = (y - anatomy.lung_top) / (base + 0.1 - anatomy.lung_top)
     inner = 0.10 + 0.06 * np.clip(depth, 0, 1)
-    reach = np.clip(1 - np.clip(depth, 0, 1), 0, 1)
-    outer = inner + anatomy.lung_width * np.power(1 - np.power(reach, 2.4), 0.55) * (1 + 0.08 * depth)
+    height = 1 - np.clip(depth, 0, 1)
+    outer = inner + anatomy.lung_width * np.power(1 - np.power(height, 2.4), 0.55) * (1 + 0.08 * depth)
     edge = np.minimum(np.minimum(out - inner, outer - out), np.minimum(y - anatomy.lung_top, dome - y))
     lateral = (out - inner) / np.maximum(outer - inner, 0.05)
     return Lung(inside(edge, 0.012), lateral, depth, out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def grid(anatomy, size=None):
-    """Return the patient's x and y at every pixel, (height, width) each; `size` defaults to the patient's own."""
+    """Return the patient's x and y at every pixel, (height, width) each; `size` replaces the patient's own."""
     height, width = size or (anatomy.height, anatomy.width)
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     x, y = x.astype(np.float32), y.astype(np.float32)
@@ -141,6 +118,7 @@ def inside(distance, softness=0.015):
 
 
 def bump(distance, width):
+    """Return a Gaussian of the distance, 1 where it is 0."""
     return np.exp(-np.square(distance / width))
 
 
@@ -151,6 +129,7 @@ def cloud(rng, size, cells):
 
 
 def polyline(x, y, points, width):
+    """Return a soft line through some points."""
     nearest = np.full(x.shape, np.inf, x.dtype)
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         along = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / ((x1 - x0) ** 2 + (y1 - y0) ** 2), 0, 1)
@@ -159,7 +138,7 @@ def polyline(x, y, points, width):
 
 
 def rib_cage(anatomy, lung, y, step):
-    """Draw back ribs, which fall outwards, and fainter front ribs, which rise; `step` displaces a broken rib."""
+    """Return back ribs, which fall outwards, and fainter front ribs, which rise; `step` displaces a broken rib."""
     curve = y - 0.30 * lung.x + 0.55 * np.square(lung.x - 0.28) - step
     phase = curve / anatomy.rib_spacing + anatomy.rib_phase
     back = bump(np.abs(phase - np.round(phase)), 0.19)
@@ -169,7 +148,7 @@ def rib_cage(anatomy, lung, y, step):
 
 
 def vessel_tree(rng, lung, y):
-    """Draw bright spokes that leave the hilum and fade outwards."""
+    """Return bright spokes that leave the hilum and fade outwards."""
     from_x, from_y = lung.x - 0.13, y - 0.02
     radius, angle = np.hypot(from_x, from_y), np.arctan2(from_y, from_x)
     spokes = np.sort(rng.uniform(-1.9, 1.9, 12)).astype(np.float32)
@@ -180,17 +159,18 @@ def vessel_tree(rng, lung, y):
 
 
 def draw_opacities(density, lungs, y, findings, sides, rng):
-    """Add to `density`, in place, what fills air spaces; Lung Opacity alone is a plain hazy patch."""
+    """Add what fills air spaces to `density`, in place; Lung Opacity without a cause is a hazy patch."""
     size = density.shape
 
-    def around(lung, lateral, depth):
-        """Return the distance from the pixel nearest to these lung coordinates."""
+    def distance_from(lung, lateral, depth):
+        """Return the distance from a point in lung coordinates."""
         center = np.argmin(np.square(lung.lateral - lateral) + np.square(lung.depth - depth))
         return np.hypot(lung.x - lung.x.flat[center], y - y.flat[center])
 
     if "Lung Opacity" in findings and not findings.intersection(OPACITIES):
         lung = lungs[sides["Lung Opacity"]]
-        radius = around(lung, rng.uniform(0.4, 0.7), rng.uniform(0.35, 0.65)) * (1 + 0.12 * cloud(rng, size, 6))
+        radius = distance_from(lung, rng.uniform(0.4, 0.7), rng.uniform(0.35, 0.65))
+        radius *= 1 + 0.12 * cloud(rng, size, 6)
         density += 0.30 * bump(radius, rng.uniform(0.22, 0.28)) * lung.air
     if "Edema" in findings:
         strength = rng.uniform(0.32, 0.40)
@@ -201,15 +181,14 @@ def draw_opacities(density, lungs, y, findings, sides, rng):
     if "Consolidation" in findings:
         lung = lungs[sides["Consolidation"]]
         fissure = rng.uniform(0.38, 0.5) + 0.12 * lung.lateral
-        lobe = (
-            inside(fissure - lung.depth, 0.015) if rng.uniform() < 0.5 else inside(lung.depth - fissure - 0.1, 0.015)
-        )
+        is_upper = rng.uniform() < 0.5
+        lobe = inside(fissure - lung.depth if is_upper else lung.depth - fissure - 0.1, 0.015)
         density += 0.36 * lobe * (1 + 0.08 * cloud(rng, size, 14)) * lung.air
     if "Pneumonia" in findings:
         lung = lungs[sides["Pneumonia"]]
         lateral, depth = rng.uniform(0.35, 0.6), rng.uniform(0.4, 0.65)
         for _ in range(8):
-            radius = around(lung, lateral + rng.uniform(-0.3, 0.3), depth + rng.uniform(-0.2, 0.2))
+            radius = distance_from(lung, lateral + rng.uniform(-0.3, 0.3), depth + rng.uniform(-0.2, 0.2))
             density += 0.22 * bump(radius, rng.uniform(0.045, 0.075)) * lung.air
     if "Atelectasis" in findings:
         lung = lungs[sides["Atelectasis"]]
@@ -219,25 +198,25 @@ def draw_opacities(density, lungs, y, findings, sides, rng):
             density += 0.32 * band * lung.air
     if "Lung Lesion" in findings:
         lung = lungs[sides["Lung Lesion"]]
-        radius = around(lung, rng.uniform(0.4, 0.7), rng.uniform(0.25, 0.6))
+        radius = distance_from(lung, rng.uniform(0.4, 0.7), rng.uniform(0.25, 0.6))
         density += 0.36 * inside(rng.uniform(0.08, 0.115) - radius, 0.012) * lung.air
 
 
 def draw_mediastinum(density, anatomy, x, y, body, findings, rng):
     """Add heart, great vessels and aortic knob to `density`, in place."""
     grown = rng.uniform(1.50, 1.65) if "Cardiomegaly" in findings else rng.uniform(0.96, 1.04)
-    wide, tall = anatomy.heart * grown, 0.36 * (1 + 0.35 * (grown - 1))
     heart_x, heart_y = 0.11 + 0.10 * (grown - 1), anatomy.diaphragm - 0.28 - 0.25 * (grown - 1)
-    heart = inside(1 - np.hypot((x - heart_x) / wide, (y - heart_y) / tall), 0.04)
-    wide = anatomy.mediastinum * (rng.uniform(2.0, 2.3) if "Enlarged Cardiomediastinum" in findings else 1.0)
-    vessels = inside(wide * (1 - 0.25 * np.abs(y + 0.35)) - np.abs(x - 0.02), 0.03) * inside(heart_y - y, 0.05)
-    knob = inside(0.09 - np.hypot(x - wide, y + 0.38), 0.02)
+    heart_width, heart_height = anatomy.heart * grown, 0.36 * (1 + 0.35 * (grown - 1))
+    heart = inside(1 - np.hypot((x - heart_x) / heart_width, (y - heart_y) / heart_height), 0.04)
+    width = anatomy.mediastinum * (rng.uniform(2.0, 2.3) if "Enlarged Cardiomediastinum" in findings else 1.0)
+    vessels = inside(width * (1 - 0.25 * np.abs(y + 0.35)) - np.abs(x - 0.02), 0.03) * inside(heart_y - y, 0.05)
+    knob = inside(0.09 - np.hypot(x - width, y + 0.38), 0.02)
     shadow = np.maximum(np.maximum(heart, vessels), knob) * body * inside(y + 0.85, 0.05)
     density += shadow * np.maximum(anatomy.tissue - 0.04 - density, 0)
 
 
 def draw_pleura(density, lungs, findings, sides, rng):
-    """Change `density`, in place, between lung and ribs: scar, air or fluid."""
+    """Change `density` between lung and ribs, in place: scar, air or fluid."""
     if "Pleural Other" in findings:
         lung = lungs[sides["Pleural Other"]]
         thickness = 0.19 * (1 + 0.35 * np.sin(9 * lung.depth + rng.uniform(0, 6)))
@@ -245,9 +224,10 @@ def draw_pleura(density, lungs, findings, sides, rng):
     if "Pneumothorax" in findings:
         lung = lungs[sides["Pneumothorax"]]
         edge = rng.uniform(0.50, 0.62) + 0.55 * np.square(np.clip(lung.depth - 0.2, 0, 1))
-        free = np.maximum(inside(lung.lateral - edge, 0.02), inside(0.13 - lung.depth, 0.015)) * lung.air
+        free_air = np.maximum(inside(lung.lateral - edge, 0.02), inside(0.13 - lung.depth, 0.015)) * lung.air
         line = bump(lung.lateral - edge, 0.045) * inside(lung.depth - 0.13, 0.015) * inside(0.97 - edge, 0.02)
-        density += free * (0.05 - density) + 0.07 * (lung.air - free) + 0.34 * line * lung.air
+        # Free air is black; the collapsed lung is denser, and a bright line bounds it.
+        density += free_air * (0.05 - density) + 0.07 * (lung.air - free_air) + 0.34 * line * lung.air
     if "Pleural Effusion" in findings:
         both = rng.uniform() < 0.3
         for side, lung in lungs.items():
@@ -258,7 +238,7 @@ def draw_pleura(density, lungs, findings, sides, rng):
 
 
 def draw_support_devices(density, x, y, side, rng):
-    """Add to `density`, in place, a tube in the airway and either a pacemaker with its lead or a central line."""
+    """Add a tube in the airway and a pacemaker with its lead, or a central line, to `density`, in place."""
     tube = polyline(x, y, [(0.02, -1.1), (-0.01, -0.7), (0.01, rng.uniform(-0.4, -0.3))], 0.022)
     left, top = side * rng.uniform(0.50, 0.56), rng.uniform(-0.62, -0.54)
     line = [(left, top), (side * 0.3, -0.66), (side * 0.12, -0.45), (0.05, -0.1), (0.16, rng.uniform(0.3, 0.4))]
@@ -277,10 +257,12 @@ def to_image(density, anatomy, rng):
 def render_frontal(anatomy, findings, rng, size=None):
     """Return a frontal view of this patient with these findings, uint8 (height, width)."""
     x, y = grid(anatomy, size)
-    own = np.random.default_rng(anatomy.texture_seed)  # the same texture in all studies of a patient
+    texture_rng = np.random.default_rng(anatomy.texture_seed)  # the same texture in all studies of a patient
     sides = dict(zip(LABELS, rng.choice((-1, 1), len(LABELS)).tolist()))
     body = inside(0.24 + 0.70 * expit((y + 0.80) / 0.05) - np.abs(x), 0.02)
-    density = body * (anatomy.tissue + 0.06 * inside(y - anatomy.diaphragm, 0.05) + 0.02 * cloud(own, x.shape, 7))
+    density = body * (
+        anatomy.tissue + 0.06 * inside(y - anatomy.diaphragm, 0.05) + 0.02 * cloud(texture_rng, x.shape, 7)
+    )
 
     lungs = {}
     for side in (-1, 1):
@@ -290,7 +272,7 @@ def render_frontal(anatomy, findings, rng, size=None):
         break_x, break_y = rng.uniform(0.42, 0.55), rng.uniform(-0.45, 0.1)
         near_break = broken * bump(np.hypot((lung.x - break_x) / 1.6, y - break_y), 0.17)
         ribs = rib_cage(anatomy, lung, y, 0.5 * anatomy.rib_spacing * near_break * np.tanh((lung.x - break_x) / 0.02))
-        markings = anatomy.vessels * (1.25 if "Edema" in findings else 1.0) * vessel_tree(own, lung, y)
+        markings = anatomy.vessels * (1.25 if "Edema" in findings else 1.0) * vessel_tree(texture_rng, lung, y)
         density += lung.air * (0.20 - density + markings + anatomy.ribs * ribs)
         callus = bump(np.hypot(lung.x - break_x, y - break_y), 0.055)
         density += broken * (0.45 * callus + 0.10 * near_break * ribs) * body
@@ -310,7 +292,7 @@ def render_frontal(anatomy, findings, rng, size=None):
 
 
 def render_lateral(anatomy, findings, rng):
-    """Return a lateral view, which the training scripts should leave out; only heart and effusion depend on findings."""
+    """Return a lateral view, which shows only heart and effusion; the training scripts should leave it out."""
     x, y = grid(anatomy)
     body = inside(0.72 - 0.12 * np.cos(2 * y) - np.abs(x), 0.02)
     density = body * (anatomy.tissue + 0.02 * cloud(rng, x.shape, 7))
@@ -333,14 +315,14 @@ def render_lateral(anatomy, findings, rng):
 
 
 def draw_findings(rng):
-    """Draw the findings that one study really has."""
+    """Return the findings that one study shows, {"No Finding"} for a normal one."""
     if rng.uniform() < NORMAL_RATE:
         return {"No Finding"}
     if rng.uniform() < UNNAMED_RATE:
         return set()
     findings = set()
     while not findings:
-        findings = {name for name, rate in PREVALENCE.items() if rng.uniform() < rate}
+        findings = {name for name in LABELS[1:] if rng.uniform() < PREVALENCE[name]}
     return findings | {"Lung Opacity"} if findings.intersection(OPACITIES) else findings
 
 
@@ -382,35 +364,26 @@ def write_patient(folder, patient, seed):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument
     flag("--output_dir", type=Path, required=True, help=f"folder to write {DATASET_NAME}/ to")
     flag("--num_patients", type=int, default=900, help="patients, with one to three studies each")
     flag("--seed", type=int, default=0, help="the same seed gives the same images and table")
-    args = parser.parse_args(argv)
-    args.recipe = {"num_patients": args.num_patients, "seed": args.seed}
-    made_with = args.output_dir / DATASET_NAME / "made_with.json"
-    if made_with.is_file() and json.loads(made_with.read_text()) != args.recipe:
-        parser.error(f"{made_with.parent} was made with other settings; remove it or choose another --output_dir")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args):
     folder = args.output_dir / DATASET_NAME
-    made_with = folder / "made_with.json"  # written last: without it the data set is incomplete
-    if not made_with.is_file():
-        write = functools.partial(write_patient, folder, seed=args.seed)
-        with ProcessPoolExecutor() as pool:
-            patients = pool.map(write, range(1, args.num_patients + 1), chunksize=4)
-            rows = [row for patient in tqdm(patients, "phantoms", args.num_patients) for row in patient]
-        with open(folder / "train.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        made_with.write_text(json.dumps(args.recipe) + "\n")
-    print(folder / "train.csv")
+    table, temporary = folder / "train.csv", folder / ".train.csv.tmp"
+    table.unlink(missing_ok=True)  # it may be that of other images
+    write = functools.partial(write_patient, folder, seed=args.seed)
+    with ProcessPoolExecutor() as pool:
+        patients = pool.map(write, range(1, args.num_patients + 1), chunksize=4)
+        rows = [row for patient in tqdm(patients, "phantoms", args.num_patients) for row in patient]
+    pd.DataFrame(rows).to_csv(temporary, index=False, lineterminator="\n")
+    temporary.replace(table)
+    print(table)
 
 
 if __name__ == "__main__":

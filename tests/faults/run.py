@@ -3,12 +3,12 @@
     python tests/faults/run.py --rounds 100
     python tests/faults/run.py --rounds 4 --jobs train_peft sample --processes 2 --seed 7
 
-A job is a script on a small problem on the CPU, started by `accelerate launch` if it has several processes. It runs once
-undisturbed. Then it is started in a new folder and hit several times, each a round: SIGKILL or SIGTERM to all its
+A job is a script on a small problem on the CPU, started by `accelerate launch` if it has several processes. It runs
+once undisturbed. Then it is started in a new folder and hit several times, each a round: SIGKILL or SIGTERM to all its
 processes, or SIGKILL to one of them, which must end the others within a minute. The moment is random, in most rounds
-soon after a new file has appeared. After each round, every file under its final name must be whole. After --kills rounds
-the job runs to its end and is compared with the undisturbed run: the same files, weights bit by bit, images and figures.
-Exits with status 1 if anything differs.
+soon after a new file has appeared. After each round, every file under its final name must be whole. After --kills
+rounds the job runs to its end and is compared with the undisturbed run: the same files, weights bit by bit, images and
+figures. Exits with status 1 if anything differs.
 """
 
 import argparse
@@ -42,9 +42,9 @@ RUN_LIMIT, END_LIMIT = 900, 60
 EXIT_PREEMPTED = 75  # as in train_full.py
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Jobs
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def start(command, **options):
@@ -85,9 +85,10 @@ class Job:
     def flags(self, caches):
         csv = f"{self.data}/phantoms/CheXpert-phantom/train.csv"
         training = (
-            f"--data_csv {csv} --pretrained_model_name_or_path {BASE} --latent_cache_dir {caches}/latents --resolution 64 "
-            f"--train_batch_size 1 --gradient_accumulation_steps {4 // self.processes} --max_train_steps 16 --use_ema "
-            "--max_validation_samples 4 --num_validation_images 0 --checkpointing_steps 3 --logging_steps 2 "
+            f"--data_csv {csv} --pretrained_model_name_or_path {BASE} --latent_cache_dir {caches}/latents "
+            f"--resolution 64 --train_batch_size 1 --gradient_accumulation_steps {4 // self.processes} "
+            "--max_train_steps 16 --use_ema --max_validation_samples 4 --num_validation_images 0 "
+            "--checkpointing_steps 3 --logging_steps 2 "
             "--report_to none --resume_from_checkpoint latest"
         )
         networks = f"--features {self.data}/real/classifier --vae {BASE} --feature_cache_dir {caches}/features"
@@ -121,9 +122,9 @@ class Job:
         return time.monotonic() - began
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Faults
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def process_tree(pid):
@@ -180,9 +181,9 @@ def hit(process, fault, rng):
     return None if left else status
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Checks
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def broken_files(folder):
@@ -253,9 +254,9 @@ def differences(whole, folder):
     return problems + ([f"{len(kept)} checkpoints are kept: {kept}"] if len(kept) > 2 else [])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Main
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def hit_and_compare(job, folder, kills, rng):
