@@ -9,12 +9,12 @@
 
     accelerate launch eval_downstream.py --synthetic samples/bitfit                        # the paper's Table 4
     accelerate launch eval_downstream.py --synthetic samples/bitfit --train_on real        # on as many real images
-    accelerate launch eval_downstream.py --synthetic samples/bitfit --reference downstream/real_bitfit  # ratio
+    accelerate launch eval_downstream.py --synthetic samples/bitfit --reference downstream/real_bitfit  # and ratios
     accelerate launch eval_downstream.py --train_on real                       # the classifier for eval_generation.py
     python eval_downstream.py --classifier downstream/real/classifier --real_csv other_hospital.csv --split all
 
 Writes downstream_metrics.json, downstream_draws.safetensors (each figure in each bootstrap draw), downstream_table.md,
-plots and the classifier to --output_dir. If started again, it skips finished classifiers.
+plots and the classifier to --output_dir. Rerun an interrupted command to train the remaining classifiers.
 """
 
 import argparse
@@ -59,16 +59,16 @@ CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothor
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
-# ImageNet's mean and standard deviation, whatever --weights is.
+# ImageNet's mean and standard deviation, used with all --weights.
 NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 METRICS = ["accuracy", "constant_accuracy", "accuracy_gain", "predicted_positive_rate", "balanced_accuracy"]
 METRICS += ["auroc", "auprc", "f1", "ece"]
-# Metrics given as ratios to --reference; the value, AUROC's at chance, is subtracted from both sides first.
+# Metrics reported as ratios to --reference, and what is subtracted from both first: AUROC's chance level, else 0.
 RATIOS = {"accuracy": 0.0, "balanced_accuracy": 0.0, "auroc": 0.5, "auprc": 0.0, "f1": 0.0}
 # A classifier is CONSTANT if it gives all but this fraction of the images the same answer.
 CONSTANT_RATE = 0.005
 ECE_BINS = 15
-# Rows to train, validate and test on, labels, (source resolution, resize mode), numbers of images, and warnings.
+# Tables of training, validation and test rows, labels, (source resolution, resize mode), image counts, and warnings.
 Tables = namedtuple("Tables", "train val test labels geometry counts notes")
 # Decoded images, (n, H, W) uint8, and their labels, (n, labels) float32 with NaN for masked ones.
 Images = namedtuple("Images", "pixels targets")
@@ -90,31 +90,31 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("images").add_argument
-    flag("--synthetic", help="folder of sample.py, or any image table of synthetic images")
+    flag("--synthetic", help="folder that sample.py wrote, or an image table of synthetic images")
     flag("--real_csv", help="image table of real images (default: CheXpert's train.csv, if found)")
     flag("--validation_csv", help="separate real validation table; --real_csv is then for training only")
     flag("--test_csv", help="separate real test table; --real_csv is then for training and validation only")
     flag("--image_root", help="folder that real image paths are relative to (default: the table's or its parent)")
     flag("--train_on", choices=["synthetic", "real", "both"], default="synthetic", help="both: half of each")
-    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="default: the paper's six that all tables have")
-    flag("--split", choices=["train", "val", "test", "all"], help="real patients to test on (default: test)")
+    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="default: the paper's six, if in all tables")
+    flag("--split", choices=["train", "val", "test", "all"], help="patients to test on (default: test)")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1; ignore masks it")
-    flag("--num_train_images", type=int, help="seeded subset (default: as many as both tables have)")
+    flag("--num_train_images", type=int, help="training images (default: all of the smaller table)")
     flag("--max_test_images", type=int, help="test on a seeded subset of this size (default: all)")
-    flag("--source_resolution", type=int, help="side that images are first resized to (default: as the synthetic)")
-    flag("--resize_mode", choices=["squash", "pad", "crop"], help="default: that of the synthetic images, else squash")
+    flag("--source_resolution", type=int, help="side to resize to first (default: the synthetic's, else 512)")
+    flag("--resize_mode", choices=["squash", "pad", "crop"], help="default: the synthetic's, else squash")
     flag("--mixed_geometry", action="store_true", help="allow tables made with different --resize_mode")
-    flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="stop, or leave unreadable images out")
-    flag("--image_cache_dir", help="decoded images, shared by runs (default: image_cache beside --output_dir)")
+    flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
+    flag("--image_cache_dir", help="decoded images, shared by runs (default: image_cache/ next to --output_dir)")
     flag = parser.add_argument_group("classifier").add_argument
     architectures = ["efficientnet_b0", "resnet18", "resnet50", "densenet121"]
     flag("--arch", choices=architectures, default="efficientnet_b0", help="torchvision network; a sigmoid per label")
-    flag("--weights", default="imagenet", help="imagenet, none or FILE.safetensors; never trained on the test data")
+    flag("--weights", default="imagenet", help="imagenet, none or FILE.safetensors, not trained on the test images")
     flag("--resolution", type=int, default=224, help="side of the network's input in pixels")
     flag("--classifier", metavar="DIR", help="score this saved classifier on real images instead of training one")
     flag = parser.add_argument_group("training").add_argument
-    flag("--num_train_epochs", type=int, default=20, help="maximal number of passes over the training images")
+    flag("--num_train_epochs", type=int, default=20, help="maximum number of passes over the training images")
     flag("--patience", type=int, default=5, help="epochs without improvement before stopping; 0 never stops early")
     flag("--train_batch_size", type=int, default=32, help="images per process and step")
     flag("--learning_rate", type=float, default=3e-4, help="peak rate, after warm-up over 5%% of the steps")
@@ -124,22 +124,19 @@ def parse_args(argv=None):
     flag("--scale", type=float, default=0.1, help="largest random change of size, as a fraction")
     flag("--brightness", type=float, default=0.1, help="largest random change of brightness, as a fraction")
     flag("--horizontal_flip", action="store_true", help="flip half of the training images")
-    flag("--shuffle_labels", action="store_true", help="control: permute the labels, so that AUROC is at chance")
+    flag("--shuffle_labels", action="store_true", help="control: train on permuted labels; AUROC should be at chance")
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type (default: accelerate's config)")
     flag = parser.add_argument_group("runs and output").add_argument
-    flag("--seed", type=int, default=0, help="first seed of initial weights, order and augmentation")
+    flag("--seed", type=int, default=0, help="first seed, of initial weights, order and augmentation")
     flag("--num_seeds", type=int, default=3, help="number of classifiers to train, with consecutive seeds")
     flag("--bootstrap_samples", type=int, default=1000, help="draws of patients for the 95%% intervals")
-    flag("--reference", metavar="DIR", help="finished run with --train_on real, to give the figures as ratios to")
-    flag("--output_dir", help="result folder (default: downstream/, --train_on and the name of --synthetic)")
+    flag("--reference", metavar="DIR", help="finished run with --train_on real; adds the ratios to its metrics")
+    flag("--output_dir", help="result folder (default: downstream/<train_on>_<name of --synthetic>)")
 
     args = parser.parse_args(argv)
     args.labels = args.labels and list(dict.fromkeys(args.labels))
-    at_least_one = (
-        "num_train_images max_test_images source_resolution resolution num_train_epochs train_batch_size num_seeds "
-        "bootstrap_samples"
-    )
-    for name in at_least_one.split():
+    counts = ["num_train_images", "max_test_images", "source_resolution", "resolution", "num_train_epochs"]
+    for name in [*counts, "train_batch_size", "num_seeds", "bootstrap_samples"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.classifier and (args.synthetic or args.labels or args.reference):
@@ -152,13 +149,14 @@ def parse_args(argv=None):
     args.real_csv = args.real_csv or next(filter(os.path.isfile, DEFAULT_TABLES), None)
     if not args.real_csv and (not args.test_csv or args.train_on != "synthetic"):
         parser.error(f"found neither {' nor '.join(DEFAULT_TABLES)} in {Path.cwd()}; pass --real_csv FILE")
-    if not args.classifier and args.train_on != "real" and not args.synthetic:
-        parser.error(f"--train_on {args.train_on} needs --synthetic FOLDER, a folder of sample.py")
-    if not args.classifier and args.train_on != "synthetic" and args.split not in (None, "test") and not args.test_csv:
-        parser.error(f"--split {args.split}: these patients are trained on; leave it out or pass --test_csv")
-    name = "_".join([args.train_on, Path(args.synthetic).stem] if args.synthetic else [args.train_on])
     if args.classifier:
         name = f"{Path(args.classifier).resolve().parent.name}_on_{Path(args.test_csv or args.real_csv).stem}"
+    else:
+        if args.train_on != "real" and not args.synthetic:
+            parser.error(f"--train_on {args.train_on} needs --synthetic FOLDER, a folder that sample.py wrote")
+        if args.train_on != "synthetic" and args.split not in (None, "test") and not args.test_csv:
+            parser.error(f"--split {args.split}: these patients are trained on; leave it out or pass --test_csv")
+        name = f"{args.train_on}_{Path(args.synthetic).stem}" if args.synthetic else args.train_on
     args.output_dir = args.output_dir or f"downstream/{name}"
     return args
 
@@ -170,7 +168,7 @@ def parse_args(argv=None):
 
 # Copied from train_full.keyed_seed
 def keyed_seed(*key):
-    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
+    """Hash the key to a 63-bit seed. Since every draw is seeded this way, checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
@@ -251,10 +249,10 @@ def load_image_table(csv, image_root=None, with_images=True):
 # Copied from train_full.assign_splits
 def assign_splits(patients, seed):
     """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
-    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
     for patient in patients.unique():
         position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
-        splits[patient] = list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, position, "right"), 2)]
+        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
     return patients.map(splits)
 
 
@@ -264,9 +262,9 @@ def patient_hash(patient):
 
 
 def read_geometry(csv):
-    """Return the distinct `resize_mode` (str) and `resolution` (int) in a table of sample.py, [] for other tables."""
-    columns = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    modes, sides = ([v for v in columns.get(name, []) if v] for name in ("resize_mode", "resolution"))
+    """Return the distinct `resize_mode` (str) and `resolution` (int) in sample.py's metadata.csv, [] if unknown."""
+    table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    modes, sides = ([value for value in table.get(name, []) if value] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
         fail(f"{csv}: the column resize_mode or resolution has values that sample.py does not write")
     return {"resize_mode": list(dict.fromkeys(modes)), "resolution": list(dict.fromkeys(map(int, sides)))}
@@ -277,8 +275,8 @@ def subset(table, count, seed):
 
 
 def split_pool(table, seed, has_test):
-    """Return (training rows, validation rows) of a table."""
-    # One without test images may itself be a part of the usual split, so it is split with another seed.
+    """Split by patient into (training, validation) rows; without `has_test`, also train on the split's test part."""
+    # Without test images, a table may already be one part of the split by `seed`, so use another seed.
     parts = assign_splits(table["patient"], seed if has_test else seed + 1)
     return table[parts == "train" if has_test else parts != "val"], table[parts == "val"]
 
@@ -294,19 +292,19 @@ def draw_rows(args, tables, synthetic_csv, left_out):
         pools["real"] = split_pool(tables[args.real_csv], args.split_seed, has_test=not args.test_csv)
     result = []
     for i, part in enumerate(("training", "validation")):
-        total = min(len(pool[i]) for pool in pools.values())
+        rows = {kind: pool[i] for kind, pool in pools.items()}
+        total = min(map(len, rows.values()))
         if part == "training" and args.num_train_images:
             total = args.num_train_images
         shares, drawn = {args.train_on: total}, []
         if args.train_on == "both":
             shares = {"synthetic": total - total // 2, "real": total // 2}
         for kind, share in shares.items():
-            pool = pools[kind][i]
-            if not 1 <= share <= len(pool):
-                sizes = ", ".join(f"{len(pool[i]):,} {kind}" for kind, pool in pools.items())
+            if not 1 <= share <= len(rows[kind]):
+                sizes = ", ".join(f"{len(table):,} {name}" for name, table in rows.items())
                 fail(f"too few images for {part}: {sizes}; pass a larger table or a smaller --num_train_images")
-            left_out[f"{kind} images beyond the {share:,} used for {part}"] = len(pool) - share
-            drawn.append(subset(pool, share, args.split_seed).assign(real=kind == "real"))
+            left_out[f"{kind} images beyond the {share:,} used for {part}"] = len(rows[kind]) - share
+            drawn.append(subset(rows[kind], share, args.split_seed).assign(real=kind == "real"))
         result.append(pd.concat(drawn, ignore_index=True))
     return result
 
@@ -324,7 +322,7 @@ def load_tables(args, spec, accelerator):
         left_out["not frontal"] += int((~table["frontal"]).sum())
         tables[csv] = table = table[table["frontal"]]
         if args.on_bad_image == "skip":
-            # Before rows are drawn, so that runs on synthetic and on real images still train on equally many.
+            # Before rows are drawn, so that runs on synthetic and on real images train on equally many.
             bad = find_bad_images(accelerator, list(table["image"]), args)
             left_out["unreadable"] += len(bad)
             tables[csv] = table[~table["image"].isin(bad)]
@@ -347,11 +345,11 @@ def load_tables(args, spec, accelerator):
         fail(f"{test_csv}: no images to test on in split {split}; see --split and --split_seed")
     train, val = (test[:0], test[:0]) if spec else draw_rows(args, tables, synthetic_csv, left_out)
     if (test["patient"] == test["name"]).any():
-        notes.append("some real rows have no patient (patient_id, or patientNNNNN in the path) and are split by image")
+        notes.append("some real images have no patient (patient_id or patientNNNNN in the path): split by image")
     seen = spec["split"]["patients"] if spec else map(patient_hash, [*train["patient"], *val["patient"]])
     shared = len({*seen} & {*map(patient_hash, test["patient"])})
     if shared:
-        notes.append(f"{shared:,} patients are in both training and test: the scores are not of unseen patients")
+        notes.append(f"{shared:,} patients are in both training and test, so the scores are optimistic")
     test = subset(test, args.max_test_images or len(test), args.split_seed)
     counts = {"train": len(train), "validation": len(val), "test": len(test)}
     counts |= {"test_patients": test["patient"].nunique(), "patients_in_training_and_test": shared}
@@ -359,7 +357,8 @@ def load_tables(args, spec, accelerator):
         print(f"{'images':>9}  {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
         named = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
         print(f"{'left out':>9}  {', '.join(named) or 'nothing'}")
-        print("".join(f"{'warning':>9}  {note}\n" for note in notes), end="", flush=True)
+        for note in notes:
+            print(f"{'warning':>9}  {note}", flush=True)
     return Tables(train, val, test, labels, geometry, counts | {"left_out": left_out}, notes)
 
 
@@ -395,15 +394,15 @@ def load_image(image, resolution, resize_mode):
 
 
 def to_gray(rgb, resolution):
-    """Convert (H, W, 3) to (resolution, resolution), uint8: the mean over channels, so that a tint is no cue."""
+    """Convert (H, W, 3) to (resolution, resolution), uint8, by the mean over channels, so that a tint is no cue."""
     gray = Image.fromarray(np.rint(rgb.mean(axis=2)).astype(np.uint8))
     return np.asarray(gray.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def decode_images(images, decode, problems, description="decoding images"):
-    """Yield (i, decode(images[i])) in order, decoded on all cores with at most 64 results in memory.
+    """Yield (i, decode(images[i])) in order, using all cores and with at most 64 results in memory.
 
-    An image for which `decode` raises ValueError is not yielded; its message is stored in the dict `problems` under i.
+    If `decode` raises ValueError, skip the image and set problems[i] to the message.
     """
 
     def attempt(i):
@@ -423,7 +422,7 @@ def decode_images(images, decode, problems, description="decoding images"):
 
 
 def cache_path(args, images, *geometry):
-    """Return a path without suffix in the cache folder, named by geometry and each image's path, size and time."""
+    """Return a cache file's path, without suffix, from the geometry and each image's path, size and time."""
     digest = hashlib.sha256("/".join(map(str, geometry)).encode())
     for image in images:
         stat = os.stat(image) if os.path.isfile(image) else None
@@ -434,7 +433,7 @@ def cache_path(args, images, *geometry):
 
 
 def find_bad_images(accelerator, images, args):
-    """Return the images that cannot be decoded; the list is kept in the cache folder."""
+    """Return the images that cannot be decoded, and cache their list."""
     path, problems = cache_path(args, images, "bad images").with_suffix(".json"), {}
     if accelerator.is_main_process and not path.exists():
         for _ in decode_images(images, lambda image: load_image(image, 8, "squash"), problems, "checking images"):
@@ -454,12 +453,12 @@ def label_targets(table, labels, uncertain):
 
 
 def load_images(accelerator, tables, resolution, args):
-    """Return training, validation and test images, decoded once by the first process and memory-mapped."""
+    """Return training, validation and test images, decoded once by the main process and memory-mapped."""
 
     def decode(image):
         return to_gray(load_image(image, *tables.geometry), resolution)
 
-    parts, bad = [], {}  # bad images of all parts are reported together
+    parts, bad = [], {}  # report the bad images of all parts together
     for table in (tables.train, tables.val, tables.test):
         images, problems = list(table["image"]), {}
         path = cache_path(args, images, *tables.geometry, resolution).with_suffix(".npy")
@@ -483,7 +482,7 @@ def load_images(accelerator, tables, resolution, args):
 
 
 def augment(images, draws, args):
-    """Rotate, shift, scale and brighten (b, 1, h, w) in [0, 1] by `draws`, (b, 6) uniform in [-1, 1]."""
+    """Rotate, shift, scale, brighten and flip (b, 1, h, w) in [0, 1] by `draws`, (b, 6) uniform in [-1, 1]."""
     angle = draws[:, 0] * math.radians(args.rotation)
     shift, scale = 2 * args.translation * draws[:, 1:3], 1 + args.scale * draws[:, 3]
     flip = torch.where(draws[:, 5] < 0, -1.0, 1.0) if args.horizontal_flip else torch.ones_like(angle)
@@ -511,7 +510,7 @@ def classifier_inputs(gray, normalisation):
 
 
 def load_initial_weights(accelerator, model, args):
-    """Load pre-trained weights into all layers but the last, which stays random."""
+    """Load --weights into all layers but the last, which stays random."""
     if args.weights == "none":
         return
     head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -519,17 +518,15 @@ def load_initial_weights(accelerator, model, args):
         with accelerator.local_main_process_first():  # which downloads them
             imagenet = args.weights == "imagenet"
             saved = get_model(args.arch, weights="DEFAULT").state_dict() if imagenet else load_file(args.weights)
-        # In a plain dict, batch normalisation's counters may be missing, as in older files.
+        # A plain dict has no version, so PyTorch accepts old files without BatchNorm's num_batches_tracked.
         saved = dict(saved) | {k: v for k, v in model.state_dict().items() if k.startswith(f"{head}.")}
         model.load_state_dict(saved)
-        if not all(tensor.isfinite().all() for tensor in saved.values()):
-            raise ValueError("weights that are not finite")
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         fail(f"--weights {args.weights}: cannot be loaded into {args.arch} ({str(error)[:300]}); pass a file, or none")
 
 
 def load_classifier(folder):
-    """Return the saved classifier in evaluation mode on the CPU, and its classifier.json (see save_classifier)."""
+    """Return a classifier that eval_downstream.py saved, on the CPU in evaluation mode, and its classifier.json."""
     path = Path(folder) / "classifier.json"
     if not path.is_file():
         fail(f"{path}: no such file; pass the classifier folder of a finished eval_downstream.py run")
@@ -580,7 +577,7 @@ def read_tensors(path):
 
 
 def learning_rate(peak, step, total_steps):
-    """Return the rate of a linear warm-up over 5% of the steps, then a cosine to 0 (arXiv 1608.03983, eq. 5)."""
+    """Return the rate at a step: linear warm-up over 5% of the steps, then cosine to 0 (arXiv 1608.03983, eq. 5)."""
     warmup = max(1, total_steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -588,18 +585,18 @@ def learning_rate(peak, step, total_steps):
 
 
 def train_epoch(args, accelerator, model, optimizer, data, seed, epoch):
-    """Train for one epoch, in an order that depends on (seed, epoch) alone, without the last partial batch."""
+    """Train for one epoch in an order that depends only on (seed, epoch); drop the last partial batch."""
     model.train()
     batch = args.train_batch_size * accelerator.num_processes
     steps = max(1, len(data.pixels) // batch)
     generator = torch.Generator().manual_seed(keyed_seed(seed, "epoch", epoch))
     order = torch.randperm(len(data.pixels), generator=generator)
-    order = order.repeat(-(-batch // len(order)))  # no effect unless there are fewer images than in one batch
+    order = order.repeat(math.ceil(batch / len(order)))  # repeats only if there are too few images for a batch
     first = accelerator.process_index * args.train_batch_size
     mine = slice(first, first + args.train_batch_size)
     description = f"seed {seed}, epoch {epoch + 1} of {args.num_train_epochs}"
     for step in tqdm(range(steps), description, leave=False, disable=not accelerator.is_main_process):
-        # Draw for all processes and take this one's part, so that the draws do not depend on their number.
+        # Draw for all processes and take this one's part, so that the draws do not depend on the number of processes.
         draws = torch.rand(batch, 6, generator=generator) * 2 - 1
         chosen = order[step * batch : (step + 1) * batch][mine].numpy()
         gray = torch.from_numpy(data.pixels[chosen]).to(accelerator.device)[:, None].float() / 255
@@ -613,11 +610,12 @@ def train_epoch(args, accelerator, model, optimizer, data, seed, epoch):
 
 
 def train_seed(args, accelerator, seed, images):
-    """Train a seed's classifier, unless it is finished, and keep its weights at the lowest validation loss.
+    """Train one classifier, unless it is finished, and save the weights of the epoch with the lowest validation loss.
 
     Return the logits on the test images, (n, labels), and the validation loss of each epoch.
     """
-    folder, (train, val, test) = Path(args.output_dir) / "seeds" / f"seed-{seed}", images
+    train, val, test = images
+    folder = Path(args.output_dir) / "seeds" / f"seed-{seed}"
     done = folder / "predictions.safetensors"
     if broadcast_object_list([done.exists()])[0]:
         tensors, metadata = read_tensors(done)
@@ -632,7 +630,7 @@ def train_seed(args, accelerator, seed, images):
     fused = accelerator.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=fused)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    # Validate and test in float32: accelerate runs `model`, once prepared, in --mixed_precision.
+    # Validate and test in float32 with another model, since accelerate runs a prepared one in --mixed_precision.
     scorer = build_classifier(args.arch, train.targets.shape[1]).to(accelerator.device)
     if accelerator.scaler:
         # Reset the loss scale, which the previous seed has changed.
@@ -643,7 +641,7 @@ def train_seed(args, accelerator, seed, images):
         torch.manual_seed(keyed_seed(seed, "dropout", epoch, accelerator.process_index))
         train_epoch(args, accelerator, wrapped, optimizer, train, seed, epoch)
         for buffer in model.buffers():
-            # Each process has the batch statistics of its own images; use those of the first.
+            # Each process has the batch statistics of its own images; use the main process's.
             buffer.copy_(broadcast(buffer))
         scorer.load_state_dict(model.state_dict())
         logits = torch.from_numpy(predict(accelerator, scorer, val.pixels, NORMALISATION)).double()
@@ -671,15 +669,15 @@ def train_seed(args, accelerator, seed, images):
 
 
 def weighted_metrics(target, probability, weights):
-    """Return METRICS of one label, (draws,) each, for each row of `weights`, (draws, n): how often an image counts.
+    """Return METRICS of one label, (draws,) each; `weights`, (draws, n), say how often each image counts.
 
-    As scikit-learn with sample_weight, but all draws at once; NaN where undefined. ECE: arXiv 1706.04599, eq. 3.
+    Equal to scikit-learn's with sample_weight, for all draws at once; NaN if undefined. ECE: arXiv 1706.04599, eq. 3.
     """
     positive, called = target == 1, probability >= 0.5
     indicators = np.stack([np.ones_like(positive), positive, called, called & positive], axis=1)
     total, positives, calls, hits = (weights @ indicators).T
     negatives, correct_negatives = total - positives, total - positives - calls + hits
-    # Sums over images of equal probability, in descending order, so that ties count half in the ROC curve.
+    # Sum over images of equal probability, in descending order, so that ties count half in AUROC.
     order = np.argsort(-probability, kind="stable")
     starts = np.flatnonzero(np.diff(-probability[order], prepend=-2.0))
     positive_by_score = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
@@ -705,10 +703,10 @@ def weighted_metrics(target, probability, weights):
 
 
 def patient_weights(patients, draws):
-    """Return how often each image counts in each draw, (len(draws), n); draw 0 is the test set as it is.
+    """Return how often each image counts in each draw, (len(draws), n); draw 0 is the test set itself.
 
-    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007), seeded by k alone:
-    the same patients in every run on the same test images.
+    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007). It is seeded by k
+    alone, so that all runs on the same test images draw the same patients.
     """
     names, index = np.unique(patients, return_inverse=True)
     weights = np.ones((len(draws), len(names)))
@@ -720,9 +718,9 @@ def patient_weights(patients, draws):
 
 
 def score(targets, patients, probabilities, num_draws):
-    """Return METRICS by name, (labels, seeds, 1 + draws): first the value, then the draws. Masked images do not count.
+    """Return METRICS by name, (labels, seeds, 1 + draws): first the value, then the draws.
 
-    `targets` are (n, labels), `probabilities` one (n, labels) array for each seed. Labels with one class stay NaN.
+    `targets` are (n, labels), `probabilities` one (n, labels) array per seed. Labels with one class are NaN.
     """
     size = 1 + num_draws
     figures = {name: np.full((targets.shape[1], len(probabilities), size), np.nan) for name in METRICS}
@@ -730,7 +728,7 @@ def score(targets, patients, probabilities, num_draws):
         draws = range(start, min(start + 50, size))
         weights = patient_weights(patients, draws)
         for label, column in enumerate(targets.T):
-            known = ~np.isnan(column)
+            known = ~np.isnan(column)  # not masked
             target, known_weights = column[known].astype(np.float64), weights[:, known]
             if len(np.unique(target)) < 2:
                 continue
@@ -741,7 +739,7 @@ def score(targets, patients, probabilities, num_draws):
 
 
 def clear_untrained(figures, targets):
-    """Set what a label with one class only among the training images cannot have to NaN."""
+    """Set AUROC, AUPRC, F1 and ECE to NaN for labels with only one class in the training images."""
     for i, column in enumerate(targets.T):
         if len(column) and len(np.unique(column[~np.isnan(column)])) < 2:
             for name in ("auroc", "auprc", "f1", "ece"):
@@ -749,10 +747,10 @@ def clear_untrained(figures, targets):
 
 
 def training_noise(num_seeds, num_draws, seed):
-    """Return (seeds, draws): factors that turn deviations from the mean over seeds into random errors of that mean.
+    """Return `noise`, (seeds, draws): (values - mean over seeds) @ noise are random errors of the mean over seeds.
 
-    The errors follow Student's t, since resampling so few seeds would give too narrow an interval. All figures of a
-    run share the factors, which keeps the correlation between labels.
+    They follow Student's t with num_seeds - 1 degrees of freedom, since resampling so few seeds would give too narrow
+    an interval. All metrics of a run share the noise, which keeps the correlation between labels.
     """
     generator = np.random.default_rng(seed)
     normal = generator.standard_normal((num_seeds, num_draws))
@@ -761,7 +759,10 @@ def training_noise(num_seeds, num_draws, seed):
 
 # Copied from train_full.result_row
 def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
-    """Return one row of the format that all result files share; low and high are the 95% interval."""
+    """Return one row of the format that all result files share.
+
+    low and high are the 95% interval; floor is the score of real images, or of a trivial predictor.
+    """
     return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
@@ -774,12 +775,12 @@ def write_text(path, text):
 
 
 def interval(draws, minimum=0.0, maximum=1.0):
-    """Return the 95% percentile interval within bounds; draws for which the figure is undefined are left out."""
+    """Return the 95% percentile interval of the draws that are defined, clipped to bounds."""
     return np.nanpercentile(draws, [2.5, 97.5]).clip(minimum, maximum).tolist()
 
 
 def verdict(metric, low, rates):
-    """Return the warning for a figure, or None; `rates` are predicted-positive rates, (labels, seeds)."""
+    """Return the warning for a metric, or None; `rates` are predicted-positive rates, (labels, seeds)."""
     constant = (rates < CONSTANT_RATE) | (rates > 1 - CONSTANT_RATE)
     if metric == "auroc" and low <= 0.5:
         return "no better than chance"
@@ -794,9 +795,9 @@ def verdict(metric, low, rates):
 
 
 def result_rows(labels, figures, noise, targets):
-    """Return rows for each label and "all", the mean over labels, and {"metric/label": the value, then the draws}.
+    """Return rows for each label and "all" (the mean over labels), and {"metric/label": the value, then the draws}.
 
-    A draw is the mean over seeds on the drawn patients plus a random error of that mean, from `noise`.
+    A draw is the mean over seeds on the drawn patients, plus a random error of that mean from `noise`.
     """
     rows, draws = [], {}
     rates, constant = (figures[name][..., 0] for name in ("predicted_positive_rate", "constant_accuracy"))
@@ -812,14 +813,14 @@ def result_rows(labels, figures, noise, targets):
         over_seeds[:, 1:] += (values - over_seeds[:, :1]) @ noise
         defined = np.flatnonzero(~np.isnan(values).any(axis=1))
         for label, n in counts.items():
-            chosen = [i for i in defined if label in (labels[i], "all")]
+            chosen = [i for i in defined if label == "all" or labels[i] == label]
             if not chosen:
                 part = "test" if label in untested else "training"
-                reason = "no label has it" if label == "all" else f"one class only among the {part} images"
+                reason = "no label is scored" if label == "all" else f"one class only among the {part} images"
                 rows.append(result_row(metric, None, label, n=n, note=f"n/a: {reason}"))
                 continue
             found, low, high = over_seeds[chosen].mean(axis=0), None, None
-            if metric != "ece":  # which resampling biases upwards
+            if metric != "ece":  # resampling biases ECE upwards
                 draws[f"{metric}/{label}"] = found
                 low, high = interval(found[1:], -1 if metric == "accuracy_gain" else 0)
             notes = [verdict(metric, low, rates[chosen])]
@@ -832,7 +833,7 @@ def result_rows(labels, figures, noise, targets):
 
 
 def load_reference(args, settings, draws_id):
-    """Return the draws of --reference as result_rows does; it may differ only in what it was trained on."""
+    """Return the values and draws of --reference like result_rows; fail if more than its training images differs."""
     path = Path(args.reference) / "downstream_metrics.json"
     if not path.is_file():
         fail(f"--reference {args.reference}: no finished run; pass the folder of one with --train_on real")
@@ -849,37 +850,31 @@ def load_reference(args, settings, draws_id):
 
 
 def ratio_rows(labels, ours, theirs, name):
-    """Return rows and draws of the ratios of two runs, in each draw on the same patients.
-
-    The ratio of AUROC is (ours - 0.5) / (theirs - 0.5), so that chance counts 0.
-    """
+    """Return rows and draws of the RATIOS of two runs; in each draw, both are on the same patients."""
     rows, draws = [], {}
     for metric, chance in RATIOS.items():
         both = [label for label in labels if f"{metric}/{label}" in ours.keys() & theirs.keys()]
         for label in [*labels, "all"]:
-            key, chosen = f"{metric}_of_reference", [f"{metric}/{one}" for one in both if label in (one, "all")]
+            chosen = both if label == "all" else [label] if label in both else []
             value, low, high, note = None, None, None, f"n/a: this run or {name} lacks the figure"
             if chosen:
-                one, two = (np.mean([run[figure] for figure in chosen], axis=0) - chance for run in (ours, theirs))
-                note = f"n/a: the figure of {name} is not above {chance:g}, beyond its interval"
-            # A denominator that may be 0 would leave the ratio without a finite interval.
-            if chosen and interval(two[1:])[0] > 0:
-                ratio = draws[f"{key}/{label}"] = one / np.maximum(two, 1e-12)
-                value, (low, high) = float(ratio[0]), interval(ratio[1:], -np.inf, np.inf)
-                note = f"ratio to {name}{', both above chance' if chance else ''}"
-            rows.append(result_row(key, value, label, low, high, note=note))
+                one, two = (np.mean([run[f"{metric}/{c}"] for c in chosen], axis=0) - chance for run in (ours, theirs))
+                note = f"n/a: the {metric} of {name} is not shown to be above {chance:g}"
+                # If the denominator may be 0, the ratio has no finite interval.
+                if interval(two[1:])[0] > 0:
+                    ratio = draws[f"{metric}_of_reference/{label}"] = one / np.maximum(two, 1e-12)
+                    value, (low, high) = float(ratio[0]), interval(ratio[1:], -np.inf, np.inf)
+                    note = f"ratio to {name}{', after subtracting 0.5 from both' if chance else ''}"
+            rows.append(result_row(f"{metric}_of_reference", value, label, low, high, note=note))
     return rows, draws
 
 
 def save_figure(figure, path):
-    """Write a PNG to a temporary file, then rename it atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
-    os.replace(temporary, path)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def plot_curves(labels, targets, probabilities, title, output_dir):
-    """Write roc.png and reliability.png: a panel for each label, a line for each seed."""
+    """Write roc.png and reliability.png, with a panel per label and a line per seed."""
     rows, columns = math.ceil(len(labels) / 3), min(3, len(labels))
     axes = {"roc": ("false positive rate", "true positive rate"), "reliability": ("probability", "positives")}
     for name, (x, y) in axes.items():
@@ -901,7 +896,7 @@ def plot_curves(labels, targets, probabilities, title, output_dir):
 
 
 def plot_training(losses, first_seed, path):
-    """Write training.png: the validation loss by epoch; a dot marks the epoch that was kept."""
+    """Plot the validation loss by epoch; a dot marks the epoch that was kept."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.add_subplot(xlabel="epoch", ylabel="validation loss (masked BCE)")
     for seed, of_seed in enumerate(losses, first_seed):
@@ -912,8 +907,8 @@ def plot_training(losses, first_seed, path):
 
 
 def save_classifier(settings, tables, rows, weights, output_dir):
-    """Write the folder classifier, for --classifier of both evaluations: the weights and classifier.json."""
-    # Synthetic images have no patients.
+    """Write weights and classifier.json to classifier/, which both evaluation scripts take as --classifier."""
+    # Only real images have patients.
     seen = pd.concat([table[table["real"]] for table in (tables.train, tables.val)])["patient"]
     patients = sorted({patient_hash(patient) for patient in seen})
     fingerprint = hashlib.sha256("\n".join(patients).encode()).hexdigest()
@@ -922,21 +917,18 @@ def save_classifier(settings, tables, rows, weights, output_dir):
     spec |= {"channels": "mean, repeated three times", "normalisation": NORMALISATION}
     spec["thresholds"] = dict.fromkeys(tables.labels, 0.5)
     spec["split"] = {"seed": settings["split_seed"], "fingerprint": fingerprint, "patients": patients}
-    rows = {row["label"]: row for row in rows if row["metric"] == "auroc" and row["label"] != "all"}
+    aurocs = {row["label"]: row for row in rows if row["metric"] == "auroc" and row["label"] != "all"}
     keys = ("value", "low", "high", "n", "note")
-    spec["real_test_auroc"] = {label: {key: row[key] for key in keys} for label, row in rows.items()}
+    spec["real_test_auroc"] = {label: {key: row[key] for key in keys} for label, row in aurocs.items()}
     spec["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    temporary = output_dir / ".classifier.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    shutil.copy(weights, temporary / "model.safetensors")
-    write_text(temporary / "classifier.json", json.dumps(spec, indent=2) + "\n")
-    shutil.rmtree(output_dir / "classifier", ignore_errors=True)
-    os.replace(temporary, output_dir / "classifier")
+    folder = output_dir / "classifier"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(weights, folder / "model.safetensors")
+    write_text(folder / "classifier.json", json.dumps(spec, indent=2) + "\n")  # last, because load_classifier needs it
 
 
 def write_table(rows, labels, title, notes, path):
-    """Print the values by metric and label, and write them with all notes as Markdown."""
+    """Print a table of the values by metric and label, and write it with all notes as Markdown."""
     table = pd.DataFrame(rows).pivot(index="metric", columns="label", values="value").astype(float).round(3)
     table = table.loc[list(dict.fromkeys(row["metric"] for row in rows)), [*labels, "all"]].to_string()
     notes = [f"{row['metric']}, {row['label']}: {row['note']}" for row in rows if row["note"]] + notes
@@ -959,9 +951,9 @@ def digest(*arrays):
 
 
 def run_settings(args, tables, spec, images, num_processes):
-    """Return what must be the same to continue a run and, except for the training images, to compare two."""
+    """Return what must match to continue a run and, apart from the training images, to compare two runs."""
     train, val, test = images
-    # Tables and folders may have other names; what they hold is compared through digests.
+    # These may differ; the digests below compare the images themselves.
     names = ["synthetic", "real_csv", "validation_csv", "test_csv", "image_root", "classifier", "output_dir"]
     names += ["image_cache_dir", "reference", "bootstrap_samples", "max_test_images"]
     settings = {key: value for key, value in vars(args).items() if key not in names}
@@ -978,13 +970,13 @@ def run_settings(args, tables, spec, images, num_processes):
 
 
 def open_output(output_dir, settings):
-    """Create the result folder, or stop if it holds other files or results of other settings."""
+    """Create the result folder and its settings.json; fail if it holds results of other settings or other files."""
     path = output_dir / "settings.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         differing = [key for key in settings.keys() | saved.keys() if settings.get(key) != saved.get(key)]
         if differing:
-            fail(f"{output_dir} holds results of another {', '.join(sorted(differing))}; pass another --output_dir")
+            fail(f"{output_dir} holds results of different {', '.join(sorted(differing))}; pass another --output_dir")
     elif output_dir.exists() and any(output_dir.iterdir()):
         fail(f"--output_dir {output_dir}: not empty and not a result folder of this script; pass another")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -994,19 +986,19 @@ def open_output(output_dir, settings):
 def main(args):
     output_dir = Path(args.output_dir)
     classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
-    # The other processes wait, possibly for hours, while the first decodes images.
+    # The other processes wait, possibly for hours, while the main process decodes images.
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
     # Without `cpu`, processes that torchrun starts on a machine without a GPU would each train for themselves.
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[timeout])
-    # The same seed must give the same figures, and scores are not rounded to TF32.
+    # Make runs repeatable, and keep TF32 out of float32 scores.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = False
 
     tables = load_tables(args, spec, accelerator)
     labels = tables.labels
     if not spec:
-        # Find out before hours of decoding whether they can be loaded.
+        # If the weights cannot be loaded, fail before hours of decoding.
         load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args)
     images = load_images(accelerator, tables, spec.get("resolution", args.resolution), args)
     train, _, test = images
@@ -1034,7 +1026,7 @@ def main(args):
     losses = [of_seed for _, of_seed in results]
     figures = score(test.targets, patients, probabilities, args.bootstrap_samples)
     clear_untrained(figures, train.targets)
-    # Seeded by the settings, so that the noise of two runs is independent and their difference has that of both.
+    # Seeded by the settings, so that the noise of two runs is independent.
     noise = training_noise(len(results), args.bootstrap_samples, keyed_seed(json.dumps(settings, sort_keys=True)))
     rows, draws = result_rows(labels, figures, noise, test.targets)
     if not spec and not args.shuffle_labels:

@@ -6,15 +6,14 @@
 #   "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
 # ]
 # ///
-"""Compare generated chest radiographs with real ones: the paper's Table 3, with sample sizes, intervals and floors.
+"""Compare generated chest radiographs with real ones: the paper's Table 3, with 95% intervals and floors.
 
     accelerate launch eval_generation.py --synthetic samples/bitfit --classifier downstream/real/classifier
     python eval_generation.py --synthetic samples/unet --baseline samples/stable-diffusion-v1-5 --vae runs/unet
     python eval_generation.py --synthetic samples/lora --real_csv hospital/table.csv --train_csv hospital/table.csv
-    python eval_generation.py --synthetic samples/lora --features xrv.safetensors --pool paper
 
-Writes to --output_dir: generation_metrics.json, pictures, and generation_draws.safetensors, from which
-launch/report.py compares runs. Features are cached and shared by runs.
+Writes generation_metrics.json, pictures, and generation_draws.safetensors (for launch/report.py) to --output_dir. A
+metric's floor is the value of real images, or for memorisation the value expected without it.
 """
 
 import argparse
@@ -77,21 +76,20 @@ CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothor
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
-# The sources of images that are scored, and what their metrics' names end with.
+# The sets of images that are scored, and the suffix of their metrics.
 SUFFIXES = {"real": "_real", "synthetic": "", "base model": "_baseline", "through the VAE": "_vae"}
-XRV_WEIGHTS = "densenet121-res224-all"
-# CheXpert's names where torchxrayvision has others.
+# torchxrayvision's names of labels, where they differ from CheXpert's.
 XRV_NAMES = {"Pleural Effusion": "Effusion"}
 NEIGHBOURS = 5
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-# Of KID, which takes thirds, and of the neighbour figures; their cost grows as n².
+# Limits for KID (on thirds of the images) and the neighbour metrics, whose cost grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
-# Of figures that are neither shares (0 to 1, with `units`) nor at least 0.
+# Ranges that `Results.add` cannot infer; its defaults are (0, 1) with `units` and (0, inf) without.
 BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
 BOUNDS |= dict.fromkeys(["memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
-# Mean absolute difference between channels, of 255 levels, at which a tint becomes visible: on mid-grey it is a CIE76
-# Delta E of 2.1 (red against blue) to 4.5 (green), where 2.3 is just noticeable.
+# Mean absolute difference between channels, in grey levels of 255, at which a tint becomes visible: on mid-grey, a
+# CIE76 Delta E of 2.1 (red against blue) to 4.5 (green); 2.3 is just noticeable.
 VISIBLE_COLOUR = 4.0
 THUMBNAIL = 32
 # Rows of a distance matrix held in memory at a time.
@@ -118,27 +116,27 @@ def parse_args(argv=None):
     flag("--real_csv", help=f"table of radiographs (default: {' or '.join(DEFAULT_TABLES)})")
     flag("--image_root", help="folder that paths in --real_csv and --train_csv are relative to")
     splits = ["train", "val", "test", "all"]
-    flag("--real_split", choices=splits, default="test", help="patients of --real_csv; all for a ready-made test set")
-    flag("--train_csv", help="image table of the training images, for memorisation (default: not measured)")
-    flag("--train_split", choices=splits, default="train", help="patients of --train_csv; all for a ready-made set")
-    flag("--max_train_samples", type=int, help="as given to the training script, to compare with the same images")
+    flag("--real_split", choices=splits, default="test", help="patients of --real_csv; all if it is a test set")
+    flag("--train_csv", help="table of the training images, to measure memorisation (default: not measured)")
+    flag("--train_split", choices=splits, default="train", help="patients of --train_csv; all if it is a training set")
+    flag("--max_train_samples", type=int, help="as passed to the training script, to select the same images")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1 in real tables")
-    flag("--baseline", help="samples of the untouched base model, scored beside --synthetic (default: none)")
-    flag("--vae", help="pipeline whose VAE real images are passed through, as a floor (default: none)")
-    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="findings to score (default: --synthetic's)")
-    flag("--max_per_label", type=int, default=5000, help="images per label; a seeded choice if there are more")
-    flag("--pool", choices=["unique", "paper"], default="unique", help="paper counts an image once for each label")
-    flag("--resolution", type=int, help="side of the square images (default: --synthetic's, else 512)")
-    flag("--resize_mode", choices=["squash", "pad", "crop"], help="geometry of the images (default: --synthetic's)")
-    flag("--mixed_geometry", action="store_true", help="compare tables made with different geometry all the same")
+    flag("--baseline", help="samples of the base model before training, scored as well (default: none)")
+    flag("--vae", help="pipeline whose VAE encodes and decodes real images, scored as well (default: none)")
+    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="labels to score (default: --synthetic's)")
+    flag("--max_per_label", type=int, default=5000, help="maximum images per label; a seeded choice if there are more")
+    flag("--pool", choices=["unique", "paper"], default="unique", help="paper: count an image once per label in 'all'")
+    flag("--resolution", type=int, help="pixels per side (default: as recorded in --synthetic, else 512)")
+    flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
+    flag("--mixed_geometry", action="store_true", help="allow tables of different --resolution or --resize_mode")
     flag = parser.add_argument_group("networks").add_argument
-    flag("--features", default="xrv", help="xrv (downloaded), its weights in safetensors, or a classifier folder")
+    flag("--features", default="xrv", help="xrv (download), its weights in safetensors, or a classifier folder")
     flag("--classifier", help="classifier folder of eval_downstream.py (default: the heads of --features)")
     flag("--batch_size", type=int, default=32, help="images per process and forward pass")
-    flag("--feature_cache_dir", help="features shared by runs (default: feature_cache beside --output_dir)")
+    flag("--feature_cache_dir", help="cache that runs share (default: feature_cache beside --output_dir)")
     flag = parser.add_argument_group("results").add_argument
-    flag("--num_subsamples", type=int, default=10, help="half-size subsets behind each interval; 1 turns them off")
+    flag("--num_subsamples", type=int, default=10, help="half-size subsets for intervals of FID etc.; 1 for none")
     flag("--seed", type=int, default=0, help="seed of every random choice")
     flag("--output_dir", help="result folder (default: evaluations/<name of --synthetic>)")
     args = parser.parse_args(argv)
@@ -154,19 +152,17 @@ def parse_args(argv=None):
         path = getattr(args, name)
         if path and not os.path.isfile(table_path(path)):
             parser.error(f"--{name} {path}: neither an image table nor a finished folder of sample.py (metadata.csv)")
-    if args.features != "xrv" and not os.path.exists(args.features):
-        parser.error(f"--features {args.features}: neither xrv, nor a safetensors file, nor a classifier folder")
     args.output_dir = args.output_dir or str(Path("evaluations") / run_name(args.synthetic))
     return args
 
 
 def table_path(name):
-    """Return the image table of a folder of sample.py, or the path itself."""
+    """Return the table in a folder written by sample.py, or the path itself."""
     return str(Path(name) / "metadata.csv" if os.path.isdir(name) else name)
 
 
 def run_name(synthetic):
-    """Return the name of sample.py's folder, or of any other table."""
+    """Return the name of the folder written by sample.py, or of the table."""
     path = Path(table_path(synthetic)).resolve()
     return path.parent.name if path.name == "metadata.csv" else path.stem
 
@@ -253,10 +249,10 @@ def load_image_table(csv, image_root=None, with_images=True):
 # Copied from train_full.assign_splits
 def assign_splits(patients, seed):
     """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
-    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
     for patient in patients.unique():
         position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
-        splits[patient] = list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, position, "right"), 2)]
+        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
     return patients.map(splits)
 
 
@@ -268,15 +264,15 @@ def positive_labels(table, labels, uncertain):
 
 # Copied from train_full.keyed_seed
 def keyed_seed(*key):
-    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
+    """Hash the key to a 63-bit seed. Since every draw is seeded this way, checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
 # Copied from eval_downstream.read_geometry
 def read_geometry(csv):
-    """Return the distinct `resize_mode` (str) and `resolution` (int) in a table of sample.py, [] for other tables."""
-    columns = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    modes, sides = ([v for v in columns.get(name, []) if v] for name in ("resize_mode", "resolution"))
+    """Return the distinct `resize_mode` (str) and `resolution` (int) in sample.py's metadata.csv, [] if unknown."""
+    table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    modes, sides = ([value for value in table.get(name, []) if value] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
         fail(f"{csv}: the column resize_mode or resolution has values that sample.py does not write")
     return {"resize_mode": list(dict.fromkeys(modes)), "resolution": list(dict.fromkeys(map(int, sides)))}
@@ -289,7 +285,7 @@ def patient_hash(patient):
 
 
 def choose_rows(table, rows, count, seed):
-    """Return at most `count` rows, chosen by a hash of (seed, name), so that added rows hardly change the choice."""
+    """Return at most `count` rows, chosen by a hash of (seed, name) so that adding rows hardly changes the choice."""
     if len(rows) <= count:
         return rows
     keys = [keyed_seed(seed, name) for name in table["name"].iloc[rows]]
@@ -297,14 +293,14 @@ def choose_rows(table, rows, count, seed):
 
 
 def label_rows(table, labels, args):
-    """Return the positions of each label's rows, at most --max_per_label of them."""
+    """Return the positions of each label's rows, at most --max_per_label each."""
     positive = positive_labels(table, labels, args.uncertain)
     rows_of = {label: np.flatnonzero(positive[label]) for label in labels}
     return {label: choose_rows(table, rows, args.max_per_label, args.seed) for label, rows in rows_of.items()}
 
 
 def merge_duplicates(table, column):
-    """Keep one row per value of a column, with the labels of all of its rows."""
+    """Keep the first row of each value of a column, with every label that any of its rows has."""
     labels = [label for label in LABELS if label in table]
     merged = table.assign(**table.groupby(column, sort=False)[labels].transform("max"))
     return merged[~table[column].duplicated()].reset_index(drop=True)
@@ -317,45 +313,41 @@ def load_split(csv, image_root=None, split="all", seed=0):
     if split != "all" and len(table):
         table = table[assign_splits(table["patient"], seed) == split]
     if table.empty:
-        fail(f"{csv}: no frontal image in split {split!r}; a ready-made table needs --real_split or --train_split all")
+        fail(f"{csv}: no frontal image in split {split!r}; if it is one split, use --real_split or --train_split all")
     return table.reset_index(drop=True)
 
 
 def load_training_images(args):
-    """Return the rows that a training script selects with the same flags: those with a prompt or a positive label."""
+    """Return the rows that the training scripts select by the same flags: those with a prompt or a positive label."""
     table = load_split(args.train_csv, args.image_root, args.train_split, args.split_seed)
     table = table[(table["prompt"] != "") | positive_labels(table, LABELS, args.uncertain).any(axis=1)]
-    if table.empty:
-        fail(f"{args.train_csv}: no row has a positive label; check --uncertain and the label columns")
     if args.max_train_samples and args.max_train_samples < len(table):
         table = table.sample(n=args.max_train_samples, random_state=args.split_seed % 2**32)
     return table.reset_index(drop=True)
 
 
 def choose_geometry(args, csvs, notes):
-    """Return resolution and resize mode; refuse tables that were made differently, unless --mixed_geometry."""
+    """Return the resolution and resize mode; fail if they differ between tables and flags, unless --mixed_geometry."""
     geometries, chosen = {csv: read_geometry(csv) for csv in csvs}, []
     for column, default in (("resolution", 512), ("resize_mode", "squash")):
         requested = getattr(args, column)
-        recorded = {csv: geometry[column] for csv, geometry in geometries.items()}
-        values = list(itertools.chain([requested] if requested else [], *recorded.values()))
+        found = {f"--{column}": [requested]} if requested else {}
+        found |= {csv: geometry[column] for csv, geometry in geometries.items()}
+        values = list(itertools.chain(*found.values()))
         if len(set(values)) > 1:
-            different = f"images made with different {column} ({recorded}, --{column} {requested})"
             if not args.mixed_geometry:
-                fail(f"{different}; sample again, or compare them all the same with --mixed_geometry")
-            notes.append(f"comparing {different}")
+                fail(f"images of different {column}: {found}; sample again, or pass --mixed_geometry")
+            notes.append(f"comparing images of different {column}: {found}")
         if not values:
-            notes.append(f"{csvs[0]} does not record its {column}; {default} is assumed")
+            notes.append(f"{csvs[0]} does not record its {column}; assuming {default}")
         chosen.append(values[0] if values else default)
     return chosen
 
 
 def plan_evaluation(args, accelerator):
-    """Return a plan: the tables by name with each image once, the labels and geometry, and notes for the reader."""
-    csvs = {"synthetic": table_path(args.synthetic)}
-    if args.baseline:
-        csvs["base model"] = table_path(args.baseline)
-    notes = []
+    """Return the tables by name, with each image once, the labels, the geometry, and warnings for the reader."""
+    folders, notes = {"synthetic": args.synthetic, "base model": args.baseline}, []
+    csvs = {name: table_path(folder) for name, folder in folders.items() if folder}
     resolution, resize_mode = choose_geometry(args, list(csvs.values()), notes)
     tables = {name: load_split(csv) for name, csv in csvs.items()}
     tables["real"] = load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
@@ -363,14 +355,15 @@ def plan_evaluation(args, accelerator):
         tables["train"] = load_training_images(args)
         shared = set(tables["train"]["patient"]) & set(tables["real"]["patient"])
         if shared:
-            notes.append(f"{len(shared):,} patients are in training and real images; memorisation counts them as seen")
+            notes.append(f"{len(shared):,} real patients were trained on; memorisation does not count them as unseen")
     found = positive_labels(tables["synthetic"], LABELS, "zeros").any()
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *LABELS].index)
 
+    # Merge rows of the same path, and after hashing, rows of the same content.
     repeated = {name: table["image"].duplicated().sum() for name, table in tables.items()}
     tables = {name: merge_duplicates(table, "image") for name, table in tables.items()}
     counts = count_rows("test", tables["real"], args.uncertain)
-    # Only the images that may be scored are read and hashed.
+    # Drop what is not scored before reading and hashing files.
     for name, table in tables.items():
         if labels and name != "train":
             rows = np.unique(np.concatenate(list(label_rows(table, labels, args).values())))
@@ -388,13 +381,14 @@ def plan_evaluation(args, accelerator):
 
 
 def hash_files(accelerator, paths):
-    """Return the SHA-256 of each file's content; of its path if there is no such file, which is reported later."""
+    """Return the SHA-256 of each file, or of its path if it is missing, which `compute_features` reports."""
 
     def digest(path):
         return hashlib.sha256(Path(path).read_bytes() if os.path.isfile(path) else path.encode()).hexdigest()
 
     mine = paths[accelerator.process_index :: accelerator.num_processes]
-    return dict(gather_object([(mine[i], found) for i, found in decode_images(mine, digest, {}, "hashing images")]))
+    hashes = decode_images(mine, digest, {}, "hashing images")
+    return dict(gather_object([(mine[i], value) for i, value in hashes]))
 
 
 class Sample(NamedTuple):
@@ -405,7 +399,7 @@ class Sample(NamedTuple):
         return Sample(self.features[rows], self.patients[rows])
 
     def subset(self, size, *key):
-        """Return `size` images of a seeded choice of patients; itself if it has no more."""
+        """Return `size` images of randomly chosen patients, or all if there are no more."""
         if len(self.features) <= size:
             return self
         return self.take(shuffle_patients(self.patients, *key)[:size])
@@ -413,15 +407,15 @@ class Sample(NamedTuple):
 
 @dataclass
 class Source:
-    """A set of images, the rows of each label ("all" for overall), and what the networks return for each row."""
+    """A set of images, the rows scored for each label and for "all", and the networks' outputs for each image."""
 
     name: str
     table: pd.DataFrame
     rows_of: dict
     features: np.ndarray = None  # (n, d) float32
     probabilities: np.ndarray = None  # (n, heads) float32
-    colour: np.ndarray = None  # (n, 1) of 255 grey levels
-    thumbnails: np.ndarray = None  # (n, THUMBNAIL²)
+    colour: np.ndarray = None  # (n, 1), grey levels
+    thumbnails: np.ndarray = None  # (n, THUMBNAIL²), centred
 
     @property
     def patients(self):
@@ -434,15 +428,15 @@ class Source:
 def make_sources(plan, args):
     """Return the Sources by name, without features.
 
-    Overall, each source has as many images of a label as the smaller of the real and the synthetic set, so that a
-    different mix of labels changes no figure. Tables without labels are compared as a whole.
+    For "all", each takes as many images of a label as the smaller of the real and the synthetic set has, so that FID
+    does not depend on the mix of labels. Without labels, "all" is the whole table.
     """
     sources = {name: Source(name, t, label_rows(t, plan.labels, args)) for name, t in plan.tables.items()}
     counts = {label: min(len(sources[name].rows_of[label]) for name in ("real", "synthetic")) for label in plan.labels}
     for name, source in sources.items():
         fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
         if fewer and name not in ("train", "through the VAE"):
-            plan.warnings.append(f"{name}: fewer images than --max_per_label, so a smaller n: {', '.join(fewer)}")
+            plan.warnings.append(f"{name}: fewer images than --max_per_label: {', '.join(fewer)}")
         if not plan.labels:
             rows = np.arange(len(source.table))
         elif name == "train":
@@ -461,7 +455,7 @@ def make_sources(plan, args):
 
 # Copied from eval_downstream.to_gray
 def to_gray(rgb, resolution):
-    """Convert (H, W, 3) to (resolution, resolution), uint8: the mean over channels, so that a tint is no cue."""
+    """Convert (H, W, 3) to (resolution, resolution), uint8, by the mean over channels, so that a tint is no cue."""
     gray = Image.fromarray(np.rint(rgb.mean(axis=2)).astype(np.uint8))
     return np.asarray(gray.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
@@ -481,7 +475,7 @@ def classifier_inputs(gray, normalisation):
 
 # Copied from eval_downstream.load_classifier
 def load_classifier(folder):
-    """Return the saved classifier in evaluation mode on the CPU, and its classifier.json (see save_classifier)."""
+    """Return a classifier that eval_downstream.py saved, on the CPU in evaluation mode, and its classifier.json."""
     path = Path(folder) / "classifier.json"
     if not path.is_file():
         fail(f"{path}: no such file; pass the classifier folder of a finished eval_downstream.py run")
@@ -502,7 +496,10 @@ def hash_weights(model):
 
 
 class Appearance:
-    """What needs no network: colour, and a thumbnail for the pixel check of memorisation, (n, 1 + THUMBNAIL²)."""
+    """Colour, and a thumbnail to find copies by their pixels, (n, 1 + THUMBNAIL²); computed and cached like features.
+
+    Like a network, it has `prepare`, for one image in a decoding thread, `compute`, for a batch, and a cache `key`.
+    """
 
     key = f"appearance-{THUMBNAIL}"
 
@@ -517,35 +514,31 @@ class Appearance:
 
 
 class XRVNetwork:
-    """torchxrayvision's DenseNet-121: pooled features, then its heads as probabilities, (n, 1024 + heads).
-
-    Probabilities are the sigmoid of the logits; the model's `forward` would rescale them by operating thresholds.
-    """
+    """torchxrayvision's DenseNet-121: pooled features, then its heads as probabilities, (n, 1024 + heads)."""
 
     def __init__(self, source, device):
         try:
-            model = xrv.models.DenseNet(weights=XRV_WEIGHTS if source == "xrv" else None)
+            model = xrv.models.DenseNet(weights="densenet121-res224-all" if source == "xrv" else None)
             if source != "xrv":
                 weights = load_file(source)
                 weights.pop("op_threshs", None)
                 model.load_state_dict(weights)
-        except Exception as error:  # the library downloads and unpickles its own weights; a file can hold anything
-            model_name = "torchxrayvision's DenseNet-121"
-            fail(f"--features {source}: no weights of {model_name} ({str(error)[:200]}); see README.md")
-        if not all(tensor.isfinite().all() for tensor in model.parameters()):
-            fail(f"--features {source}: has weights that are not finite")
+        except Exception as error:  # download, unpickling and malformed files can raise anything
+            fail(f"--features {source}: cannot load torchxrayvision's DenseNet ({str(error)[:200]}); see README.md")
+        model.op_threshs = None  # unused here; so the download and its converted file share a cache
         self.model, self.device, self.key = model.eval().to(device), device, f"xrv-{hash_weights(model)}"
         heads = list(model.targets)
         self.labels = [label for label in LABELS if XRV_NAMES.get(label, label) in heads]
         self.columns = [heads.index(XRV_NAMES.get(label, label)) for label in self.labels]
 
     def prepare(self, channels, gray):
-        # With torchxrayvision's resizer and scaling to [-1024, 1024], since others change the features.
+        # The resizer and the range, [-1024, 1024], that the network was trained with.
         return xrv.utils.normalize(xrv.datasets.XRayResizer(224)(gray[None]), 255)
 
     @torch.no_grad()
     def compute(self, prepared):
         features = self.model.features2(torch.from_numpy(np.stack(prepared)).to(self.device))
+        # The model's `forward` would rescale the probabilities by operating thresholds.
         probabilities = torch.sigmoid(self.model.classifier(features))[:, self.columns]
         return torch.cat([features, probabilities], dim=1).cpu().numpy()
 
@@ -556,7 +549,7 @@ class ClassifierNetwork:
     def __init__(self, folder, device):
         model, self.spec = load_classifier(folder)
         self.model, self.device, self.labels = model.to(device), device, self.spec["labels"]
-        # Classifiers may share weights, but not the size and scale of their input.
+        # With the same weights, features still depend on the size and scale of the input.
         identity = [hash_weights(model), self.spec["resolution"], self.spec["normalisation"]]
         self.key = f"classifier-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}"
         last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -573,7 +566,7 @@ class ClassifierNetwork:
 
 
 def load_networks(args, accelerator):
-    """Return the network of the features and that of class consistency, which may be the same."""
+    """Return the network for features and the one for class consistency, which may be the same."""
     # TF32 changes the third digit of FID.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with accelerator.main_process_first():
@@ -585,50 +578,50 @@ def load_networks(args, accelerator):
 
 
 class ThroughVAE:
-    """Encodes and decodes images, (R, R, 3) uint8, as every sample of a latent diffusion model has been decoded."""
+    """Encode and decode an image, (R, R, 3) uint8: the VAE's error is part of every sample's."""
 
     def __init__(self, name, device):
-        form = {"subfolder": "vae", "use_safetensors": True, "output_loading_info": True}
+        options = {"subfolder": "vae", "use_safetensors": True, "output_loading_info": True}
         try:
-            vae, report = AutoencoderKL.from_pretrained(name, **form)
+            vae, report = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **options)
             if report["missing_keys"] or not all(tensor.isfinite().all() for tensor in vae.parameters()):
                 raise ValueError("weights are missing or not finite")
         except (OSError, ValueError) as error:
             fail(f"--vae {name}: cannot load a VAE in safetensors ({str(error)[:300]})")
-        self.vae, self.device, self.lock = vae.eval().to(device, torch.float32), device, threading.Lock()
+        self.vae, self.device, self.lock = vae.eval().to(device), device, threading.Lock()
         self.key = hash_weights(self.vae)
 
     @torch.no_grad()
     def __call__(self, rgb):
         pixels = torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)[None].to(self.device)
-        # One full-size image may fill the memory that the decoding threads share.
+        # One image at a time, since all decoding threads share the device's memory.
         with self.lock:
             decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample[0]
         return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def network_warnings(features, classifier, plan, args):
-    """Return what a reader should know about the networks; refuse a classifier trained on another geometry."""
+    """Return warnings about the networks; fail if a classifier was trained with another resize mode."""
     notes, patients = [], plan.tables["real"]["patient"].unique()
     if isinstance(features, XRVNetwork):
-        notes.append("torchxrayvision's DenseNet-121 was itself trained on CheXpert, among others")
+        notes.append("torchxrayvision's DenseNet-121 was trained on CheXpert, among other data sets")
     if features is classifier:
-        notes.append("class consistency is judged by heads on the features of FID, not by another network")
+        notes.append("class consistency is judged by the same network as FID, not by an independent one")
     networks = {} if features is classifier else {"--classifier": classifier}
     for flag, network in (networks | {"--features": features}).items():
         if not isinstance(network, ClassifierNetwork):
             continue
         spec, mode = network.spec, network.spec["resize_mode"]
         if mode != plan.resize_mode and not args.mixed_geometry:
-            fail(f"{flag}: trained with --resize_mode {mode}, not {plan.resize_mode}; pass --mixed_geometry to go on")
+            fail(f"{flag}: trained with --resize_mode {mode}, not {plan.resize_mode}; allow it with --mixed_geometry")
         trained, own = f"{mode}, {spec['source_resolution']} px", f"{plan.resize_mode}, {plan.resolution} px"
         if trained != own:
-            notes.append(f"{flag}: trained on images of another geometry ({trained}, not {own})")
+            notes.append(f"{flag}: trained on images of a different geometry ({trained}, not {own})")
         if spec["train_on"] != "real":
-            notes.append(f"{flag}: trained on {spec['train_on']} images, not on real ones alone")
+            notes.append(f"{flag}: trained with --train_on {spec['train_on']}, not on real images alone")
         shared = len({patient_hash(patient) for patient in patients} & set(spec["split"]["patients"]))
         if shared:
-            notes.append(f"{flag}: trained on {shared:,} of {len(patients):,} real patients: too good on these")
+            notes.append(f"{flag}: trained on {shared:,} of {len(patients):,} real patients, so too good on them")
         lows = {label: (auroc or {}).get("low") or 0 for label, auroc in spec["real_test_auroc"].items()}
         chance = [label for label in plan.labels if label in spec["labels"] and lows.get(label, 0) <= 0.5]
         if chance:
@@ -669,9 +662,9 @@ def load_image(image, resolution, resize_mode):
 
 # Copied from eval_downstream.decode_images
 def decode_images(images, decode, problems, description="decoding images"):
-    """Yield (i, decode(images[i])) in order, decoded on all cores with at most 64 results in memory.
+    """Yield (i, decode(images[i])) in order, using all cores and with at most 64 results in memory.
 
-    An image for which `decode` raises ValueError is not yielded; its message is stored in the dict `problems` under i.
+    If `decode` raises ValueError, skip the image and set problems[i] to the message.
     """
 
     def attempt(i):
@@ -695,7 +688,7 @@ def feature_path(network, key):
 
 
 def compute_features(accelerator, plan, networks, vae, args):
-    """Compute what the cache lacks, decoding each image once for all networks; return messages on unusable images."""
+    """Compute features missing in the cache, decoding each image once; return messages about unusable images."""
     images = {}
     for name, table in plan.tables.items():
         images |= {key: (path, name == "through the VAE") for key, path in zip(table["hash"], table["image"])}
@@ -722,17 +715,18 @@ def compute_features(accelerator, plan, networks, vae, args):
                 temporary = path.with_name(f".{os.getpid()}-{path.name}")
                 np.save(temporary, output)
                 os.replace(temporary, path)
-    # With --vae, a bad image fails twice.
+    # With --vae, bad images are found twice.
     return list(dict.fromkeys(gather_object(list(problems.values()))))
 
 
 def load_features(source, appearance, features, classifier):
-    """Read a source's arrays from the cache; refuse features that only broken weights give."""
+    """Read a source's arrays from the cache; fail if broken weights made the features zero or not finite."""
 
     def read(network):
         return np.stack([np.load(feature_path(network, key)) for key in source.table["hash"]])
 
-    source.colour, source.thumbnails = np.split(read(appearance), [1], axis=1)
+    source.colour, thumbnails = np.split(read(appearance), [1], axis=1)
+    source.thumbnails = thumbnails - thumbnails.mean(axis=1, keepdims=True)
     source.features, probabilities = np.split(read(features), [-len(features.labels)], axis=1)
     if classifier is not features:
         probabilities = read(classifier)[:, -len(classifier.labels) :]
@@ -745,7 +739,7 @@ def load_features(source, appearance, features, classifier):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Set figures: functions of real and other features, (n, d) and (m, d)
+# Set metrics: functions of two sets of features, real (n, d) and other (m, d)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -753,7 +747,7 @@ def fid(real, other):
     """Return ||m1 - m2||² + tr(S1 + S2) - 2 tr((S1^½ S2 S1^½)^½) (Heusel et al., 2017, arXiv 1706.08500), in float64.
 
     With S = RᵀR, R from a QR decomposition of the centred rows, the last trace is the sum of the singular values of
-    R1 R2ᵀ. Singular covariances, of fewer images than features, lose no digits in this form.
+    R1 R2ᵀ. Unlike a matrix square root, this is accurate for singular covariances (fewer images than features).
     """
     means, roots = [], []
     for features in (real.astype(np.float64), other.astype(np.float64)):
@@ -773,7 +767,7 @@ def mmd(real, other):
 
 
 def kid(real, other, seed):
-    """Return the mean MMD² of KID_SUBSETS pairs of subsets of a third of the images, at most KID_SUBSET_SIZE."""
+    """Return the mean MMD² of KID_SUBSETS pairs of subsets of n / 3 images, at most KID_SUBSET_SIZE."""
     generator, values = np.random.default_rng(keyed_seed(seed, "kid")), []
     size = min(KID_SUBSET_SIZE, len(real) // 3)
     for _ in range(KID_SUBSETS):
@@ -785,10 +779,10 @@ def kid(real, other, seed):
 def prdc(real, other):
     """Return precision, recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), k = NEIGHBOURS."""
     centre = real.mean(axis=0, dtype=np.float64)
-    # Distances are computed from products, which are more exact around the centre.
+    # Euclidean distances are computed from dot products, which are more accurate for centred features.
     real, other = real - centre, other - centre
     searches = [NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(rows) for rows in (real, other)]
-    # kneighbors() without an argument does not count a row as its own neighbour.
+    # Without an argument, kneighbors() excludes each row itself.
     radii_real, radii_other = (search.kneighbors()[0][:, -1] for search in searches)
     inside, recall, nearest = np.empty(len(other)), np.zeros(len(real), bool), np.full(len(real), np.inf)
     for start in range(0, len(other), CHUNK):
@@ -801,35 +795,35 @@ def prdc(real, other):
 
 
 def vendi(real, other):
-    """Return the others' Vendi score (Friedman and Dieng, 2022, arXiv 2210.02410) and its ratio to the real one."""
-    of_real, of_other = (float(score_dual(features.astype(np.float64))) for features in (real, other))
-    return of_other, of_other / of_real
+    """Return the Vendi score of `other` (Friedman and Dieng, 2022, arXiv 2210.02410) and its ratio to `real`'s."""
+    score_real, score_other = (float(score_dual(features.astype(np.float64))) for features in (real, other))
+    return score_other, score_other / score_real
 
 
-class SetFigure(NamedTuple):
-    """Figures that one function computes from two sets of images, and how."""
+class SetMetric(NamedTuple):
+    """One or several metrics from one function of two sets of images."""
 
     names: list
-    function: Callable  # (real, other) to the figures
-    size: str = "n"  # images on each side: n, half (two halves of the real ones can be compared), common to all labels
-    floor: str | None = None  # "halves": real images against those of other patients; "itself": against themselves
+    function: Callable  # (real, other) to the metrics
+    size: str = "n"  # images per set: all n, half of them, or the smallest half of any label ("common")
+    floor: str | None = None  # "halves": two halves of the real images that share no patient; "itself": real twice
     note: str | None = None
-    mean_of_draws: bool = False  # as the value
+    mean_of_draws: bool = False  # report the mean of the draws instead of the value at `size`
     draw: Callable | None = None  # a cheaper function for the draws
-    pairwise: bool = False  # costs n²: MIN_PAIRWISE_IMAGES needed, at most MAX_DRAW_IMAGES in a draw
+    pairwise: bool = False  # costs n²
 
 
-def set_figures(seed):
-    """Return the table of set figures; a new figure is an entry here."""
-    expected = "equal n; interval of the expected FID at this n; floor: see fid_half_n"
+def set_metrics(seed):
+    """Return all set metrics; add new ones here."""
+    expected = "interval of the expected FID at this n; for the floor see fid_half_n"
     mean, prdc_names = "mean of the draws", ["precision", "recall", "density", "coverage"]
     return [
-        SetFigure(["fid"], fid, note=expected),
-        SetFigure(["fid_half_n"], fid, "half", "halves", mean, mean_of_draws=True),
-        SetFigure(["fid_common_n"], fid, "common", "halves", f"{mean}; one n for all labels", mean_of_draws=True),
-        SetFigure(["kid"], partial(kid, seed=seed), "n", "halves", f"{KID_SUBSETS} subsets", draw=mmd, pairwise=True),
-        SetFigure(prdc_names, prdc, "half", "halves", f"k={NEIGHBOURS}, half of n", pairwise=True),
-        SetFigure(["vendi", "vendi_ratio"], vendi, "n", "itself", "floor: as many real images"),
+        SetMetric(["fid"], fid, note=expected),
+        SetMetric(["fid_half_n"], fid, "half", "halves", mean, mean_of_draws=True),
+        SetMetric(["fid_common_n"], fid, "common", "halves", f"{mean}; one n for all labels", mean_of_draws=True),
+        SetMetric(["kid"], partial(kid, seed=seed), "n", "halves", f"{KID_SUBSETS} subsets", draw=mmd, pairwise=True),
+        SetMetric(prdc_names, prdc, "half", "halves", f"k={NEIGHBOURS}, half of n", pairwise=True),
+        SetMetric(["vendi", "vendi_ratio"], vendi, "n", "itself", "floor: the same number of real images"),
     ]
 
 
@@ -840,7 +834,10 @@ def set_figures(seed):
 
 # Copied from train_full.result_row
 def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
-    """Return one row of the format that all result files share; low and high are the 95% interval."""
+    """Return one row of the format that all result files share.
+
+    low and high are the 95% interval; floor is the score of real images, or of a trivial predictor.
+    """
     return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
@@ -853,10 +850,10 @@ def count_rows(part, table, uncertain):
 
 
 def confidence_interval(value, draws, bounds, units=None):
-    """Return the 95% interval of a figure from draws, (draws,), whose standard deviation is its standard error.
+    """Return a metric's 95% interval from draws, (draws,), whose standard deviation is its standard error.
 
-    Without `units` it is Student's t. With them, for shares, it is Wilson's interval (1927) at the effective sample
-    size p(1 - p) / variance, or where draws do not vary (a share of 0 or 1), at `units` images or patients.
+    By default it is Student's t. For shares, pass their number of independent `units` (images or patients): it is then
+    Wilson's interval (1927) at the effective sample size p(1 - p) / variance, or at `units` if draws do not vary.
     """
     low, high = bounds
     z = stats.t.ppf(0.975, len(draws) - 1)
@@ -871,16 +868,16 @@ def confidence_interval(value, draws, bounds, units=None):
 
 
 class Results:
-    """Rows of one source, and the draws behind them, from which launch/report.py compares runs.
+    """Result rows and their draws, shared by all sources, and the suffix and weights of one source.
 
-    `weights`, (draws, n), are how often an image counts in each draw, ones in the first.
+    `weights`, (1 + draws, n), are how often each image counts in each bootstrap draw; the first row is all ones.
     """
 
     def __init__(self, rows, draws, suffix, weights):
         self.rows, self.draws, self.suffix, self.weights = rows, draws, suffix, weights
 
     def add(self, metric, value, label="all", draws=None, units=None, **row):
-        """Add a row with its interval. The floor, unless given, is the figure of the real images, which come first."""
+        """Add a row with its interval. The default floor is the real images' value, which must have been added."""
         low, high, name = None, None, metric + self.suffix
         if draws is not None and len(draws) > 1:
             self.draws[f"{name}/{label}"] = np.asarray(draws, np.float64)
@@ -889,28 +886,28 @@ class Results:
         row = {"floor": self.find(f"{metric}_real", label)} | row
         self.rows.append(result_row(name, None if value is None else float(value), label, low, high, **row))
 
-    def add_image_figure(self, metric, statistic, label="all", units=None, **row):
-        """Add a function of the weights."""
+    def add_image_metric(self, metric, statistic, label="all", units=None, **row):
+        """Add a row whose value and draws are a function of the weights."""
         with np.errstate(invalid="ignore"):
             value, *draws = statistic(self.weights)
-        # A draw may miss all patients of a small group.
+        # 0 / 0, if a draw misses all patients of a small group.
         draws = np.where(np.isfinite(draws), draws, value)
         self.add(metric, value, label, draws, units, **row)
 
     def find(self, metric, label="all", key="value"):
-        """Return an entry of a row, None if there is no such row."""
+        """Return an entry of a row, or None if there is no such row."""
         return next((row[key] for row in self.rows if (row["metric"], row["label"]) == (metric, label)), None)
 
 
 def shuffle_patients(patients, *key):
-    """Return rows in a seeded order, patient by patient, so that beginning and end share at most one patient."""
+    """Return all rows in a random order of patients, so that any cut splits at most one patient."""
     _, codes = np.unique(patients, return_inverse=True)
     order = np.random.default_rng(keyed_seed(*key)).permutation(codes.max() + 1)
     return np.argsort(order[codes], kind="stable")
 
 
 def split_halves(patients, *key):
-    """Return two sets of rows of about equal size that share no patient."""
+    """Split the rows into two random halves that share no patient."""
     order = shuffle_patients(patients, *key)
     middle = len(order) // 2
     while middle < len(order) and patients[order[middle]] == patients[order[middle - 1]]:
@@ -918,77 +915,79 @@ def split_halves(patients, *key):
     return order[:middle], order[middle:]
 
 
-def half_size(real, n, args):
-    """Return how many images each of two patient-disjoint halves of the real ones has in every draw, at most n / 2."""
-    if n <= 3:
-        return 0
+def half_splits(real, n, args):
+    """Return --num_subsamples splits of the real images into halves that share no patient, and how many rows to use.
+
+    That is n / 2, or the size of the smallest half where a patient with many images makes halves unequal.
+    """
+    if n < 4:
+        return [], 0
     splits = [split_halves(real.patients, args.seed, "halves", k) for k in range(args.num_subsamples)]
-    return min([n // 2, *(len(half) for pair in splits for half in pair)])
+    return splits, min([n // 2, *(len(half) for split in splits for half in split)])
 
 
 def evaluate(function, samples):
     return np.atleast_1d(function(*(sample.features for sample in samples)))
 
 
-def add_set_figures(results, real, other, label, common, args):
-    """Add the rows of all set figures: value, interval by draws, and floor (of the synthetic images only)."""
+def add_set_metrics(results, real, other, label, common, args):
+    """Add the rows of all set metrics. Floors from real halves are computed only with the synthetic images."""
     n, count = min(len(real.features), len(other.features)), args.num_subsamples
-    half = half_size(real, n, args)
+    splits, half = half_splits(real, n, args)
     sizes = {"n": n, "half": half, "common": min(common, half)}
     equal = [sample.subset(n, args.seed, "equal") for sample in (real, other)]
-
-    def real_halves(k, size):
-        return [real.take(rows[:size]) for rows in split_halves(real.patients, args.seed, "halves", k)]
-
-    known = {}  # FID's draws at half of n serve two rows
-    for figure in set_figures(args.seed):
-        size, least = sizes[figure.size], MIN_PAIRWISE_IMAGES if figure.pairwise else 2
+    draws_of = {}  # FID's draws at half of n serve two rows
+    for metric in set_metrics(args.seed):
+        size, least = sizes[metric.size], MIN_PAIRWISE_IMAGES if metric.pairwise else 2
         if half < 2 or size < least:
-            for name in figure.names:
+            for name in metric.names:
                 results.add(name, None, label, n=size, note="too few images, or of too few patients")
             continue
-        function, draw_size = figure.draw or figure.function, min(half, size)
-        if figure.pairwise:
+        function, draw_size = metric.draw or metric.function, min(half, size)
+        if metric.pairwise:
             draw_size = min(draw_size, MAX_DRAW_IMAGES)
-        if (function, draw_size) not in known:
+        if (function, draw_size) not in draws_of:
             subsets = [[sample.subset(draw_size, args.seed, "fid", k) for sample in equal] for k in range(count)]
-            known[function, draw_size] = np.array([evaluate(function, pair) for pair in subsets])
-        draws = known[function, draw_size]
-        # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s),
-        # is that of the figure at n. A bootstrap with replacement would bias these figures.
-        if figure.mean_of_draws:
+            draws_of[function, draw_size] = np.array([evaluate(function, pair) for pair in subsets])
+        draws = draws_of[function, draw_size]
+        # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s), is
+        # the variance at n. A bootstrap with replacement would bias these metrics.
+        factor = draw_size / (n - draw_size)
+        if metric.mean_of_draws:
             # The mean of a few draws also varies with their choice.
-            values, factor = draws.mean(axis=0), draw_size / (n - draw_size) + 1 / count
+            values, factor = draws.mean(axis=0), factor + 1 / count
         else:
-            sets = equal if size == n else [real_halves(0, half)[0], other.subset(half, args.seed, "half")]
-            values, factor = evaluate(figure.function, sets), draw_size / (n - draw_size) * n / size
-        draws, floors = values + (draws - draws.mean(axis=0)) * math.sqrt(factor), None
-        if figure.floor == "itself":
-            floors = np.array([evaluate(figure.function, [equal[0], equal[0]])])
-        elif figure.floor == "halves" and not results.suffix and half >= least:
-            pairs = [real_halves(k, min(size, half)) for k in range(count if figure.mean_of_draws else 1)]
-            floors = np.array([evaluate(figure.function, pair) for pair in pairs])
-        for i, name in enumerate(figure.names):
-            row = {"n": size, "note": figure.note, "floor": None if floors is None else floors[:, i].mean()}
+            sets = equal if size == n else [real.take(splits[0][0][:half]), other.subset(half, args.seed, "half")]
+            values, factor = evaluate(metric.function, sets), factor * n / size
+        draws = values + (draws - draws.mean(axis=0)) * math.sqrt(factor)
+        floors = None
+        if metric.floor == "itself":
+            floors = np.array([evaluate(metric.function, [equal[0], equal[0]])])
+        elif metric.floor == "halves" and not results.suffix and half >= least:
+            used = splits if metric.mean_of_draws else splits[:1]
+            pairs = [(real.take(one[: min(size, half)]), real.take(two[: min(size, half)])) for one, two in used]
+            floors = np.array([evaluate(metric.function, pair) for pair in pairs])
+        for i, name in enumerate(metric.names):
+            row = {"n": size, "note": metric.note, "floor": None if floors is None else floors[:, i].mean()}
             units = n if name in ("precision", "recall", "coverage") else None
             results.add(name, values[i], label, draws[:, i], units, **row)
-        if figure.mean_of_draws and floors is not None:
-            name = figure.names[0].replace("fid", "fid_real_halves")
-            note = "real images against those of other patients; interval of one split"
+        if metric.mean_of_draws and floors is not None:
+            name = metric.names[0].replace("fid", "fid_real_halves")
+            note = "two halves of the real images that share no patient; interval of a single split"
             results.add(name, floors.mean(), label, floors[:, 0], n=size, note=note)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image figures: functions of the images' weights, (draws, n), to the figure in each draw, (draws,)
+# Image metrics: means over images and AUROC, as functions of the images' weights, (draws, n), that return (draws,)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from eval_downstream.patient_weights
 def patient_weights(patients, draws):
-    """Return how often each image counts in each draw, (len(draws), n); draw 0 is the test set as it is.
+    """Return how often each image counts in each draw, (len(draws), n); draw 0 is the test set itself.
 
-    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007), seeded by k alone:
-    the same patients in every run on the same test images.
+    Draw k > 0 takes as many patients with replacement (cluster bootstrap, Field and Welsh 2007). It is seeded by k
+    alone, so that all runs on the same test images draw the same patients.
     """
     names, index = np.unique(patients, return_inverse=True)
     weights = np.ones((len(draws), len(names)))
@@ -1013,7 +1012,7 @@ def weighted_auroc(scores, rows, other_rows):
     both = np.concatenate([rows, other_rows])
     order = np.argsort(scores[both], kind="stable")
     positive, both = (np.arange(len(both)) < len(rows))[order], both[order]
-    starts = np.flatnonzero(np.diff(scores[both], prepend=-1))  # of equal scores
+    starts = np.flatnonzero(np.diff(scores[both], prepend=-1))  # of runs of equal scores
 
     def statistic(weights):
         above, below = (np.add.reduceat(weights[:, both] * own, starts, axis=1) for own in (positive, ~positive))
@@ -1024,12 +1023,9 @@ def weighted_auroc(scores, rows, other_rows):
 
 
 def add_consistency(results, source, heads, uncertain):
-    """Add which heads fire (probability above 0.5) for which label, and how well they tell it from the others.
-
-    Heads are independent sigmoids, since findings occur together. Generated images count only if their prompt names
-    nothing but the label.
-    """
+    """Add how often each head fires (probability above 0.5) for each label, and how well it separates the labels."""
     labels = [label for label in source.rows_of if label != "all"]
+    # Generated images count only if their prompt names a single label.
     counted = positive_labels(source.table, LABELS, "ignore").sum(axis=1).to_numpy() == 1
     counted |= source.name in ("real", "through the VAE")
     rows_of = {label: source.rows_of[label][counted[source.rows_of[label]]] for label in labels}
@@ -1041,30 +1037,30 @@ def add_consistency(results, source, heads, uncertain):
         own, elsewhere = rows_of[label], [rows for name, rows in rows_of.items() if name != label]
         others = np.unique(np.concatenate(elsewhere)) if elsewhere else own[:0]
         others = others[~may_have[label].to_numpy()[others]]
-        figures = [
+        metrics = [
             ("class_consistency", label, weighted_mean, fires.get(label), [own], None),
             ("class_consistency_margin", label, weighted_difference, fires.get(label), [own, others], margin_note),
             ("class_consistency_auroc", label, weighted_auroc, scores.get(label), [own, others], auroc_note),
             *(("fires", f"{label} -> {head}", weighted_mean, fires.get(head), [own], None) for head in labels),
         ]
-        for metric, name, statistic, values, groups, note in figures:
+        for metric, name, statistic, values, groups, note in metrics:
             if values is None:
-                results.add(metric, None, name, n=len(own), note="the network has no such head")
+                results.add(metric, None, name, n=len(own), note="the classifier has no such head")
             elif not all(map(len, groups)):
                 results.add(metric, None, name, n=len(own), note="no such image")
             else:
                 units = min(len(np.unique(source.patients[rows])) for rows in groups)
-                results.add_image_figure(metric, statistic(values, *groups), name, units, n=len(own), note=note)
+                results.add_image_metric(metric, statistic(values, *groups), name, units, n=len(own), note=note)
     for metric in ("class_consistency", "class_consistency_margin", "class_consistency_auroc") if labels else ():
         add_label_mean(results, metric, labels)
 
 
 def add_label_mean(results, metric, labels):
-    """Add the mean of a metric over the labels that have it, from the mean of their draws."""
+    """Add the mean of a metric over the labels that have it, with the mean of their draws."""
     name = metric + results.suffix
     labels = [label for label in labels if results.find(name, label) is not None]
     if not labels:
-        return results.add(metric, None, note="no label has it")
+        return results.add(metric, None, note="no label has a value")
     value = np.mean([results.find(name, label) for label in labels])
     draws = np.mean([results.draws[f"{name}/{label}"] for label in labels], axis=0)
     n = sum(results.find(name, label, "n") for label in labels)
@@ -1073,27 +1069,27 @@ def add_label_mean(results, metric, labels):
 
 def add_colour(results, source):
     colour, rows, units = source.colour[:, 0], np.arange(len(source.colour)), len(np.unique(source.patients))
-    note, visible_note = "grey levels of 255 between channels", f"share above {VISIBLE_COLOUR:g} grey levels"
-    results.add_image_figure("colour_mean", weighted_mean(colour, rows), n=len(rows), note=note)
-    visible = weighted_mean(colour > VISIBLE_COLOUR, rows)
-    results.add_image_figure("colour_visible", visible, units=units, n=len(rows), note=visible_note)
+    row = {"n": len(rows), "note": "mean difference between channels, 0 to 255"}
+    results.add_image_metric("colour_mean", weighted_mean(colour, rows), **row)
+    row["note"] = f"share of images whose difference is above {VISIBLE_COLOUR:g}"
+    results.add_image_metric("colour_visible", weighted_mean(colour > VISIBLE_COLOUR, rows), units=units, **row)
 
 
 def nearest(queries, reference):
-    """Return the reference row of greatest cosine to each row, and that cosine."""
+    """Return each query's most similar reference row, and their cosine similarity."""
     index, distance = pairwise_distances_argmin_min(queries, reference, metric="cosine")
     return index, 1 - distance
 
 
 def nearer_to_training(generated, seen, unseen, patients):
-    """Return the share of generated images that are nearer to seen than to unseen images, and its draws.
+    """Return the share of generated images that are nearer to a seen than to an unseen image, and its draws.
 
-    Generated images are not independent, since a few images are nearest to many of them. So each draw assigns whole
-    patients (`patients`: of seen, of unseen) to either set by a coin, as if nothing had been memorised. For M
-    generated images, its standard deviation is sqrt(sum over patients of (times nearest)²) / 2M.
+    Generated images are not independent: a few images are nearest to many of them. So each draw flips a coin for each
+    patient (`patients`: of seen and unseen images) to be seen or unseen, the null hypothesis of no memorisation. For M
+    generated images, the standard deviation of the draws is sqrt(sum over patients of (times nearest)²) / 2M.
     """
     (seen_row, to_seen), (unseen_row, to_unseen) = nearest(generated, seen), nearest(generated, unseen)
-    # Rounding differs between the two products, and an image may be in both sets.
+    # An image may be in both sets, with cosines that differ by rounding.
     tie = np.abs(to_seen - to_unseen) < 1e-6
     share = np.where(tie, 0.5, to_seen > to_unseen).mean()
     names = np.unique(np.concatenate(patients))
@@ -1105,37 +1101,37 @@ def nearer_to_training(generated, seen, unseen, patients):
 
 
 def add_memorisation(results, generated, real, train, args):
-    """Add whether generated images are nearer to the training images than to as many images of other patients.
+    """Add whether generated images are nearer to training images than to the same number of unseen patients' images.
 
-    By cosine of the features, and of the pixels of thumbnails around their mean, since features can miss a copy.
-    Return the nearest training image and its cosine, by kind, for the picture of pairs.
+    Compare by cosine similarity of features, and of centred thumbnails, since features can miss a copy. Return the
+    nearest training rows and similarities, by kind, for plot_pairs.
     """
-    seen = train.rows_of["all"] if train else []
-    unseen = np.flatnonzero(~real.table["patient"].isin(train.patients)) if train else []
-    count, n = min(len(seen), len(unseen)), len(generated.table)
-    if not count:
+    note = "pass --train_csv"
+    seen, unseen, n = [], [], len(generated.table)
+    if train:
+        seen, unseen = train.rows_of["all"], np.flatnonzero(~real.table["patient"].isin(train.patients))
         note = "no training image has one of the labels" if len(unseen) else "all real images are of training patients"
+    count = min(len(seen), len(unseen))
+    if not count:
         for metric in ("nearer_train", "suspects", "nearer_train_pixels", "suspects_pixels"):
-            results.add(f"memorisation_{metric}", None, note=note if train else "pass --train_csv")
+            results.add(f"memorisation_{metric}", None, note=note)
         return {}
     seen = seen[shuffle_patients(train.patients[seen], args.seed, "seen")[:count]]
     unseen = unseen[shuffle_patients(real.patients[unseen], args.seed, "unseen")[:count]]
     patients, pairs = (train.patients[seen], real.patients[unseen]), {}
     for kind, suffix in (("features", ""), ("thumbnails", "_pixels")):
         ours, trained, others = (getattr(source, kind) for source in (generated, train, real))
-        if kind == "thumbnails":
-            ours, trained, others = (rows - rows.mean(axis=1, keepdims=True) for rows in (ours, trained, others))
         share, draws = nearer_to_training(ours, trained[seen], others[unseen], patients)
         row = {"floor": 0.5, "note": f"{count:,} training images against {count:,} of other patients"}
         results.add(f"memorisation_nearer_train{suffix}", share, draws=draws, n=n, **row)
         pairs[kind], (_, unseen_cosine) = nearest(ours, trained), nearest(others[unseen], trained)
-        # The limit is of patients, and never the largest: one duplicate among the unseen would hide all copies.
+        # A percentile of patients below the maximum: a single duplicate among the unseen would hide all copies.
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
         limit = math.floor(0.999 * (len(by_patient) - 1))
         suspects = weighted_mean(pairs[kind][1] > by_patient[limit], np.arange(n))
         row = {"floor": (len(by_patient) - limit) / (len(by_patient) + 1)}
-        row["note"] = "nearer to a training image than 99.9% of unseen patients' images"
-        results.add_image_figure(f"memorisation_suspects{suffix}", suspects, units=n, n=n, **row)
+        row["note"] = f"nearer to a training image than {limit + 1:,} of {len(by_patient):,} unseen patients are"
+        results.add_image_metric(f"memorisation_suspects{suffix}", suspects, units=n, n=n, **row)
     return pairs
 
 
@@ -1145,7 +1141,7 @@ def add_memorisation(results, generated, real, train, args):
 
 
 def score_sources(sources, labels, heads, args):
-    """Return the Results of --synthetic, which share rows and draws with the others', and the pairs of copies."""
+    """Score all sources. Return the Results of --synthetic, with the rows of all, and its nearest training images."""
     real, train, rows, draws, results = sources["real"], sources.get("train"), [], {}, {}
     for name, suffix in SUFFIXES.items():
         if name in sources:
@@ -1154,11 +1150,11 @@ def score_sources(sources, labels, heads, args):
             add_consistency(results[name], sources[name], heads, args.uncertain)
             add_colour(results[name], sources[name])
     n = {label: min(len(sources[name].rows_of[label]) for name in ("real", "synthetic")) for label in ["all", *labels]}
-    halves = [half_size(real.sample(label), n[label], args) for label in n]
+    halves = [half_splits(real.sample(label), n[label], args)[1] for label in n]
     common = min([half for half in halves if half > 1], default=0)
     compared = [name for name in results if name != "real"]
     for name, label in tqdm(list(itertools.product(compared, n)), "scoring", unit="set", leave=False):
-        add_set_figures(results[name], real.sample(label), sources[name].sample(label), label, common, args)
+        add_set_metrics(results[name], real.sample(label), sources[name].sample(label), label, common, args)
     if train and "base model" in sources:
         add_memorisation(results["base model"], sources["base model"], real, train, args)
     pairs = add_memorisation(results["synthetic"], sources["synthetic"], real, train, args)
@@ -1174,7 +1170,7 @@ def write_text(path, text):
 
 
 def plot_consistency(results, labels, path):
-    """Draw the share of images for which each head fires, by label, of generated and of real images."""
+    """Plot the share of each label's images for which each head fires, for generated and real images."""
     figure = Figure(figsize=(4 + 1.5 * len(labels), 3 + 0.75 * len(labels)))
     for axes, (title, suffix) in zip(figure.subplots(1, 2), (("generated", ""), ("real", "_real"))):
         shares = [[results.find(f"fires{suffix}", f"{label} -> {head}") for head in labels] for label in labels]
@@ -1187,7 +1183,7 @@ def plot_consistency(results, labels, path):
 
 
 def plot_pairs(pairs, sources, plan, path):
-    """Draw the generated images nearest to a training image, each above it, by features and then by pixels."""
+    """Show the generated images nearest to training images above those, by features and then by pixels."""
     images, count = [], min(6, len(sources["synthetic"].table))
     for index, cosine in pairs.values():
         rows = np.argsort(-cosine, kind="stable")[:count]
@@ -1198,21 +1194,20 @@ def plot_pairs(pairs, sources, plan, path):
 
 
 def feature_warnings(sources):
-    """Return what weakens the set figures: features that hardly vary, and few images for their number."""
+    """Return warnings that weaken the set metrics: features that hardly vary, or too few images."""
     features, notes = sources["real"].features.astype(np.float64), []
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
     n, dim = min(len(rows) for x in ("real", "synthetic") for rows in sources[x].rows_of.values()), features.shape[1]
     if spread < 0.01:
         notes.append(f"the features hardly vary among real images ({spread:.1g} of their mean): FID says little")
     if n < 10 * dim:
-        notes.append(f"n = {n:,} is below 10 times the {dim:,} features: small differences of FID are biased")
-    if n <= dim:
-        notes.append(f"n = {n:,} is not above the {dim:,} features: singular covariance, large bias of FID")
+        effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
+        notes.append(f"n = {n:,} is below 10 times the {dim:,} features: {effect}")
     return notes
 
 
 def identify(args, plan, sources, features, classifier, vae):
-    """Return what was compared, and how; no times, so that the same command writes the same file."""
+    """Return what was compared, and how. Leave out times, so that the same command writes the same file."""
     images = {}
     for name, source in sources.items():
         images[name] = {label: len(rows) for label, rows in source.rows_of.items()}
@@ -1221,19 +1216,28 @@ def identify(args, plan, sources, features, classifier, vae):
     if isinstance(classifier, ClassifierNetwork):
         judge["real_test_auroc"] = classifier.spec["real_test_auroc"]
     packages = ("torch", "torchxrayvision", "scikit-image", "scikit-learn", "vendi-score", "numpy", "scipy")
-    identity = {"script": "eval_generation.py", "name": run_name(args.synthetic), "arguments": vars(args)}
-    identity |= {"features": {"source": args.features, "fingerprint": features.key}, "classifier": judge}
-    identity |= {"vae_fingerprint": vae.key if vae else None, "pool": args.pool, "images": images}
-    identity |= {"resolution": plan.resolution, "resize_mode": plan.resize_mode, "warnings": plan.warnings}
-    return identity | {"versions": {name: version(name) for name in packages}}
+    return {
+        "script": "eval_generation.py",
+        "name": run_name(args.synthetic),
+        "arguments": vars(args),
+        "features": {"source": args.features, "fingerprint": features.key},
+        "classifier": judge,
+        "vae_fingerprint": vae.key if vae else None,
+        "pool": args.pool,
+        "images": images,
+        "resolution": plan.resolution,
+        "resize_mode": plan.resize_mode,
+        "warnings": plan.warnings,
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 def write_results(args, plan, sources, identity, results, pairs):
-    """Write all files; generation_metrics.json last, as the sign of a finished run."""
+    """Write all files; generation_metrics.json comes last, since it marks a finished run."""
     output_dir, real = Path(args.output_dir), sources["real"]
     output_dir.mkdir(parents=True, exist_ok=True)
     n = {label: results.find("fid", label, "n") for label in ["all", *plan.labels]}
-    # What the draws depend on: runs that share it can be compared draw by draw.
+    # Runs with the same draws_id can be compared draw by draw.
     shared = [args.seed, args.num_subsamples, BOOTSTRAP_DRAWS, n, [*real.table["name"]], [*real.patients]]
     draws_id = hashlib.sha256(json.dumps(shared).encode()).hexdigest()
     save_file(results.draws, output_dir / "generation_draws.safetensors", {"draws_id": draws_id})
@@ -1256,10 +1260,10 @@ def main(args):
     diffusers.utils.logging.disable_progress_bar()
     # Without `cpu`, processes that torchrun starts on a machine without a GPU would each compute everything.
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    # Some processes finish their share of the images early.
+    # Processes that finish their images early wait for the others.
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
-    plan = plan_evaluation(args, accelerator)
     features, classifier = load_networks(args, accelerator)
+    plan = plan_evaluation(args, accelerator)
     plan.warnings += network_warnings(features, classifier, plan, args)
     vae = ThroughVAE(args.vae, accelerator.device) if args.vae else None
     if vae:

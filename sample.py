@@ -12,8 +12,8 @@
     python sample.py --model runs/unet --like_csv CheXpert-v1.0/train.csv --split train --num_images 20000
     python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --images_per_label 100        # the base model
 
-Writes PNG images, a contact sheet for each prompt, and metadata.csv to --output_dir. The evaluations read the folder,
-and it is a Hugging Face imagefolder. Run an interrupted command again to make the images that are missing.
+Writes PNG images, a contact sheet for each prompt, and metadata.csv to --output_dir. The folder is a Hugging Face
+imagefolder and the input of the evaluation scripts. Rerun an interrupted command to make the missing images.
 """
 
 import argparse
@@ -64,7 +64,7 @@ SCHEDULERS = {
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
 }
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Largest batch of --batch_size auto: in images, and on a CPU also in pixels (eight images of 256x256).
+# Upper limits of --batch_size auto: images per batch, and on a CPU also pixels per batch (eight images of 256x256).
 MAX_BATCH_SIZE = 64
 CPU_BATCH_PIXELS = 8 * 256**2
 
@@ -89,20 +89,20 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("model").add_argument
-    flag("--model", required=True, help="run folder, or folder or hub id of a Stable Diffusion pipeline")
+    flag("--model", required=True, help="run folder, or a Stable Diffusion pipeline (folder or hub id)")
     flag("--base_model", help="base model of an adapter (default: the one it was trained on)")
-    flag("--mixed_precision", choices=DTYPES, help="type of the weights (default: fp16 on a GPU, no on a CPU)")
+    flag("--mixed_precision", choices=DTYPES, help="dtype of the weights (default: fp16 on a GPU, no on a CPU)")
     flag("--compile", action="store_true", help="torch.compile the U-Net; the first batch takes minutes")
 
     flag = parser.add_argument_group("prompts").add_argument
-    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="one prompt each (default: six of the paper's)")
-    flag("--images_per_label", type=int, default=5000, help="images of each of --labels")
-    flag("--like_csv", help="instead of --labels: an image per row of this table, with its labels")
-    flag("--split", choices=["train", "val", "test", "all"], default="all", help="patients of --like_csv")
+    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="one prompt each (default: the paper's six)")
+    flag("--images_per_label", type=int, default=5000, help="images per label")
+    flag("--like_csv", help="instead of --labels: an image per frontal row with a finding in this table")
+    flag("--split", choices=["train", "val", "test", "all"], default="all", help="patients of --like_csv to use")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
-    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="ones names -1 in the prompt")
-    flag("--num_images", type=int, help="a seeded random subset of this many rows of --like_csv (default: all)")
-    flag("--prompt_template", help="prompt; {} stands for the findings (default: the one the run was trained with)")
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="ones counts -1 as a finding")
+    flag("--num_images", type=int, help="random subset of this many of those rows, by --seed (default: all)")
+    flag("--prompt_template", help="prompt; {} stands for the findings (default: the run's)")
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--num_inference_steps", type=int, default=50, help="denoising steps")
@@ -110,8 +110,8 @@ def parse_args(argv=None):
     flag("--scheduler", choices=SCHEDULERS, help="sampler (default: the pipeline's own)")
     flag("--resolution", type=int, help="side of the images in pixels (default: the run's, else the U-Net's)")
     flag("--batch_size", type=batch_size, default="auto", help="images per process and forward pass, or auto")
-    flag("--seed", type=int, default=0, help="each image depends on this, its prompt and its index alone")
-    flag("--output_dir", help="image folder (default: samples/<name of the model>)")
+    flag("--seed", type=int, default=0, help="an image depends only on this, its prompt and its index")
+    flag("--output_dir", help="image folder (default: samples/<model name>)")
     args = parser.parse_args(argv)
 
     for name in ("images_per_label", "num_images", "num_inference_steps", "resolution", "batch_size"):
@@ -122,7 +122,7 @@ def parse_args(argv=None):
     if args.num_images and not args.like_csv:
         parser.error("--num_images needs --like_csv; with --labels, use --images_per_label")
     if args.like_csv and not os.path.isfile(args.like_csv):
-        parser.error(f"--like_csv {args.like_csv}: no such file; pass the path of an image table")
+        parser.error(f"--like_csv {args.like_csv}: no such file")
     if args.prompt_template and args.prompt_template.count("{}") != 1:
         parser.error("--prompt_template needs exactly one {}, where the findings go")
     args.output_dir = Path(args.output_dir or Path("samples") / Path(args.model).name)
@@ -136,7 +136,7 @@ def parse_args(argv=None):
 
 # Copied from train_full.keyed_seed
 def keyed_seed(*key):
-    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
+    """Hash the key to a 63-bit seed. Since every draw is seeded this way, checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
@@ -217,10 +217,10 @@ def load_image_table(csv, image_root=None, with_images=True):
 # Copied from train_full.assign_splits
 def assign_splits(patients, seed):
     """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
-    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
     for patient in patients.unique():
         position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
-        splits[patient] = list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, position, "right"), 2)]
+        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
     return patients.map(splits)
 
 
@@ -321,26 +321,27 @@ def merge_adapter(pipeline, run):
 
 
 def pipeline_fingerprint(pipeline):
-    """Return the hash of all weights of a pipeline, as the training scripts record it for their base model."""
+    """Return a SHA-256 of all weights, which the training scripts record as base_fingerprint."""
     parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
     return hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
 
 
 def read_summary(model):
-    """Return the training summary of a run folder or of its merged/; {} for any other model."""
-    path = (Path(model).parent if Path(model).name == "merged" else Path(model)) / "training_summary.json"
+    """Return the training summary of a run, given its folder or its merged/; {} for any other model."""
+    folder = Path(model).parent if Path(model).name == "merged" else Path(model)
+    path = folder / "training_summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def load_model(args, summary):
-    """Load a run or any other Stable Diffusion pipeline in float32, with an adapter merged into its U-Net."""
+    """Load --model in float32; merge an adapter into the U-Net of its base model."""
     run = Path(args.model)
-    is_adapter = any((run / f).is_file() for f in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors"))
+    is_adapter = any((run / name).is_file() for name in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors"))
     uses_recorded_base = is_adapter and not args.base_model
-    if uses_recorded_base and not summary:
-        fail(f"--model {run}: no training_summary.json that names the adapter's base model; pass --base_model")
     base, options = args.base_model if is_adapter else args.model, {}
     if uses_recorded_base:
+        if not summary:
+            fail(f"--model {run}: no training_summary.json to read the adapter's base model from; pass --base_model")
         base = summary["base_model"]
         options = {name: summary["arguments"].get(name) for name in ("revision", "variant")}
     try:
@@ -353,8 +354,8 @@ def load_model(args, summary):
         if is_adapter:
             merge_adapter(pipeline, run)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        kind = f"adapter of {base} (see --base_model)" if is_adapter else "finished run or pipeline"
-        fail(f"--model {run}: not a usable {kind}: {str(error)[:300]}")
+        kind = f"an adapter of {base} (see --base_model)" if is_adapter else "a finished run or pipeline"
+        fail(f"--model {run}: cannot be loaded as {kind}: {str(error)[:300]}")
     return pipeline
 
 
@@ -377,8 +378,8 @@ def set_up_pipeline(pipeline, device, args):
 
 
 def draw(pipeline, embeddings, rows, resolution, args):
-    """Return the images of some planned rows, (B, H, W, 3) uint8. No image depends on the rest of its batch."""
-    seeds = [keyed_seed(args.seed, *key) for key in zip(rows["prompt"], rows["index"])]
+    """Draw the images of a batch of rows, (B, H, W, 3) uint8. No image depends on the others in its batch."""
+    seeds = [keyed_seed(args.seed, prompt, index) for prompt, index in zip(rows["prompt"], rows["index"])]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     channels, side = pipeline.unet.config.in_channels, resolution // pipeline.vae_scale_factor
     # In float32, so that the noise is the same in every precision.
@@ -400,9 +401,9 @@ def draw(pipeline, embeddings, rows, resolution, args):
 
 
 def save_image(image, path):
-    """Write to a temporary file, then rename it, so that an image that exists is complete."""
+    """Write to a temporary file, then rename it, so that every image in the folder is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name has the process id, since processes of a killed launcher may still be writing the same image.
+    # Processes of a killed launcher may still be writing the same image, hence the process id.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     image.save(temporary, format="PNG")
     os.replace(temporary, path)
@@ -411,9 +412,11 @@ def save_image(image, path):
 @torch.no_grad()
 def sample(args, pipeline, todo, resolution, state):
     """Draw and save this process's share of the images, writing PNGs while the next batch is drawn."""
-    prompts = ["", *todo["prompt"].unique()]
-    embeddings = {prompt: pipeline.encode_prompt(prompt, pipeline.device, 1, False)[0][0] for prompt in prompts}
     mine = todo.iloc[state.process_index :: state.num_processes]
+    embeddings = {}
+    for prompt in ["", *mine["prompt"].unique()]:
+        batch, _ = pipeline.encode_prompt(prompt, pipeline.device, 1, do_classifier_free_guidance=False)
+        embeddings[prompt] = batch[0]
     size = args.batch_size
     if size == "auto":
         limit = MAX_BATCH_SIZE if state.device.type == "cuda" else CPU_BATCH_PIXELS // resolution**2
@@ -423,11 +426,14 @@ def sample(args, pipeline, todo, resolution, state):
 
     def reduce_batch_size():
         nonlocal size
-        size = size // 2 if args.batch_size == "auto" else 0
+        if size == 1 or args.batch_size != "auto":
+            raise MemoryError(f"out of memory at {resolution}x{resolution}; lower --batch_size or --resolution")
+        size //= 2
         return size
 
     @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=reduce_batch_size)
     def draw_missing(batch_size, bar):
+        # List them again each time, since a larger batch may have run out of memory halfway.
         missing = mine[[not (args.output_dir / name).is_file() for name in mine["file_name"]]]
         saving = []
         with ThreadPoolExecutor(4) as pool:
@@ -439,7 +445,7 @@ def sample(args, pipeline, todo, resolution, state):
                 list(saving)  # wait for the previous batch
                 paths = [args.output_dir / name for name in rows["file_name"]]
                 saving = pool.map(save_image, map(Image.fromarray, images), paths)
-                # Only the main process shows a bar; the others are about as far.
+                # Only the main process shows a bar; assume that the others are about as far.
                 bar.update(min(len(rows) * state.num_processes, bar.total - bar.n))
                 bar.set_postfix_str(f"batches of {batch_size}")
             list(saving)
@@ -447,12 +453,8 @@ def sample(args, pipeline, todo, resolution, state):
     try:
         with tqdm(total=len(todo), unit="image", desc="sampling", disable=not state.is_main_process) as bar:
             draw_missing(bar)
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError) as error:
         fail(error)
-    except RuntimeError:
-        if size > 0:  # not find_executable_batch_size giving up
-            raise
-        fail(f"out of memory at {resolution}x{resolution}; pass a smaller --batch_size or --resolution")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,13 +471,13 @@ def write_text(path, text):
 
 
 def check_output_dir(output_dir, settings, samples):
-    """Write sampling.json; exit with status 2 if the folder has other settings, images or files."""
+    """Create the folder and its sampling.json; fail if it holds images of other settings or other files."""
     path = output_dir / "sampling.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in saved if settings.get(name) != saved[name]]
         if changed:
-            fail(f"{output_dir} holds images made with another {', '.join(changed)}; pass another --output_dir")
+            fail(f"{output_dir} holds images made with different {', '.join(changed)}; pass another --output_dir")
         found = {f"{image.parent.name}/{image.name}" for image in output_dir.glob("[!.]*/[!.]*.png")}
         others = sorted(found - set(samples["file_name"]))
         if others:
@@ -488,12 +490,12 @@ def check_output_dir(output_dir, settings, samples):
 
 
 def write_contact_sheets(samples, output_dir):
-    """Write a grid of the first images of each prompt, to a hidden folder since imagefolder ignores those."""
+    """Write a grid of each prompt's first 32 images to a hidden folder, which imagefolder ignores."""
     for _, rows in samples.groupby("prompt", sort=False):
         names = rows["file_name"][:32]
         pictures = [Image.open(output_dir / name).convert("RGB").resize((128, 128)) for name in names]
         columns = min(8, len(pictures))
-        pictures += [Image.new("RGB", (128, 128))] * (-len(pictures) % columns)
+        pictures += [Image.new("RGB", (128, 128))] * (-len(pictures) % columns)  # fill the last row
         sheet = make_image_grid(pictures, rows=len(pictures) // columns, cols=columns)
         save_image(sheet, output_dir / ".contact_sheets" / f"{Path(names.iloc[0]).parent.name}.png")
 
@@ -502,7 +504,7 @@ def main(args):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    # On a machine without a GPU, processes started by torchrun would not find each other without `cpu`.
+    # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
     state = PartialState(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
@@ -516,9 +518,10 @@ def main(args):
     if resolution % scale:
         fail(f"--resolution {resolution}: this VAE takes multiples of {scale}")
     set_up_pipeline(pipeline, state.device, args)
-    # Warnings are on again for one: a prompt longer than the tokenizer's limit is cut.
+    # Let diffusers warn of a prompt that is truncated to the tokenizer's limit.
     diffusers.utils.logging.set_verbosity_warning()
 
+    # metadata.csv has the settings as columns; sampling.json has everything that the images depend on.
     settings = {"model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"num_inference_steps": args.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__}
     settings |= {"resolution": resolution, "resize_mode": summary.get("resize_mode", "")}
@@ -540,7 +543,7 @@ def main(args):
         write_contact_sheets(samples, args.output_dir)
         # Last, because it marks the folder as complete.
         write_text(args.output_dir / "metadata.csv", samples.assign(**settings).to_csv(index=False))
-        print(f"{args.output_dir / 'metadata.csv'}: {len(samples):,} images; see .contact_sheets beside it")
+        print(f"{len(samples):,} images in {args.output_dir}; contact sheets in {args.output_dir / '.contact_sheets'}")
     state.wait_for_everyone()
 
 

@@ -95,17 +95,18 @@ def add_shared_arguments(parser):
     flag("--image_root", help="folder that image paths are relative to (default: the table's folder or its parent)")
     flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
     flag("--image_column", default="image", help="image column of --dataset_name")
-    flag("--caption_column", help="captions of --dataset_name (default: prompt, text, caption, else the labels)")
+    flag("--caption_column", help="column of --dataset_name (default: prompt, text, caption, else the labels)")
     splits = ["train", "val", "test", "all"]
     flag("--split", choices=splits, help="patients to train on (default: train; all with --validation_csv)")
     flag("--split_seed", type=int, default=0, help="seed of the patient split; must match the other scripts")
-    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="-1: only ones puts it in prompts")
+    uncertain = "what -1 means: ones names it in prompts; zeros and ignore do not"
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help=uncertain)
     flag("--prompt_template", default=PROMPT_TEMPLATE, help="caption; {} stands for the findings")
     flag("--max_train_samples", type=int, help="train on a random subset of this size, drawn with --split_seed")
     flag("--max_validation_samples", type=int, default=256, help="maximum number of held-out images")
     flag("--resolution", type=int, default=512, help="side of the square training images in pixels")
     flag("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how images are made square")
-    flag("--caption_dropout", type=float, default=0.1, help="fraction of captions left empty, for guidance; 0: none")
+    flag("--caption_dropout", type=float, default=0.1, help="fraction of captions dropped, for guidance; 0: none")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
     flag("--latent_cache_dir", help="folder of cached latents (default: latent_cache beside --output_dir)")
     flag("--dataloader_num_workers", type=int, help="data loader workers per process (default: 4 on a GPU, else 0)")
@@ -119,7 +120,7 @@ def add_shared_arguments(parser):
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     flag("--compile", action="store_true", help="torch.compile the U-Net; the first step takes minutes")
     flag("--snr_gamma", type=float, help="min-SNR loss weighting, arXiv 2303.09556; 5 is common (default: off)")
-    flag("--noise_offset", type=float, default=0.0, help="std of extra noise per channel; 0 turns it off")
+    flag("--noise_offset", type=float, default=0.0, help="std of noise that is constant over a latent channel; 0: off")
 
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--train_batch_size", type=int, default=4, help="images per process and forward pass")
@@ -133,7 +134,7 @@ def add_shared_arguments(parser):
     flag("--lr_power", type=float, default=1.0, help="power of polynomial")
     flag("--adam_beta1", type=float, default=0.9)
     flag("--adam_beta2", type=float, default=0.999)
-    flag("--adam_weight_decay", type=float, default=1e-2, help="of all trained weights, also biases and norms")
+    flag("--adam_weight_decay", type=float, default=1e-2, help="of all trained weights, including biases and norms")
     flag("--adam_epsilon", type=float, default=1e-8)
     flag("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
     flag("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
@@ -144,7 +145,7 @@ def add_shared_arguments(parser):
     flag("--output_dir", help="run folder (default: runs/<method>)")
     flag("--overwrite_output_dir", action="store_true", help="start over in a folder that already holds a run")
     flag("--seed", type=int, default=0, help="seed of sample order, noise, timesteps and validation images")
-    flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only when stopped")
+    flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only on a stop signal")
     flag("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep")
     flag("--resume_from_checkpoint", metavar="PATH|latest", help="latest starts from scratch if there is none")
     flag("--validation_steps", type=int, default=500, help="steps between validations; 0: first and last only")
@@ -165,6 +166,9 @@ def check_arguments(parser, args):
     for name in at_least_one.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    for name in "checkpointing_steps validation_steps num_validation_images lr_warmup_steps max_grad_norm".split():
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative; 0 turns it off")
     if not 0 <= args.caption_dropout <= 1:
         parser.error("--caption_dropout must be between 0 and 1")
     if args.snr_gamma is not None and args.snr_gamma <= 0:
@@ -195,7 +199,7 @@ def parse_args(argv=None):
     flag("--unet_lr", type=float, default=1e-5)
     flag("--text_encoder_lr", type=float, default=1e-6)
     flag("--vae_lr", type=float, default=1e-6)
-    flag("--vae_loss", choices=["anchored", "joint"], default="anchored", help="joint is the paper's; see VAELoss")
+    flag("--vae_loss", choices=["anchored", "joint"], default="anchored", help="joint is the paper's; it can collapse")
     flag("--vae_recon_weight", type=float, default=1.0, help="weight of the VAE's reconstruction error")
     flag("--vae_anchor_weight", type=float, default=1.0, help="weight of the anchor to the base model's VAE")
     add_shared_arguments(parser)
@@ -203,7 +207,7 @@ def parse_args(argv=None):
     check_arguments(parser, args)
     args.components = [name for name in ("unet", "vae", "text_encoder") if getattr(args, f"train_{name}")]
     if not args.components:
-        parser.error("nothing to train; pass --train_unet, --train_text_encoder, --train_vae or several of them")
+        parser.error("nothing to train; pass one or more of --train_unet, --train_text_encoder and --train_vae")
     args.method = "_".join(args.components)
     args.learning_rates = {name: getattr(args, f"{name}_lr") for name in args.components}
     args.output_dir = args.output_dir or f"runs/{args.method}"
@@ -216,7 +220,7 @@ def parse_args(argv=None):
 
 
 def keyed_seed(*key):
-    """Derive a 63-bit seed from the key, so that checkpoints need no random state."""
+    """Hash the key to a 63-bit seed. Since every draw is seeded this way, checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
@@ -269,7 +273,7 @@ class SampleStream(torch.utils.data.Dataset):
         timesteps ()
         encoder_hidden_states (77, D), or input_ids (77,) if the text encoder runs in the training loop
         posterior (2C, h, w), the VAE's mean and log-variance, if `latents` are given
-        pixel_values (3, H, W), in [-1, 1], `with_pixels`
+        pixel_values (3, H, W), in [-1, 1], if `with_pixels`
     """
 
     def __init__(self, table, latents, captions, pipeline, args, with_pixels=False, heldout=False):
@@ -326,7 +330,7 @@ class SampleStream(torch.utils.data.Dataset):
 class DiffusionLoss(torch.nn.Module):
     """Compute the training loss in a single forward, for DDP and autocast to wrap.
 
-    The batch holds all random numbers but those of dropout. Return per-sample losses, (B,) in float32, by name; "loss"
+    All random numbers except dropout's come with the batch. Return per-sample losses, (B,) in float32, by name; "loss"
     is the one to optimize. `text_encoder` is None if the batch holds embeddings.
     """
 
@@ -336,6 +340,7 @@ class DiffusionLoss(torch.nn.Module):
         super().__init__()
         self.unet, self.text_encoder = pipeline.unet, text_encoder
         self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.v_prediction = self.noise_scheduler.config.prediction_type == "v_prediction"
         self.scaling_factor, self.snr_gamma = pipeline.vae.config.scaling_factor, args.snr_gamma
 
     def forward(self, batch):
@@ -353,8 +358,7 @@ class DiffusionLoss(torch.nn.Module):
         else:
             encoder_hidden_states = self.text_encoder(batch["input_ids"])[0]
         model_pred = self.unet(noisy_latents, timesteps, encoder_hidden_states).sample
-        velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
-        target = self.noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        target = self.noise_scheduler.get_velocity(latents, noise, timesteps) if self.v_prediction else noise
         return F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def snr_weight(self, timesteps):
@@ -362,7 +366,7 @@ class DiffusionLoss(torch.nn.Module):
         if self.snr_gamma is None:
             return 1.0
         snr = compute_snr(self.noise_scheduler, timesteps)
-        if self.noise_scheduler.config.prediction_type == "v_prediction":
+        if self.v_prediction:
             return snr.clamp(max=self.snr_gamma) / (snr + 1)
         # The same as min(SNR, gamma) / SNR, but finite where the SNR is 0.
         return (self.snr_gamma / snr).clamp(max=1.0)
@@ -388,6 +392,7 @@ class VAELoss(DiffusionLoss):
 
     def forward(self, batch):
         pixel_values = batch["pixel_values"]
+        # Rebuilt in float32: under autocast, the VAE returns mean and log-variance in half precision.
         posterior = DiagonalGaussianDistribution(self.vae.encode(pixel_values).latent_dist.parameters.float())
         latents = posterior.mean + posterior.std * batch["posterior_noise"]
         decoded = self.vae.decode(latents).sample.float()
@@ -506,10 +511,10 @@ def load_dataset_table(name, image_column, caption_column):
 
 def assign_splits(patients, seed):
     """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
-    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
     for patient in patients.unique():
         position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
-        splits[patient] = list(SPLIT_FRACTIONS)[min(np.searchsorted(bounds, position, "right"), 2)]
+        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
     return patients.map(splits)
 
 
@@ -573,7 +578,7 @@ def load_training_data(args):
     if heldout.empty:
         notes.append("no held-out images: the held-out loss is not measured")
     if (train["patient"] == train["name"]).any():
-        notes.append("some rows have no patient (patient_id, or patientNNNNN in the path) and are split by image")
+        notes.append("some rows have no patient_id, and no patientNNNNN in the path: each counts as one patient")
     train, heldout = train.reset_index(drop=True), heldout.reset_index(drop=True)
     return TrainingData(train, heldout, source, rows, left_out, notes, val_counts)
 
@@ -593,17 +598,19 @@ def fingerprint(module):
 def latent_paths(images, vae_hash, args):
     """Return the cache file of each image's latents, named by the VAE's weights, the geometry and the image."""
     folder = Path(args.latent_cache_dir or Path(args.output_dir).parent / "latent_cache")
-    folder, paths = folder / f"{vae_hash[:16]}-{args.resolution}-{args.resize_mode}", []
+    folder = folder / f"{vae_hash[:16]}-{args.resolution}-{args.resize_mode}"
+    paths = []
     for image in images:
-        if isinstance(image, tuple):
-            dataset, column, row = image
-            encoded = dataset[row][column]
-            key = encoded["bytes"] or Path(encoded["path"]).read_bytes()
-        elif os.path.exists(image):
-            stat = os.stat(image)
-            key = f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode()
-        else:
-            key = image.encode()  # check_and_encode reports it
+        try:
+            if isinstance(image, tuple):
+                dataset, column, row = image
+                encoded = dataset[row][column]
+                key = encoded["bytes"] or Path(encoded["path"]).read_bytes()
+            else:
+                stat = os.stat(image)
+                key = f"{image}/{stat.st_size}/{stat.st_mtime_ns}".encode()
+        except (OSError, TypeError):  # no file, or an empty cell: check_and_encode reports it
+            key = str(image).encode()
         name = hashlib.sha256(key).hexdigest()
         paths.append(folder / name[:2] / f"{name[2:34]}.npy")
     return paths
@@ -630,7 +637,8 @@ def check_and_encode(accelerator, images, paths, vae, args):
     bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not (mine and rank == 0))
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(mine), 64):  # all images at once would not fit in memory
-            for i, image in zip(mine[start : start + 64], pool.map(decode, mine[start : start + 64])):
+            chunk = mine[start : start + 64]
+            for i, image in zip(chunk, pool.map(decode, chunk)):
                 bar.update()
                 if vae is None or image is None:  # unreadable images are in `problems`
                     continue
@@ -645,14 +653,15 @@ def check_and_encode(accelerator, images, paths, vae, args):
 
 
 def drop_bad_images(data, problems, on_bad_image):
-    """Stop at unreadable images, or drop them from `data`. `problems` counts training, then held-out images."""
+    """Stop at unreadable images, or drop them from `data`; `problems` indexes training, then held-out images."""
     if not problems:
         return
     listed = "; ".join(list(problems.values())[:20])
     if on_bad_image == "stop":
         fail(f"{len(problems):,} images cannot be used; repair them or pass --on_bad_image skip: {listed}")
     data.notes.append(f"left out {len(problems):,} unreadable images: {listed}")
-    data.left_out["unreadable"], count = len(problems), len(data.train)
+    count = len(data.train)
+    data.left_out["unreadable"] = sum(i < count for i in problems)
     data.train = data.train.drop([i for i in problems if i < count]).reset_index(drop=True)
     data.heldout = data.heldout.drop([i - count for i in problems if i >= count]).reset_index(drop=True)
     if data.train.empty:
@@ -661,16 +670,16 @@ def drop_bad_images(data, problems, on_bad_image):
 
 @torch.no_grad()
 def encode_captions(pipeline, data, device, train_text_encoder):
-    """Return, for each caption and the empty one, {"encoder_hidden_states": (77, D)} or {"input_ids": (77,)}.
+    """Return {caption: {"encoder_hidden_states": (77, D)} or {"input_ids": (77,)}}, with the empty caption.
 
-    As in the pipeline, no attention mask is used. Add a note if captions are cut.
+    As in the pipeline, no attention mask is used. Add a note if captions are truncated.
     """
     tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
     captions = [*sorted({*data.train["prompt"], *data.heldout["prompt"]}), ""]
     length = tokenizer.model_max_length
     num_cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
     if num_cut:
-        data.notes.append(f"{num_cut:,} of {len(captions) - 1:,} captions are cut at {length} tokens")
+        data.notes.append(f"{num_cut:,} of {len(captions) - 1:,} captions are truncated to {length} tokens")
     padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     input_ids = tokenizer(captions, **padding).input_ids
     if train_text_encoder or len(captions) > MAX_CACHED_CAPTIONS:
@@ -731,14 +740,14 @@ def load_base_pipeline(args):
     try:
         pipeline = load_pipeline(name, args.revision, args.variant)
     except (OSError, ValueError) as error:
-        fail(f"{name}: not a Stable Diffusion pipeline in safetensors ({str(error)[:300]})")
+        fail(f"{name}: cannot be loaded as a Stable Diffusion pipeline in safetensors ({str(error)[:300]})")
     prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
     if prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name} predicts {prediction_type}; only epsilon and v_prediction are supported")
     if channels != pipeline.vae.config.latent_channels:
         fail(f"{name}: its U-Net takes {channels} channels; inpainting models are not supported")
     if args.resolution % pipeline.vae_scale_factor:
-        fail(f"--resolution {args.resolution}: this VAE takes multiples of {pipeline.vae_scale_factor}")
+        fail(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor} for this VAE")
     return pipeline
 
 
@@ -771,8 +780,8 @@ def make_optimizer(args, parameters):
         {"params": [p for name, p in parameters.items() if name.startswith(f"{component}.")], "lr": learning_rate}
         for component, learning_rate in args.learning_rates.items()
     ]
-    options = {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    options["betas"] = (args.adam_beta1, args.adam_beta2)
+    betas = (args.adam_beta1, args.adam_beta2)
+    options = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
@@ -785,7 +794,7 @@ def make_optimizer(args, parameters):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Settings that must not change when a run is resumed, and those that cause a warning if they do.
-REFUSE_IF_CHANGED = "method vae_loss rank lora_alpha lora_dropout use_8bit_adam use_ema".split()
+REFUSE_IF_CHANGED = "method vae_loss rank lora_alpha lora_dropout use_8bit_adam use_ema global_batch_size".split()
 WARN_IF_CHANGED = (
     "learning_rate unet_lr text_encoder_lr vae_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 "
     "adam_beta2 adam_weight_decay adam_epsilon max_grad_norm ema_decay seed caption_dropout noise_offset snr_gamma "
@@ -852,7 +861,7 @@ def find_checkpoint(args):
     elif args.resume_from_checkpoint:
         checkpoint = Path(args.resume_from_checkpoint)
         if not (checkpoint / "state.json").is_file():
-            fail(f"--resume_from_checkpoint {checkpoint}: no checkpoint there; pass its folder or latest")
+            fail(f"--resume_from_checkpoint {checkpoint}: no checkpoint there; pass a checkpoint-N folder or latest")
     if checkpoint and checkpoint.resolve().parent == output_dir.resolve():
         return checkpoint
     used = existing or any((output_dir / name).exists() for name in ("training_summary.json", "model_index.json"))
@@ -875,8 +884,10 @@ def check_identity(checkpoint, identity, max_train_steps):
         if name == "base_fingerprint":
             fail(f"{checkpoint} was trained from a base model with other weights; pass that model")
         if name in REFUSE_IF_CHANGED:
-            hint = "restore that setting or pass another --output_dir"
-            fail(f"{checkpoint} was trained with {name}={saved_value}, not {value}; {hint}")
+            fail(f"{checkpoint} has {name}={saved_value}, not {value}; restore it or pass another --output_dir")
+        if name == "data_fingerprint":
+            notes.append(f"the training images, their captions or the resolution differ from those of {checkpoint}")
+            continue
         notes.append(f"{name} was {saved_value} in {checkpoint} and is now {value}")
     return notes
 
@@ -904,7 +915,6 @@ def save_checkpoint(accelerator, state, args):
         save_tensors(dict(zip(state.parameters, state.ema.shadow_params)), temporary / "ema.safetensors")
     progress = {name: getattr(state, name) for name in ("identity", "step", "samples_seen", "seconds", "train_loss")}
     progress["optimizer"] = {name: value for name, value in optimizer.items() if name not in tensors}
-    progress["ema_steps"] = state.ema.optimization_step if state.ema else None
     progress["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
     (temporary / "state.json").write_text(json.dumps(progress, indent=2))
     for path in temporary.iterdir():
@@ -943,14 +953,15 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     if state.ema:
         shadow = load_file(checkpoint / "ema.safetensors")
         state.ema.shadow_params = [match_layout(shadow[name], p) for name, p in state.parameters.items()]
-        state.ema.optimization_step = saved["ema_steps"]
+        state.ema.optimization_step = saved["step"]
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
     for name in ("step", "samples_seen", "seconds", "train_loss"):
         setattr(state, name, saved[name])
+    # Delete the later checkpoints of the run that this one replaces.
     if accelerator.is_main_process and checkpoint.resolve().parent == Path(args.output_dir).resolve():
         for later in list_checkpoints(args.output_dir):
-            if int(later.name[11:]) > state.step:  # of the continuation that this run replaces
+            if int(later.name[11:]) > state.step:
                 remove_checkpoint(later)
 
 
@@ -1013,7 +1024,10 @@ def validate(accelerator, state, pipeline, heldout, prompts, args):
 
 
 def result_row(metric, value, label="all", low=None, high=None, n=None, floor=None, note=None):
-    """Return one row of the format that all result files share; low and high are the 95% interval."""
+    """Return one row of the format that all result files share.
+
+    low and high are the 95% interval; floor is the score of real images, or of a trivial predictor.
+    """
     return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
@@ -1030,14 +1044,14 @@ def heldout_rows(before, after):
         return [result_row("heldout_diffusion", None, note="no held-out images")]
     rows = []
     for name in before:
+        moved = name == "diffusion" and "reconstruction" in before
+        note = "fixed timesteps and noise" + ("; the VAE, and so the latents, changed too" if moved else "")
         figures = {"_start": before[name], "": after[name], "_change": after[name] - before[name]}
         for suffix, values in figures.items():
             mean, n = float(values.mean()), len(values)
-            interval = {}
-            if n > 1:
-                half_width = 1.96 * float(values.std(ddof=1)) / math.sqrt(n)
-                interval = {"low": mean - half_width, "high": mean + half_width}
-            rows.append(result_row(f"heldout_{name}{suffix}", mean, n=n, **interval, note="fixed timesteps and noise"))
+            half_width = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+            interval = {"low": mean - half_width, "high": mean + half_width} if n > 1 else {}
+            rows.append(result_row(f"heldout_{name}{suffix}", mean, n=n, **interval, note=note))
     return rows
 
 
@@ -1053,7 +1067,7 @@ def summarize(accelerator, args, state, data, losses):
     trainable, cuda = Counter(), accelerator.device.type == "cuda"
     for name, parameter in state.parameters.items():
         trainable[name.split(".")[0]] += parameter.numel()
-    # ru_maxrss is in KiB, on macOS in bytes.
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = torch.cuda.max_memory_allocated() if cuda else resident
     seconds_per_epoch = state.seconds * len(data.train) / state.samples_seen
@@ -1074,7 +1088,7 @@ def summarize(accelerator, args, state, data, losses):
         "num_processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "mixed_precision": accelerator.mixed_precision,
-        "trainable_parameters": dict(trainable),
+        "trainable_parameters": trainable,
         "identity": state.identity,
         "arguments": vars(args),
         "versions": {name: version(name) for name in packages},
@@ -1097,15 +1111,16 @@ def model_card(args, summary, usage):
     tags = ["text-to-image", "stable-diffusion", "chest-x-ray", "medical-imaging"]
     data = ModelCardData(base_model=None if os.path.exists(base) else base, library_name="diffusers", tags=tags)
     trained = ", ".join(f"{name} {count:,}" for name, count in summary["trainable_parameters"].items())
-    shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith("images_")]
+    left_out = ("images_", "trainable_")
+    shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith(left_out)]
     table = "\n".join(f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in shown)
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
 # {summary["method"]}: Stable Diffusion fine-tuned on chest radiographs
 
-Base model `{base}`; trained parameters: {trained}; {summary["images"]:,} images, {summary["steps"]:,} steps of
-{summary["global_batch_size"]}, {args.resolution}x{args.resolution} pixels.
+Base model `{base}`; trained parameters: {trained}; {summary["images"]:,} images of
+{args.resolution}x{args.resolution} pixels; {summary["steps"]:,} steps of {summary["global_batch_size"]} images.
 
 ```python
 {usage}
@@ -1123,7 +1138,7 @@ training data and of the base model apply.
 
 
 def save_folder(pipeline, folder):
-    """Save a pipeline to a temporary folder and move its parts into place, the index last."""
+    """Save a pipeline to a temporary folder and move its parts into place, its index last."""
     temporary = folder / ".pipeline.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
@@ -1167,14 +1182,13 @@ def make_accelerator(args):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
+    # A plugin, since accelerate's config or environment would override gradient_accumulation_steps.
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator = Accelerator(
         # Without this, CPU processes that torchrun started would not join one process group.
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
-        # As a plugin, since accelerate's config or environment would override gradient_accumulation_steps.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=accumulation,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )
@@ -1187,15 +1201,16 @@ def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     """Print what the run is about to do, with all warnings."""
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items() if count)
     train, size = data.train, state.identity["global_batch_size"]
-    layout = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated"
-    layout += f" x {accelerator.num_processes} processes, {max_train_steps * size / len(train):.1f} epochs"
+    factors = f"batch {args.train_batch_size} x accumulation {args.gradient_accumulation_steps}"
+    factors += f" x processes {accelerator.num_processes}"
     lines = [
         ("data", f"{data.source}, {data.rows:,} rows; left out: {left_out or 'none'}"),
         ("train", f"{len(train):,} images, {train['patient'].nunique():,} patients"),
         ("captions", f"{train['prompt'].nunique():,}, such as {train['prompt'].iloc[0]!r}"),
         ("held out", f"{len(data.heldout):,} images, {data.heldout['patient'].nunique():,} patients"),
         ("method", f"{args.method}, {sum(p.numel() for p in state.parameters.values()):,} trainable parameters"),
-        ("steps", f"{max_train_steps:,} of {size} images: {layout}"),
+        ("steps", f"{max_train_steps:,}, {max_train_steps * size / len(train):.1f} epochs"),
+        ("batch", f"{size} images per step: {factors}"),
         ("device", f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"),
         ("output", f"{args.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}"),
         *(("warning", note) for note in data.notes),
@@ -1246,12 +1261,13 @@ def ignore_signals(worker):
 
 def iterate_batches(accelerator, stream, args, first_sample, num_batches):
     """Yield this process's part of each micro-batch of the stream, on the device."""
-    batch_size, rank, world = args.train_batch_size, accelerator.process_index, accelerator.num_processes
-    starts = (first_sample + (batch * world + rank) * batch_size for batch in range(num_batches))
+    batch_size, stride = args.train_batch_size, args.train_batch_size * accelerator.num_processes
+    first = first_sample + accelerator.process_index * batch_size
     cuda, workers = accelerator.device.type == "cuda", args.dataloader_num_workers
     loader = torch.utils.data.DataLoader(
         stream,
-        batch_sampler=[range(start, start + batch_size) for start in starts],
+        # A generator, since a list of millions of batches would take hundreds of MB.
+        batch_sampler=(range(n, n + batch_size) for n in range(first, first + num_batches * stride, stride)),
         num_workers=(4 if cuda else 0) if workers is None else workers,
         pin_memory=cuda,
         worker_init_fn=ignore_signals,
@@ -1274,15 +1290,16 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
     state.model.train()
     while state.step < max_train_steps:
         for micro in range(accumulation):
-            batch = next(batches)  # the first call draws from the global generator, so seed after it
-            # Dropout draws from it too; seeded per micro-batch, checkpoints need no random state.
+            batch = next(batches)
+            # Seed dropout per micro-batch, so that checkpoints need no random state; and after the first batch, since
+            # starting the loader draws from the same generator.
             torch.manual_seed(keyed_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 loss = state.model(batch)["loss"].mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-                    # A gradient scaler skips steps with infinite gradients; leave them out.
+                    # A gradient scaler skips steps with infinite gradients; they count as 0 in the logged norm.
                     sums[1] += norm.nan_to_num(0.0, 0.0, 0.0) if accelerator.scaler else norm
                 state.optimizer.step()
                 state.optimizer.zero_grad()
@@ -1290,7 +1307,9 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
         state.lr_scheduler.step()
         if state.ema:
             state.ema.step(parameters)
-        state.step, state.samples_seen, count = state.step + 1, state.samples_seen + global_batch_size, count + 1
+        state.step += 1
+        state.samples_seen += global_batch_size
+        count += 1
         bar.update()
 
         last, stopped = state.step == max_train_steps, False
@@ -1298,17 +1317,17 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
         validating = args.validation_steps and state.step % args.validation_steps == 0 and not last
         if state.step % args.logging_steps == 0 or checkpointing or validating or last:
             stopped = accelerator.check_trigger()
-            state.train_loss, norm = (accelerator.reduce(sums, "mean") / count).tolist()
-            # The scale starts at 65,536 and is halved when gradients overflow: below 1e-4, about 30 steps did.
+            state.train_loss, mean_norm = (accelerator.reduce(sums, "mean") / count).tolist()
+            # The scale starts at 65,536 and is halved by each overflow: below 1e-4, that happened about 30 times.
             overflowing = accelerator.scaler and accelerator.scaler.get_scale() < 1e-4
-            if overflowing or not math.isfinite(state.train_loss + norm):
+            if overflowing or not math.isfinite(state.train_loss + mean_norm):
                 bar.close()
                 accelerator.end_training()
-                diverged = f"diverged by step {state.step:,}: loss {state.train_loss:.3g}, gradient norm {norm:.3g}"
+                figures = f"loss {state.train_loss:.3g}, gradient norm {mean_norm:.3g}"
                 hint = "--lr_scheduler constant_with_warmup, --max_grad_norm, --snr_gamma or --mixed_precision no"
-                fail(f"{diverged}; try a lower learning rate, {hint}")
+                fail(f"diverged by step {state.step:,}: {figures}; try a lower learning rate, {hint}")
             rate = count * global_batch_size / (time.perf_counter() - window_began)
-            logs = {"loss": state.train_loss, "gradient_norm": norm, "lr": state.lr_scheduler.get_last_lr()[0]}
+            logs = {"loss": state.train_loss, "gradient_norm": mean_norm, "lr": state.lr_scheduler.get_last_lr()[0]}
             bar.set_postfix_str(f"loss {state.train_loss:.4f}, lr {logs['lr']:.1e}, {rate:.3g} images/s")
             accelerator.log(logs | {"images_per_second": rate}, step=state.step)
             sums, count, window_began = torch.zeros_like(sums), 0, time.perf_counter()
@@ -1340,7 +1359,7 @@ def main(args):
         data.notes += check_identity(checkpoint, identity, max_train_steps)
 
     if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, after the latents were cached with PyTorch's default
+        torch.set_float32_matmul_precision("high")  # TF32; only now, since cached latents use PyTorch's default
     model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(args, parameters)
@@ -1370,7 +1389,8 @@ def main(args):
         ema.copy_to(parameters.values())
     after = run_validation()
     if accelerator.is_main_process:
-        summary = summarize(accelerator, args, state, data, (before, after))  # saving may take more memory
+        # Before saving, which can raise the peak memory.
+        summary = summarize(accelerator, args, state, data, (before, after))
         save_model(args, state, pipeline)
         finish_run(args, summary, repo_id)
     accelerator.end_training()

@@ -8,8 +8,8 @@
     python launch/report.py --study study --rows lora dora bitfit difffit --output_dir study/report_peft
 
 Reads runs/, samples/, evaluations/ and downstream/ in the study's folder, as launch/sweep.sh fills them. Writes
-report.html (one file that loads nothing), report.csv (one value per line) and figure2.png. It computes no metric; it
-only tests whether the values of two strategies differ, by the draws that the evaluation scripts saved.
+report.html (self-contained), report.csv (one value per line) and figure2.png. It computes no metrics; it only tests
+whether two strategies differ, with the draws that the evaluation scripts saved.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import html
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter, namedtuple
 from dataclasses import dataclass
@@ -33,9 +34,9 @@ from scipy import stats
 
 # Copied from sample.CONDITIONS
 CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion"]
-# Column headings.
+# Short column headings.
 SHORT = dict(zip(CONDITIONS, ["Ca", "Lo", "Ed", "Nf", "Pn", "Pe"])) | {"unet": "U-Net", "vae": "VAE"}
-# Table 1: the folder of a row and its name.
+# The rows of Table 1: folder and name.
 STRATEGIES = {
     "unet": "U-Net",
     "text_encoder": "Text Encoder",
@@ -56,8 +57,8 @@ COSTS = ("trainable_parameters", "seconds_per_epoch")
 SAMPLES, TILE, MAX_PROMPTS, PLOT_DPI = 2, 128, 6, 160
 ALPHA = 0.05  # significance level, after Holm's correction
 
-# What strategies are compared by: a metric, the folder of the study that has it, its name, its better direction, and
-# what its floor is (real images, or an answer without looking).
+# The metrics that strategies are compared by: key in the JSON files, folder in the study, name, better direction, and
+# what the floor stands for (real images, or a trivial predictor).
 Measure = namedtuple("Measure", "metric part name arrow floor")
 Measure.heading = property(lambda measure: f"{measure.name} {measure.arrow}")
 MEASURES = [
@@ -71,14 +72,14 @@ MEASURES = [
 ]
 # The answer rests on the first three. The others depend on a threshold or the share of positives, or reward noise.
 NUM_DECIDING = 3
-# (digits, factor) with which a metric is shown; (2, 1) for others.
+# (decimal places, factor) to show a metric with; (2, 1) for others.
 UNITS = dict.fromkeys(["accuracy", "class_consistency", "colour_visible", "memorisation_nearer_train"], (1, 100))
 UNITS |= dict.fromkeys(["memorisation_suspects", "memorisation_suspects_pixels"], (1, 100)) | {"kid": (2, 1000)}
 UNITS |= dict.fromkeys(["trainable_parameters", "images_train", "images_val", "images_test"], (0, 1))
 UNITS |= dict.fromkeys(["auroc", "class_consistency_auroc"], (3, 1))
 UNITS |= dict.fromkeys(["heldout_diffusion", "heldout_diffusion_change"], (4, 1)) | {"seconds_per_epoch": (1, 1)}
-# Settings that should be the same in all rows: fields of the JSON files, for samples columns of metadata.csv. The
-# report warns if they differ, and does not compare rows whose evaluations or downstream results differ in one.
+# Settings that should be the same in all rows: fields of the JSON files, but for samples columns of metadata.csv. The
+# report warns of any that differ, and does not compare rows that differ in one of evaluations or downstream.
 SHARED = {
     "runs": "images steps global_batch_size identity.data_fingerprint identity.base_fingerprint resolution "
     "resize_mode uncertain prompt_template mixed_precision device arguments.seed arguments.caption_dropout "
@@ -99,7 +100,7 @@ PAPER_SPLIT = {
     "val": (1195, 4075, 2584, 722, 827, 3505),
     "test": (4515, 14658, 9210, 2591, 3027, 12972),
 }
-# Tables 3 and 4: FID, Vendi, class consistency and accuracy, the last two in per cent in the order of CONDITIONS.
+# Tables 3 and 4: FID, Vendi, class consistency and accuracy; the last two in % and in the order of CONDITIONS.
 PAPER_VALUES = {
     "unet": (3.42, 5.65, (24.1, 10.7, 25.7, 91.6, 15.7, 21.6), (37.4, 48.8, 67.8, 90.9, 89.4, 51.5)),
     "unet_text_encoder": (6.57, 2.79, (11.0, 3.1, 8.2, 96.9, 9.99, 5.8), (77.9, 54.0, 67.8, 81.0, 89.4, 55.3)),
@@ -109,15 +110,15 @@ PAPER_VALUES = {
     "bitfit": (5.05, 5.89, (4.8, 12.6, 9.8, 86.4, 13.4, 5.0), (77.3, 50.9, 67.8, 90.9, 76.4, 54.5)),
 }
 PAPER_NOTES = [
-    "Table 1: full U-Net training has 83.7 to 98.3 million parameters by the text; the U-Net has 859.5, the VAE 83.7.",
-    "Table 1: by the text, PEFT takes 61 to 70 seconds per epoch and full training 77 to 177, on four H100 GPUs.",
-    "The text leaves out models 3, 5, 6, 7 and 11, but 5 (U-Net + VAE) is in Tables 3 and 4, and 2 is in neither.",
-    "DiffFit: in the authors' code it updates all linear and convolution weights, so the verdict on DiffFit is open.",
+    "Table 1: the text gives full U-Net training 83.7 to 98.3 million parameters; the U-Net has 859.5, the VAE 83.7.",
+    "Table 1: the text gives PEFT 61 to 70 seconds per epoch and full training 77 to 177, on four H100 GPUs.",
+    "The text excludes models 3, 5, 6, 7 and 11, but 5 (U-Net + VAE) is in Tables 3 and 4, and 2 is in neither.",
+    "DiffFit: the authors' code updates all linear and convolution weights, so the verdict on DiffFit is open.",
     "FID: DoRA's is 5.72 in Table 3, 5.18 in the text. The text calls LoRA and DoRA competitive; BitFit's is lower.",
     "Class consistency: the U-Net's 25.7 is Edema's in Table 3, Lung Opacity's in the text. The text calls LoRA's and "
     "DoRA's for Pneumothorax (1.0 and 0.9) high.",
-    "By the text U-Net outperforms PEFT; a PEFT row is higher in Vendi, two consistencies and three accuracies.",
-    "Accuracy of U-Net + text encoder: 81.0 for No Finding in Table 4, 94.8 in the text. By the text it is highest "
+    "The text says U-Net outperforms PEFT; a PEFT row is higher in Vendi, two consistencies and three accuracies.",
+    "Accuracy of U-Net + text encoder: 81.0 for No Finding in Table 4, 94.8 in the text. The text calls it highest "
     "nearly everywhere; it alone is highest in two of six columns.",
     "Accuracy: 34 of 36 do not beat always giving the more frequent answer; 13 equal a constant answer.",
     "Table 2 splits images, not patients (41 % of test images show training patients); uncertain is positive.",
@@ -125,7 +126,7 @@ PAPER_NOTES = [
 
 
 def paper_value(row, metric, label):
-    """Return the paper's value (shares in per cent), for label "all" of a share the mean of its labels; else None."""
+    """Return the paper's value, or None; shares are in %, and "all" is the mean of their labels."""
     values = dict(zip(("fid", "vendi", "class_consistency", "accuracy"), PAPER_VALUES.get(row, ())))
     if metric not in values or metric in ("fid", "vendi"):
         return values.get(metric) if label == "all" else None
@@ -162,7 +163,7 @@ def parse_args(argv=None):
 
 
 class ResultFile:
-    """A JSON file, its rows of results by (metric, label), and its draws; without arguments, a missing file."""
+    """A JSON file with its rows by (metric, label) and its draws. ResultFile() stands for a missing file."""
 
     def __init__(self, info=None, draws=None):
         self.exists, self.info, self.draws = info is not None, info or {}, draws or {}
@@ -187,7 +188,7 @@ class ResultFile:
 
 
 def read_results(path):
-    """Read a JSON file and the draws beside it, where there are any."""
+    """Read a JSON file and the draws next to it, if any."""
     if not path.is_file():
         return ResultFile()
     info, draws = json.loads(path.read_text(encoding="utf-8")), {}
@@ -225,7 +226,7 @@ class Study:
 
 
 def read_study(folder, rows):
-    """Read the results of the rows that were asked for. A row ran if any of its results is there."""
+    """Read the results of these rows. A row with any result has run; the others are missing."""
     rows = [row for row in STRATEGIES if row in rows]
     names = {"runs": "training_summary", "evaluations": "generation_metrics", "downstream": "downstream_metrics"}
     parts, tables = {"samples": {}}, {}
@@ -242,7 +243,7 @@ def read_study(folder, rows):
             fail(f"{folder / 'runs' / row} is a run of {run.info['method']}; name run folders after their method")
     ran = [row for row in rows if any(parts[part][row].exists for part in names)]
     if not ran:
-        fail(f"--study {folder}: no results of these rows; pass the folder that launch/sweep.sh filled")
+        fail(f"--study {folder}: no results for --rows; pass the folder that launch/sweep.sh filled")
     return Study(folder, ran, [row for row in rows if row not in ran], tables, **parts)
 
 
@@ -253,7 +254,7 @@ def read_study(folder, rows):
 
 @dataclass
 class Pair:
-    """The difference of two rows in one metric and label, first minus second, in the unit of the JSON files."""
+    """The difference between two rows in one metric and label, first minus second, in the unit of the JSON files."""
 
     first: str
     second: str
@@ -264,7 +265,7 @@ class Pair:
     p: float
     num_draws: int
     p_holm: float = 1.0
-    better: str | None = None  # the row shown to be better, and the other; None if not shown to differ
+    better: str | None = None  # None if not shown to differ
     worse: str | None = None
 
     @property
@@ -273,7 +274,7 @@ class Pair:
 
 
 def compare_draws(value, other, draws, other_draws):
-    """Return (difference, low, high, p, n) of two values with draws, (n,), of the same images or patients.
+    """Return (difference, low, high, p, n) of two values whose draws, (n,), are on the same images or patients.
 
     The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p
     are Student's t with n - 1 degrees of freedom.
@@ -287,7 +288,7 @@ def compare_draws(value, other, draws, other_draws):
 
 
 def correct_holm(pairs):
-    """Set `p_holm` in a family of pairs (Holm, 1979)."""
+    """Set `p_holm` of a family of pairs (Holm, 1979)."""
     adjusted = 0.0
     for i, pair in enumerate(sorted(pairs, key=lambda pair: pair.p)):
         adjusted = max(adjusted, min(1.0, (len(pairs) - i) * pair.p))
@@ -295,21 +296,21 @@ def correct_holm(pairs):
 
 
 def are_comparable(one, other, measure, label):
-    """Return whether two rows have a metric of the same images or patients, by the same settings and draws."""
-    rows, key = [results.get(measure.metric, label) for results in (one, other)], f"{measure.metric}/{label}"
+    """Return whether two results have draws of a metric on the same images or patients, with the same settings."""
+    rows = [results.get(measure.metric, label) for results in (one, other)]
     if None in rows or rows[0]["n"] != rows[1]["n"] or one.dig("draws_id") is None:
         return False
     if any(one.dig(path) != other.dig(path) for path in SHARED[measure.part].split()):
         return False
-    draws = [results.draws.get(key, np.empty(0)) for results in (one, other)]
+    draws = [results.draws.get(f"{measure.metric}/{label}", np.empty(0)) for results in (one, other)]
     return draws[0].shape == draws[1].shape and np.isfinite(draws[0] - draws[1]).sum() > 2
 
 
 class Comparison(namedtuple("Comparison", "measure pairs")):
-    """All pairs of rows in one measure, overall and by label; the base model is always second."""
+    """All pairs of rows in one measure, overall and by label; the base model always comes second."""
 
     def of(self, label="all", *rows):
-        """Return the pairs of a label, or only those that have all these rows."""
+        """Return the pairs of a label that include all these rows."""
         return [pair for pair in self.pairs if pair.label == label and {*rows} <= {pair.first, pair.second}]
 
     def compared(self, label="all"):
@@ -323,7 +324,7 @@ class Comparison(namedtuple("Comparison", "measure pairs")):
 
 
 def compare_measure(study, measure):
-    """Return the Comparison of a measure; Holm's correction is over the overall pairs, and over those of labels."""
+    """Compare all rows in a measure, with one Holm correction over the overall pairs and one over those by label."""
     files, pairs = getattr(study, measure.part), []
     for label in ["all", *study.labels(measure.part, measure.metric)]:
         for first, second in combinations([*study.strategies, "base"], 2):
@@ -336,7 +337,7 @@ def compare_measure(study, measure):
     for pair in pairs:
         if pair.differs:
             first_is_better = (pair.difference < 0) == (measure.arrow == "↓")
-            pair.better, pair.worse = (pair.first, pair.second)[:: 1 if first_is_better else -1]
+            pair.better, pair.worse = (pair.first, pair.second) if first_is_better else (pair.second, pair.first)
     return Comparison(measure, pairs)
 
 
@@ -351,18 +352,19 @@ def join_names(rows):
 
 
 def format_number(value, digits):
-    """Return a number with a true minus and without a negative zero."""
+    """Return a number as text, with a typographic minus and no negative zero."""
     return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
 def format_setting(value):
-    """Return a setting as text; of a fingerprint, the first eight digits."""
+    """Return a setting as text, but only the first eight digits of a fingerprint."""
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text[-64:][:8] if len(text) >= 40 and set(text[-40:]) <= set("0123456789abcdef") else text
+    digest = re.search("[0-9a-f]{40,64}$", text)
+    return digest[0][:8] if digest else text
 
 
 def describe_pair(pair, metric):
-    """Return "lower by 21.6" or "not shown to differ", and the interval in the same direction."""
+    """Return "lower by 21.6" or "not shown to differ", and the interval (of the decrease, if it is "lower by")."""
     digits, scale = UNITS.get(metric, (2, 1))
     sign = -1 if pair.differs and pair.difference < 0 else 1
     values = sorted((sign * scale * pair.low, sign * scale * pair.high))
@@ -373,10 +375,10 @@ def describe_pair(pair, metric):
 
 
 def write_lead(deciding):
-    """Return the first sentence of the answer, and the strategies it names: those that no other row beats."""
+    """Return the first sentence of the answer, and the strategies it names, which no other row beats."""
     leaders = {c.measure.name: c.leaders() for c in deciding if c.compared()}
     if not leaders:
-        return "No strategy can be named: no figure was measured for two strategies in a comparable way.", []
+        return "No strategies could be compared: no metric was measured for two of them in the same way.", []
     common = [row for row in STRATEGIES if all(row in rows for rows in leaders.values())]
     if len(common) == 1:
         alone = join_words(name for name, rows in leaders.items() if rows == common)
@@ -386,11 +388,11 @@ def write_lead(deciding):
         return f"{join_names(common)} lead together: no strategy beats them in {join_words(leaders, 'or')}.", common
     unbeaten = "; ".join(f"{join_names(rows) or 'only the base model'} in {name}" for name, rows in leaders.items())
     named = [row for row in STRATEGIES if any(row in rows for rows in leaders.values())]
-    return f"No strategy leads in everything. Unbeaten are {unbeaten}.", named
+    return f"No strategy leads in every metric. Unbeaten: {unbeaten}.", named
 
 
 def find_excess(study, row, metric):
-    """Return the share of a row's images as text if it is well above its floor, "" if not, None if it is unknown."""
+    """Return the share of a row's images as text if it is well above its floor, "" if not, None if unknown."""
     found, base = study.evaluations[row].get(metric), study.evaluations["base"].get(metric)
     if not found or found["low"] is None:
         return None
@@ -401,7 +403,7 @@ def find_excess(study, row, metric):
 
 
 def check_strategy(study, row, deciding):
-    """Return what speaks against a strategy, by check: a text, "" for nothing, None if it could not be checked."""
+    """Return what each check has against a strategy: a text, "" for nothing, None if it could not be checked."""
     with_base = [(c.measure.name, pair) for c in deciding for pair in c.of("all", row, "base")]
     not_better = [name for name, pair in with_base if pair.better != row]
     copies = [find_excess(study, row, f"memorisation_suspects{kind}") for kind in ("", "_pixels")]
@@ -423,7 +425,7 @@ def check_strategy(study, row, deciding):
 
 
 def write_objections(study, leaders, deciding):
-    """Return a sentence on what speaks against the leaders, and one on what could not be checked."""
+    """Return a sentence on what the checks have against the leaders, and one on what could not be checked."""
     if not leaders:
         return []
     checks, objections, unknown = [check_strategy(study, row, deciding) for row in leaders], [], []
@@ -434,8 +436,8 @@ def write_objections(study, leaders, deciding):
         if any(check[name] is None for check in checks):
             unknown.append(name)
     if not objections and not unknown:
-        return [f"Nothing speaks against that. Checked: {', '.join(checks[0])}."]
-    sentences = [f"Against that: {'; '.join(objections) or 'nothing found'}."]
+        return [f"No reservations. Checked: {', '.join(checks[0])}."]
+    sentences = [f"Reservations: {'; '.join(objections) or 'none found'}."]
     return [*sentences, f"Not checked: {', '.join(unknown)}."] if unknown else sentences
 
 
@@ -446,7 +448,7 @@ def find_differences(study, part):
         name, rows_by_value = path.removeprefix("arguments.").removeprefix("settings."), {}
         for row, results in study.existing(part).items():
             value = results.dig(path, "absent")
-            # A component's learning rate counts where it trains. The classifier of real images is not compared.
+            # Skip the learning rates of components that do not train, and the classifier of real images.
             untrained = name.endswith("_lr") and name.removesuffix("_lr") not in row
             if not untrained and row != "real" and value != "absent":
                 rows_by_value.setdefault(format_setting(value), []).append(NAMES[row])
@@ -457,7 +459,7 @@ def find_differences(study, part):
 
 
 def find_warnings(study, deciding):
-    """Return what makes rows incomparable or figures meaningless, a sentence each."""
+    """Return a sentence for each thing that makes rows incomparable or values meaningless."""
     titles = {"runs": "The trainings differ in", "samples": "The samples differ in"}
     titles |= {part: f"Not compared where the {part} results differ:" for part in ("evaluations", "downstream")}
     differences = {title: find_differences(study, part) for part, title in titles.items()}
@@ -465,14 +467,14 @@ def find_warnings(study, deciding):
     files = [results for part in titles for results in study.existing(part).values()]
     seeds = {file.dig(path) for file in files for path in ("arguments.split_seed", "settings.split_seed")} - {None}
     if len(seeds) > 1:
-        found.append(f"Patients were split by seeds {join_words(map(str, seeds))}: test patients may be trained on.")
+        found.append(f"Patients were split by seeds {join_words(map(str, seeds))}: test patients may be in training.")
     evaluations = study.existing("evaluations")
     wrong = [row for row, results in evaluations.items() if results.info.get("name", row) != row]
     if wrong:
-        found.append(f"The evaluations of {join_names(wrong)} are of other samples than the study's.")
+        found.append(f"The evaluations of {join_names(wrong)} are not of the study's samples.")
     real = study.first("evaluations").get("class_consistency_auroc_real")
     if real and real["low"] is not None and real["low"] <= 0.5:
-        found.append("The classifier is at chance on real images: prompt AUROC and class consistency say nothing.")
+        found.append("The classifier is at chance on real images: prompt AUROC and class consistency are meaningless.")
     texts = dict.fromkeys(text for results in evaluations.values() for text in results.dig("warnings") or [])
     found += [f"Warning: {text}." for text in texts if "hardly vary" in text or "10 times" in text]
     missing = [c.measure.name for c in deciding if not c.compared()]
@@ -487,21 +489,21 @@ def find_warnings(study, deciding):
 
 
 def encode(save, **options):
-    """Return what a picture's or a figure's `save` writes as a PNG."""
+    """Return the bytes of the PNG that a picture's save or a figure's savefig writes."""
     buffer = io.BytesIO()
     save(buffer, format="png", **options)
     return buffer.getvalue()
 
 
 def finish_plot(figure, axis, measure, xlabel):
-    axis.set_title(f"{measure.name} {measure.arrow}", fontsize=10, fontweight="bold", loc="left")
+    axis.set_title(measure.heading, fontsize=10, fontweight="bold", loc="left")
     axis.set_xlabel(xlabel, fontsize=8)
     axis.tick_params(which="both", labelsize=8)
     return encode(figure.savefig, dpi=PLOT_DPI, metadata={"Software": None})
 
 
 def plot_forest(study, comparison):
-    """Return a PNG of each strategy's difference to the base model with its 95% interval, None without such pairs."""
+    """Return a PNG of each strategy's difference to the base model and its 95% interval, or None."""
     measure, files = comparison.measure, getattr(study, comparison.measure.part)
     pairs = [pair for pair in comparison.of() if pair.second == "base"]
     if not pairs:
@@ -511,13 +513,13 @@ def plot_forest(study, comparison):
     figure = Figure(figsize=(4.2, 1.3 + 0.28 * len(pairs)), layout="constrained")
     axis, rows = figure.subplots(), range(len(pairs))
     low, middle, high = scale * np.array([(pair.low, pair.difference, pair.high) for pair in pairs]).T
-    # Two disjoint halves of the real images have half of n, at which FID is larger.
+    # FID's floor is that of two halves of the real images. It stands with fid_half_n, because FID depends on n.
     floor = (files[pairs[0].first].get("fid_half_n" if measure.metric == "fid" else measure.metric) or {}).get("floor")
     ends = [0.0, *low, *high] + ([] if floor is None else [scale * floor - base])
     margin = 0.06 * (max(ends) - min(ends) or 1.0)
     left, right = min(ends) - margin, max(ends) + margin
     if floor is not None:
-        # As good as real images, or no better than an answer without looking.
+        # Shade what is as good as real images, or no better than a trivial predictor.
         above, x = "real" in measure.floor and measure.arrow == "↑", scale * floor - base
         axis.axvspan(x, right if above else left, color="#dcdcdc", linewidth=0)
         side = "right" if above or x > (left + right) / 2 else "left"
@@ -539,7 +541,7 @@ def plot_forest(study, comparison):
 
 
 def plot_cost(study, measure, cost):
-    """Return a PNG of a measure with its 95% interval against a cost of training, None for fewer than two rows."""
+    """Return a PNG of a measure and its 95% interval against a training cost, None for fewer than two rows."""
     figure = Figure(figsize=(3.1, 2.6), layout="constrained")
     axis, shown, scale = figure.subplots(), 0, UNITS.get(measure.metric, (2, 1))[1]
     for row in study.strategies:
@@ -559,7 +561,7 @@ def plot_cost(study, measure, cost):
 
 
 def draw_column(study, prompt, title):
-    """Return a picture of one prompt: for each row its name and its first samples by index."""
+    """Return a picture with the name and the first samples of each row, for one prompt."""
     line = 20
     picture = Image.new("RGB", (SAMPLES * (TILE + 2) + 6, line + len(study.tables) * (TILE + line)), "white")
     pen = ImageDraw.Draw(picture)
@@ -576,23 +578,23 @@ def draw_column(study, prompt, title):
 
 
 def draw_figure_2(study):
-    """Return a picture of each of the most frequent prompts, by the words in which they differ."""
+    """Return a picture for each of the most frequent prompts, keyed by the prompt without its common beginning."""
     counts = Counter(prompt for table in study.tables.values() for prompt in table["prompt"])
     prompts = [prompt for prompt, _ in counts.most_common(MAX_PROMPTS)]
-    same = os.path.commonprefix(prompts).rfind(" ") + 1 if len(prompts) > 1 else 0  # noqa: RUF071
-    return {prompt[same:]: draw_column(study, prompt, prompt[same:]) for prompt in prompts}
+    start = os.path.commonprefix(prompts).rfind(" ") + 1 if len(prompts) > 1 else 0  # noqa: RUF071
+    return {prompt[start:]: draw_column(study, prompt, prompt[start:]) for prompt in prompts}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and page
 # ---------------------------------------------------------------------------------------------------------------------
 
-# `paper` is the paper's value, `flag` a remark on the value; grey where it is not shown to be above its floor.
+# `detail` is the interval, `paper` the paper's value, `flag` a remark; grey if not shown to be above the floor.
 Cell = namedtuple("Cell", "text detail paper flag grey", defaults=("", "", "", False))
 Table = namedtuple("Table", "title header rows lead", defaults=("",))
 REAL, VAE = ("real images", "_real"), ("real images through the VAE", "_vae")
-# Part of the study, title, columns as "heading:metric" (* for a column per label), and reference rows: a name and the
-# suffix of their metrics.
+# Part of the study, title, columns as "heading:metric" (* for a column per label), and any reference rows: a name and
+# a suffix of the metrics.
 TABLES = [
     (
         "runs",
@@ -612,19 +614,19 @@ TABLES = [
         ("expected", "_floor"),
     ),
     ("downstream", "Table 4. Downstream accuracy, %", "*:accuracy", ("constant answer", "_floor")),
-    ("downstream", "Table 4b. Downstream AUROC", "mean:auroc|*:auroc|share of real images':auroc_of_reference"),
+    ("downstream", "Table 4b. Downstream AUROC", "mean:auroc|*:auroc|ratio to real images:auroc_of_reference"),
 ]
 
 
 def number_cell(row, metric, paper=None, flag="", grey=False):
-    """Return the cell of a result row with its interval and the paper's value; an empty one if there is no value."""
+    """Return the cell of a result row, with only the paper's value if the row has none."""
     digits, scale = UNITS.get(metric, (2, 1))
     paper = "" if paper is None else f"{paper:,.{digits}f}"
     if not row or row["value"] is None:
         return Cell("", "", paper)
     ends = [format_number(scale * row[key], digits) for key in ("low", "high") if row[key] is not None]
-    detail = (" to " if "−" in "".join(ends) else "–").join(ends) if len(ends) == 2 else ""
-    return Cell(format_number(scale * row["value"], digits), detail, paper, flag, grey)
+    separator = " to " if any("−" in end for end in ends) else "–"
+    return Cell(format_number(scale * row["value"], digits), separator.join(ends), paper, flag, grey)
 
 
 def row_cell(study, part, row, metric, label):
@@ -646,7 +648,7 @@ def row_cell(study, part, row, metric, label):
 
 
 def metric_table(study, part, title, headings, *references):
-    """Return one of TABLES, of the rows that ran."""
+    """Return one of TABLES with the rows that ran."""
     columns, first, lines = [], study.first(part), []
     for heading, metric in (column.split(":") for column in headings.split("|")):
         if heading == "*":
@@ -660,7 +662,7 @@ def metric_table(study, part, title, headings, *references):
         cells = []
         for _, metric, label in columns:
             found, row = first.get(metric + suffix, label), first.get(metric, label)
-            if not found and row and suffix != "_vae":
+            if not found and row and suffix != "_vae":  # floors are without the VAE
                 found = {"value": row["floor"], "low": None, "high": None}
             cells.append(number_cell(found, metric))
         if any(cell.text for cell in cells):
@@ -671,9 +673,8 @@ def metric_table(study, part, title, headings, *references):
 def split_table(study):
     """Return Table 2, from the first run and the first evaluation."""
     parts, lines = {"train": "runs", "val": "runs", "test": "evaluations"}, []
-    for label in dict.fromkeys(
-        label for name, part in parts.items() for label in study.labels(part, f"images_{name}")
-    ):
+    labels = [label for name, part in parts.items() for label in study.labels(part, f"images_{name}")]
+    for label in dict.fromkeys(labels):
         cells = []
         for name, part in parts.items():
             paper = dict(zip(CONDITIONS, PAPER_SPLIT[name])).get(label)
@@ -683,7 +684,7 @@ def split_table(study):
 
 
 def pair_table(study, comparisons):
-    """Return every pair of rows in every measure, first against second."""
+    """Return the table of every pair of rows in every measure."""
     lines = []
     for first, second in combinations([*study.strategies, "base"], 2):
         cells = []
@@ -697,7 +698,7 @@ def pair_table(study, comparisons):
 
 
 def label_table(study, comparisons):
-    """Return for each label the strategies that no other row beats."""
+    """Return the table of the strategies that no other row beats, by label."""
     lines = []
     for label in dict.fromkeys(pair.label for c in comparisons for pair in c.pairs if pair.label != "all"):
         leaders = [comparison.leaders(label) for comparison in comparisons]
@@ -716,16 +717,16 @@ def make_tables(study, comparisons):
 ONE_TRAINING = "Each strategy was trained once, so this cannot say which is better in general."
 FOREST_LEAD = (
     "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Grey: as good as "
-    "real images, or no better than chance or a constant answer. Orange: the paper's value (an arrow: off the axis)."
+    "real images, or no better than chance or a constant answer. Orange: the paper's value (arrow: beyond the axis)."
 )
 TABLES_LEAD = (
     "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above "
-    "chance, a constant answer or the images of other prompts. Prompt AUROC: the classifier's head on the images of "
-    f"its prompt against the others. {', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
+    "chance, a constant answer or the images of other prompts. Prompt AUROC: of a prompt's images against the others, "
+    f"by the classifier's score for its label. {', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
 )
 PAIRS_LEAD = (
     "First minus second on the same draws, with the 95 % interval of this pair alone. Lower or higher: p < 0.05 after "
-    "Holm's correction over the column, so some intervals that miss 0 are not enough."
+    "Holm's correction over the column, for which an interval that excludes 0 may not be enough."
 )
 LABELS_LEAD = "Strategies that no other row beats, after Holm's correction over the column. report.csv has the pairs."
 STYLE = """
@@ -768,13 +769,13 @@ def html_table(table):
 
 
 def html_notes(title, items):
-    """Return a folded list, nothing for no items."""
+    """Return a collapsed list, or "" for no items."""
     items = "".join(f"<li>{html.escape(item)}</li>" for item in items)
     return f"<details><summary>{title}</summary><ul>{items}</ul></details>" if items else ""
 
 
 def html_images(title, text, images, style=""):
-    """Return a section of PNGs, {alternative text: bytes}, which wrap within the page; nothing for no images."""
+    """Return a section of PNGs, {alt text: bytes or None}, or "" for no images."""
     tags = []
     for alt, png in images.items():
         if png:
@@ -785,20 +786,18 @@ def html_images(title, text, images, style=""):
 
 
 def list_sources(study):
-    """Return what the figures rest on."""
-    sources = []
-    fields = (
-        "runs.base_model runs.device evaluations.features.source evaluations.images.real.all downstream.images.test"
-    )
-    for part, path in (field.split(".", 1) for field in fields.split()):
+    """Return the models, images and devices behind the values, e.g. "runs.device: NVIDIA H200"."""
+    sources, fields = [], ["runs.base_model", "runs.device", "evaluations.features.source"]
+    for field in [*fields, "evaluations.images.real.all", "downstream.images.test"]:
+        part, path = field.split(".", 1)
         values = dict.fromkeys(format_setting(results.dig(path)) for results in study.existing(part).values())
         if values:
-            sources.append(f"{part}.{path}: {', '.join(values)}")
+            sources.append(f"{field}: {', '.join(values)}")
     return sources
 
 
 def list_warnings(study):
-    """Return the warnings that the scripts recorded, each once, with the rows if they are few."""
+    """Return each warning that the scripts recorded, with the rows that have it if they are one or two."""
     rows_by_text = {}
     for part, path in (("runs", "notes"), ("evaluations", "warnings"), ("downstream", "notes")):
         for row, results in study.existing(part).items():
@@ -811,10 +810,10 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     """Return the HTML page."""
     samples = {f"Samples of {prompt}": encode(image.save) for prompt, image in pictures.items()}
     forests = {f"{c.measure.name}, difference to the base model": plot_forest(study, c) for c in comparisons}
-    quality = [measure for measure in MEASURES if measure.metric in ("fid", "auroc")]
-    costs = {
-        f"{measure.name} against {cost}": plot_cost(study, measure, cost) for measure in quality for cost in COSTS
-    }
+    costs = {}
+    for measure in MEASURES:
+        if measure.metric in ("fid", "auroc"):
+            costs |= {f"{measure.name} against {cost}": plot_cost(study, measure, cost) for cost in COSTS}
     answer, problems = ("".join(f"<p>{html.escape(text)}</p>" for text in texts) for texts in (answer, warnings))
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
@@ -822,13 +821,13 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
         f'<body><main><h1>{html.escape(title)}</h1><div class="answer">{answer}</div>',
         f'<div class="warnings" role="alert">{problems}</div>' if problems else "",
         f"<p>Not run: {join_names(study.missing)}.</p>" if study.missing else "",
-        html_images("Figure 2. Samples", "The first of each prompt, by index.", samples, "columns"),
+        html_images("Figure 2. Samples", "The first samples of each prompt.", samples, "columns"),
         html_images("Against the base model", FOREST_LEAD, forests),
         html_images("Quality against cost", "Squares: PEFT. Lines: 95 % intervals. Numbers: Table 1.", costs),
         f"<h2>Tables</h2><p>{TABLES_LEAD}</p>",
         *(html_table(table) for table in make_tables(study, comparisons) if table.rows),
         html_notes("Where the paper contradicts itself", PAPER_NOTES),
-        html_notes("What the figures rest on", list_sources(study)),
+        html_notes("Models and images behind the values", list_sources(study)),
         html_notes("Warnings of the scripts", list_warnings(study)),
         '<p>The paper: TehraniNasab, Kumar, Arbel, <a href="https://arxiv.org/abs/2508.14931">Pixels Under '
         "Pressure</a>, 2025.</p></main></body></html>\n",
@@ -837,14 +836,14 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
 
 
 def list_values(study, comparisons):
-    """Return every value of what ran and every pair, in the unit of the JSON files, as the table of report.csv."""
+    """Return the table of report.csv: every value and every pair, in the unit of the JSON files."""
     lines = []
     for table, part in (("1", "runs"), ("3", "evaluations"), ("4", "downstream")):
         for row, results in study.existing(part).items():
             for (metric, label), found in results.rows.items():
                 paper = paper_value(row, metric, label)
                 if paper is not None and metric in ("class_consistency", "accuracy"):
-                    # A fraction as in the JSON files. The paper does not print the mean.
+                    # A fraction, as in the JSON files. The paper does not print the mean.
                     paper = None if label == "all" else round(paper / 100, 4)
                 number = "2" if metric.startswith("images_") else table
                 lines.append(found | {"table": number, "row": row, "paper": paper})

@@ -33,7 +33,10 @@ def refused(capsys, tmp_path):
 
 FLAGS = {
     "--method prefix": "invalid choice: 'prefix'",
-    "--rank 0": "--rank must be at least 1",
+    "--rank 0": "--rank and --lora_alpha must be at least 1",
+    "--lora_alpha 0": "--rank and --lora_alpha must be at least 1",
+    "--max_grad_norm -1": "--max_grad_norm must not be negative",
+    "--checkpointing_steps -1": "--checkpointing_steps must not be negative",
     "--train_batch_size 0": "--train_batch_size must be at least 1",
     "--learning_rate fast": "invalid float value: 'fast'",
     "--caption_dropout 1.5": "between 0 and 1",
@@ -175,7 +178,7 @@ def test_the_vaes_old_attention_names_are_not_missing_weights(base):
 
 
 def test_a_resolution_that_the_vae_cannot_take(refused):
-    assert "--resolution 60: this VAE takes multiples of 8" in refused("unet", "--resolution=60")
+    assert "--resolution 60 must be a multiple of 8" in refused("unet", "--resolution=60")
 
 
 def test_the_base_models_own_folder(refused, base):
@@ -209,8 +212,9 @@ def test_resuming_with_what_does_not_fit(refused, tmp_path, base, capsys):
     train("lora", tmp_path / "run", "--checkpointing_steps=1")
     resume = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"
     for row in ("dora", "unet"):
-        assert f"with method=lora, not {row}" in refused(row, resume)
-    assert "with rank=8, not 4" in refused("lora", resume, "--rank=4")
+        assert f"has method=lora, not {row}" in refused(row, resume)
+    assert "has rank=8, not 4" in refused("lora", resume, "--rank=4")
+    assert "has global_batch_size=2, not 4" in refused("lora", resume, "--gradient_accumulation_steps=2")
     past = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"
     assert "is beyond step 1" in refused("lora", past, "--max_train_steps=1")
     assert "no checkpoint there" in refused("lora", f"--resume_from_checkpoint={tmp_path}")

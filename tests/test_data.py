@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -100,6 +101,16 @@ def test_imagefolder_datasets_load_like_tables(tmp_path):
     assert list(train["prompt"]) == [f"Chest X-ray of a subject with {text}" for text in ("Edema", "Cardiomegaly")]
     assert list(train["patient"]) == ["p1", "p2"]
     assert np.array_equal([load_image(image, 16, "squash") for image in train["image"]], direct)
+
+
+def test_an_empty_cell_of_a_dataset_is_an_unreadable_image(tmp_path):
+    rows = {"image": [str(picture(tmp_path / "a.png")), None], "text": ["one", "two"]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    images = [(dataset, "image", row) for row in (0, 1)]
+    args = train_full.parse_args(["--train_unet", f"--data_csv={phantoms()}", f"--output_dir={tmp_path / 'run'}"])
+    assert len(set(train_full.latent_paths(images, "0" * 64, args))) == 2
+    with pytest.raises(ValueError, match="row 1: "):
+        load_image(images[1], 16, "squash")
 
 
 def test_geometry(tmp_path):

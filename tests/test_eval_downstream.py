@@ -171,7 +171,7 @@ def test_the_ratio_of_auroc_is_above_chance():
     assert by_name(rows)["f1_of_reference", "A"]["note"].endswith("lacks the figure")
     theirs["auroc/A"] -= 0.32  # at chance
     rows, _ = eval_downstream.ratio_rows(["A"], ours, theirs, "real")
-    assert "of real is not above 0.5" in by_name(rows)["auroc_of_reference", "A"]["note"]
+    assert "of real is not shown to be above 0.5" in by_name(rows)["auroc_of_reference", "A"]["note"]
 
 
 def test_uncertain_labels_are_masked():
@@ -314,7 +314,7 @@ ERRORS = {
     "{synthetic} --reference={samples}": "no finished run",
     "{synthetic} --reference={done}": "not a run with --train_on real",
     "{synthetic} --output_dir={samples}": "not empty and not a result folder",
-    "{synthetic} --train_on=real --resize_mode=squash --output_dir={done}": "another mixed_geometry, resize_mode",
+    "{synthetic} --train_on=real --resize_mode=squash --output_dir={done}": "different mixed_geometry, resize_mode",
     "{synthetic} --num_train_images=500": "too few images for training: ",
 }
 

@@ -222,7 +222,7 @@ def test_subsets_are_without_replacement_and_by_patient():
     assert not set(patients[one]) & set(patients[two]) and {len(one), len(two)} == {30}
 
 
-def test_intervals_of_set_figures_have_the_width_of_repeated_experiments(monkeypatch):
+def test_intervals_of_set_metrics_have_the_width_of_repeated_experiments(monkeypatch):
     monkeypatch.setattr(evaluation, "KID_SUBSETS", 10)
     args = evaluation.parse_args(["--synthetic", __file__, "--real_csv", __file__])
     patients, found = np.array([f"p{i // 2:03d}" for i in range(120)]), {}
@@ -230,7 +230,7 @@ def test_intervals_of_set_figures_have_the_width_of_repeated_experiments(monkeyp
         real, other = correlated(120, 4, 2 * seed), correlated(120, 4, 2 * seed + 1, 0.4)
         results = evaluation.Results([], {}, "", None)
         samples = evaluation.Sample(real, patients), evaluation.Sample(other, np.arange(120).astype(str))
-        evaluation.add_set_figures(results, *samples, "all", 30, args)
+        evaluation.add_set_metrics(results, *samples, "all", 30, args)
         for row in results.rows:
             found.setdefault(row["metric"], []).append((row["value"], (row["high"] - row["low"]) / 2, row["floor"]))
     assert results.find("fid") == pytest.approx(evaluation.fid(real, other))
@@ -257,7 +257,7 @@ def test_class_consistency_on_known_heads():
     assert {key: results.find(*key.split("/")) for key in expected} == pytest.approx(expected)
     draws = [results.draws[f"class_consistency/{label}"] for label in LABELS]
     assert np.array_equal(results.draws["class_consistency/all"], np.mean(draws, axis=0))
-    assert results.find("class_consistency", "Fracture", "note") == "the network has no such head"
+    assert results.find("class_consistency", "Fracture", "note") == "the classifier has no such head"
 
 
 def test_memorisation_sees_copies_and_hubs_raise_no_alarm():
@@ -278,7 +278,7 @@ def test_memorisation_sees_copies_and_hubs_raise_no_alarm():
     assert share > 0.6 and evaluation.confidence_interval(share, draws, (0, 1))[0] > 0.5
 
 
-def test_inputs_and_outputs_are_those_of_torchxrayvision(xrv_file):
+def test_inputs_and_outputs_are_those_of_torchxrayvision(xrv_file, monkeypatch):
     network = evaluation.XRVNetwork(str(xrv_file), torch.device("cpu"))
     paths, prepared = list(evaluation.load_image_table(str(real_csv()))["image"][:3]), []
     for path in paths:
@@ -293,6 +293,10 @@ def test_inputs_and_outputs_are_those_of_torchxrayvision(xrv_file):
     heads = [model.targets.index(evaluation.XRV_NAMES.get(label, label)) for label in network.labels]
     assert np.array_equal(network.compute(prepared), np.concatenate([features, probabilities[:, heads]], axis=1))
     assert set(evaluation.CONDITIONS) - set(network.labels) == {"No Finding"}
+    # The download, which also has operating thresholds, is the same network.
+    model.op_threshs = torch.full((18,), 0.2)
+    monkeypatch.setattr(evaluation.xrv.models, "DenseNet", lambda weights: model)
+    assert evaluation.XRVNetwork("xrv", torch.device("cpu")).key == network.key
 
 
 def test_a_run_writes_everything_and_the_same_again(run, tmp_path, samples, monkeypatch):
@@ -445,15 +449,15 @@ def test_everyday_mistakes_end_in_a_sentence(run, tmp_path, classifier, xrv_file
         ("--max_per_label must be at least 1", "--max_per_label=0"),
         ("--synthetic", f"--synthetic={tmp_path}"),
         ("--real_csv none.csv: neither", "--real_csv=none.csv"),
-        ("neither xrv, nor a safetensors file", "--features=none"),
+        ("--features none: cannot load", "--features=none"),
         ("none of its images exist", f"--real_csv={tmp_path / 'gone.csv'}", "--real_split=all"),
         ("synthetic images: none has any of Fracture", "--labels", "Fracture"),
         ("different resize_mode", f"--baseline={padded}"),
         ("different resolution", "--resolution=128"),
         ("trained with --resize_mode squash", f"--synthetic={padded}"),
         ("no such file; pass the classifier folder", f"--classifier={tmp_path}"),
-        ("no weights of torchxrayvision's", f"--features={tmp_path / 'a.safetensors'}"),
-        ("not finite", f"--features={tmp_path / 'nan.safetensors'}"),
+        ("cannot load torchxrayvision's", f"--features={tmp_path / 'a.safetensors'}"),
+        ("not finite", f"--features={tmp_path / 'nan.safetensors'}", "--max_per_label=2"),
         ("all zero or not finite", f"--features={tmp_path / 'dead.safetensors'}", "--max_per_label=2"),
         ("cannot load a VAE", f"--vae={classifier}"),
     ):

@@ -37,7 +37,7 @@ MISTAKES = {
     "invalid batch_size value: 'all'": ["--batch_size", "all"],
     "multiples of 8": ["--resolution", "60"],
     "fp16 needs a GPU": ["--mixed_precision", "fp16"],
-    "not a usable finished run or pipeline": ["--model", "./absent"],
+    "cannot be loaded as a finished run or pipeline": ["--model", "./absent"],
 }
 
 
@@ -150,9 +150,7 @@ def test_auto_halves_the_batch_until_it_fits(whole, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sample, "draw", limited)
     assert run(tmp_path / "auto", *LABELS, 3).equals(whole[1])
     assert sizes == [6, 3, 3, 1, 1, 1] and difference(whole[2], pixels(tmp_path / "auto")) <= 1
-    refused(
-        capsys, "out of memory at 64x64; pass a smaller --batch_size", tmp_path / "s", *LABELS, 3, "--batch_size=4"
-    )
+    refused(capsys, "out of memory at 64x64; lower --batch_size", tmp_path / "s", *LABELS, 3, "--batch_size=4")
 
 
 def test_a_compiled_unet_sees_one_size_of_batch(whole, tmp_path, monkeypatch):
@@ -319,12 +317,12 @@ def test_an_inpainting_model_is_refused(base, tmp_path, capsys):
 
 def test_a_folder_of_other_images_is_refused(base, whole, tmp_path, capsys):
     folder = shutil.copytree(whole[0], tmp_path / "s")
-    refused(capsys, "another seed, prompt_template", folder, *LABELS, 3, "--seed=5", "--prompt_template=Film of {}")
+    refused(capsys, "different seed, prompt_template", folder, *LABELS, 3, "--seed=5", "--prompt_template=Film of {}")
     refused(capsys, "holds 3 other images, such as no_finding/000000.png", folder, "--labels", "Edema")
     # The same path, trained again.
     saved = json.loads((folder / "sampling.json").read_text())
     (folder / "sampling.json").write_text(json.dumps(saved | {"model": str(base)}))
     edit_weights(base / "unet", "conv_in.bias", lambda bias: bias + 1)
-    refused(capsys, "made with another weights", folder, *LABELS, 3, model=base)
+    refused(capsys, "made with different weights", folder, *LABELS, 3, model=base)
     assert difference(whole[2], pixels(folder)) == 0
     refused(capsys, "neither empty nor a folder of samples", ROOT / "launch", *LABELS, 3)
