@@ -350,6 +350,8 @@ def load_tables(args, spec, accelerator):
     shared = len({*seen} & {*map(patient_hash, test["patient"])})
     if shared:
         notes.append(f"{shared:,} patients are in both training and test, so the scores are optimistic")
+    if args.num_seeds == 1 and not spec:
+        notes.append("one classifier (--num_seeds 1): its intervals hold no noise of training")
     test = subset(test, args.max_test_images or len(test), args.split_seed)
     counts = {"train": len(train), "validation": len(val), "test": len(test)}
     counts |= {"test_patients": test["patient"].nunique(), "patients_in_training_and_test": shared}

@@ -410,9 +410,9 @@ def save_image(image, path):
 
 
 @torch.no_grad()
-def sample(args, pipeline, todo, resolution, state):
-    """Draw and save this process's share of the images, writing PNGs while the next batch is drawn."""
-    mine = todo.iloc[state.process_index :: state.num_processes]
+def sample(args, pipeline, samples, num_done, resolution, state):
+    """Draw and save this process's share of the missing images, writing PNGs while the next batch is drawn."""
+    mine = samples.iloc[state.process_index :: state.num_processes]
     embeddings = {}
     for prompt in ["", *mine["prompt"].unique()]:
         batch, _ = pipeline.encode_prompt(prompt, pipeline.device, 1, do_classifier_free_guidance=False)
@@ -433,25 +433,29 @@ def sample(args, pipeline, todo, resolution, state):
 
     @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=reduce_batch_size)
     def draw_missing(batch_size, bar):
-        # List them again each time, since a larger batch may have run out of memory halfway.
-        missing = mine[[not (args.output_dir / name).is_file() for name in mine["file_name"]]]
         saving = []
         with ThreadPoolExecutor(4) as pool:
-            for start in range(0, len(missing), batch_size):
-                rows = missing.iloc[start : start + batch_size]
+            for start in range(0, len(mine), batch_size):
+                rows = mine.iloc[start : start + batch_size]
+                paths = [args.output_dir / name for name in rows["file_name"]]
+                missing = [i for i, path in enumerate(paths) if not path.is_file()]
+                if not missing:
+                    continue
                 # A smaller last batch would compile the U-Net again, so repeat its first row.
                 filler = [0] * (batch_size - len(rows)) if args.compile else []
+                # Draw whole batches, even if some images exist: in another batch, the rest would round differently.
                 images = draw(pipeline, embeddings, rows.iloc[[*range(len(rows)), *filler]], resolution, args)
                 list(saving)  # wait for the previous batch
-                paths = [args.output_dir / name for name in rows["file_name"]]
-                saving = pool.map(save_image, map(Image.fromarray, images), paths)
+                new_images, new_paths = [Image.fromarray(images[i]) for i in missing], [paths[i] for i in missing]
+                saving = pool.map(save_image, new_images, new_paths)
                 # Only the main process shows a bar; assume that the others are about as far.
-                bar.update(min(len(rows) * state.num_processes, bar.total - bar.n))
+                bar.update(min(len(missing) * state.num_processes, bar.total - bar.n))
                 bar.set_postfix_str(f"batches of {batch_size}")
             list(saving)
 
     try:
-        with tqdm(total=len(todo), unit="image", desc="sampling", disable=not state.is_main_process) as bar:
+        options = {"total": len(samples), "initial": num_done, "unit": "image", "disable": not state.is_main_process}
+        with tqdm(desc="sampling", **options) as bar:
             draw_missing(bar)
     except (FloatingPointError, MemoryError) as error:
         fail(error)
@@ -528,14 +532,12 @@ def main(args):
     identity = settings | {"prompt_template": template, "dtype": str(pipeline.dtype), "weights": weights}
     with state.main_process_first():
         check_output_dir(args.output_dir, identity, samples)
-    todo = samples[[not (args.output_dir / name).is_file() for name in samples["file_name"]]]
-    # All processes must list the missing images before one writes any, or their shares would overlap.
-    state.wait_for_everyone()
+    num_done = sum((args.output_dir / name).is_file() for name in samples["file_name"])
     if state.is_main_process:
         plan = f"{len(samples):,} images of {samples['prompt'].nunique():,} prompts at {resolution}x{resolution}"
-        print(f"{plan} to {args.output_dir}, {len(samples) - len(todo):,} of them already there", flush=True)
-    if len(todo):
-        sample(args, pipeline, todo, resolution, state)
+        print(f"{plan} to {args.output_dir}, {num_done:,} of them already there", flush=True)
+    if num_done < len(samples):
+        sample(args, pipeline, samples, num_done, resolution, state)
     state.wait_for_everyone()
     if state.is_main_process:
         for leftover in args.output_dir.rglob(".*.tmp"):

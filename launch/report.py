@@ -91,7 +91,9 @@ SHARED = {
     "resize_mode pool arguments.uncertain",
     "downstream": "draws_id settings.test settings.labels settings.num_train_images settings.arch settings.weights "
     "settings.resolution settings.num_train_epochs settings.learning_rate settings.train_batch_size "
-    "settings.num_seeds settings.uncertain settings.shuffle_labels settings.weights_sha256",
+    "settings.weight_decay settings.patience settings.rotation settings.translation settings.scale "
+    "settings.brightness settings.horizontal_flip settings.mixed_precision settings.num_val_images "
+    "settings.source_resolution settings.num_seeds settings.uncertain settings.shuffle_labels settings.weights_sha256",
 }
 
 # Table 2: positives in the order of CONDITIONS.
@@ -236,8 +238,10 @@ def read_study(folder, rows):
         path = folder / "samples" / row / "metadata.csv"
         if path.is_file():
             table = tables[row] = pd.read_csv(path, dtype=str, keep_default_na=False)
-            columns = {name: ", ".join(table[name].unique()) for name in SHARED["samples"].split() if name in table}
-            parts["samples"][row] = ResultFile({"number": len(table)} | columns)
+            settings = {name: ", ".join(table[name].unique()) for name in SHARED["samples"].split() if name in table}
+            if path.with_name("sampling.json").is_file():
+                settings |= json.loads(path.with_name("sampling.json").read_text(encoding="utf-8"))
+            parts["samples"][row] = ResultFile(settings | {"number": len(table)})
     for row, run in parts["runs"].items():
         if run.exists and run.info["method"] != row:
             fail(f"{folder / 'runs' / row} is a run of {run.info['method']}; name run folders after their method")

@@ -241,6 +241,11 @@ def test_rows_that_differ_in_more_than_the_strategy_are_said(study):
     change(study / "runs/dora/training_summary.json", lambda info, rows: info.update(edit))
     told = re.search('class="warnings".*?</div>', make(study)[0])[0]
     assert "trainings differ in steps 200 (U-Net, LoRA) and 1,000 (DoRA)." in told and "by seeds 0 and 7" in told
+    for row, template in (("lora", "An X-ray with {}"), ("dora", "{} on an X-ray")):
+        write_samples(study / "samples" / row)
+        (study / "samples" / row / "sampling.json").write_text(json.dumps({"prompt_template": template}))
+    differing = "samples differ in prompt_template An X-ray with {} (LoRA) and {} on an X-ray (DoRA)."
+    assert differing in make(study)[0]
 
 
 def test_what_is_missing_is_named_in_one_line_or_leaves_empty_cells(study):

@@ -227,6 +227,16 @@ def test_killed_and_restarted_it_makes_every_image_once(processes, whole, tmp_pa
     assert [path.name for path in tmp_path.rglob(".*")] == [".contact_sheets"]
 
 
+def test_missing_images_are_drawn_in_the_batch_that_they_were_in(tmp_path):
+    job = [*LABELS, 5, "--batch_size", 4]
+    run(tmp_path, *job)
+    images = pixels(tmp_path)
+    for name in [*images][1::4]:
+        (tmp_path / name).unlink()
+    run(tmp_path, *job)
+    assert len(images) == 10 and difference(images, pixels(tmp_path)) == 0
+
+
 def test_metadata_is_an_image_table_and_an_imagefolder(whole, tmp_path):
     folder, table, _ = whole
     settings = {"model": str(BASE), "seed": 0, "guidance_scale": 7.5, "num_inference_steps": 3}
