@@ -57,6 +57,7 @@ from scipy import stats
 from sklearn.metrics import ConfusionMatrixDisplay, pairwise_distances_argmin_min
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 from torchvision.models import get_model
 from tqdm.auto import tqdm
 from vendi_score.vendi import score_dual
@@ -796,8 +797,14 @@ def prdc(real, other):
 
 def vendi(real, other):
     """Return the Vendi score of `other` (Friedman and Dieng, 2022, arXiv 2210.02410) and its ratio to `real`'s."""
-    score_real, score_other = (float(score_dual(features.astype(np.float64))) for features in (real, other))
-    return score_other, score_other / score_real
+    scores = []
+    for features in (real, other):
+        rows = normalize(features.astype(np.float64))
+        n, dim = rows.shape
+        if n < dim:  # XXᵀ / n has the eigenvalues of XᵀX / n, and is smaller
+            rows = rows.T * math.sqrt(dim / n)
+        scores.append(float(score_dual(rows, normalize=False)))
+    return scores[1], scores[1] / scores[0]
 
 
 class SetMetric(NamedTuple):
