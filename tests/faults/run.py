@@ -55,7 +55,7 @@ def start(command, **options):
 
 def prepare(folder, jobs):
     """Make what the jobs start from: phantoms and, for the evaluations, samples and a classifier."""
-    size = "--images_per_label 12 --num_inference_steps 3 --resolution 64"
+    size = "--images_per_label 24 --num_inference_steps 3 --resolution 64"
     training = f"--train_on real {CLASSIFIER} --num_train_epochs 2 --num_seeds 1"
     commands = [
         f"launch/demo/make_phantoms.py --num_patients 60 --output_dir {folder}/phantoms",
