@@ -904,6 +904,7 @@ def plot_training(losses, first_seed, path):
     for seed, of_seed in enumerate(losses, first_seed):
         epochs, best = range(1, len(of_seed) + 1), int(np.argmin(of_seed))
         axis.plot(epochs, of_seed, label=f"seed {seed}", marker="o", markevery=[best])
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
     save_figure(figure, path)
 
