@@ -27,6 +27,7 @@ import os
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -293,6 +294,11 @@ def choose_rows(table, rows, count, seed):
     return np.sort(rows[np.argsort(keys, kind="stable")[:count]])
 
 
+def label_combinations(table, labels, uncertain):
+    """Return a number for each row that stands for the labels it has, 0 for none."""
+    return positive_labels(table, labels, uncertain).to_numpy() @ (1 << np.arange(len(labels)))
+
+
 def label_rows(table, labels, args):
     """Return the positions of each label's rows, at most --max_per_label each."""
     positive = positive_labels(table, labels, args.uncertain)
@@ -364,6 +370,16 @@ def plan_evaluation(args, accelerator):
     repeated = {name: table["image"].duplicated().sum() for name, table in tables.items()}
     tables = {name: merge_duplicates(table, "image") for name, table in tables.items()}
     counts = count_rows("test", tables["real"], args.uncertain)
+    if labels:
+        prompted = label_combinations(tables["synthetic"], labels, args.uncertain)
+        codes = label_combinations(tables["real"], labels, args.uncertain)
+        unmatched = (codes > 0) & ~np.isin(codes, prompted)
+        if unmatched.any():
+            text = f"{unmatched.sum():,} of {(codes > 0).sum():,} images have labels that no generated image combines"
+            if prompted.any() and unmatched.sum() == (codes > 0).sum():
+                fail(f"real images: {text}; draw the real combinations with sample.py --like_csv")
+            notes.append(f"real: {text}, and are left out")
+        tables["real"] = tables["real"][~unmatched]
     # Drop what is not scored before reading and hashing files.
     for name, table in tables.items():
         if labels and name != "train":
@@ -408,11 +424,16 @@ class Sample(NamedTuple):
 
 @dataclass
 class Source:
-    """A set of images, the rows scored for each label and for "all", and the networks' outputs for each image."""
+    """A set of images, and the networks' outputs for each.
+
+    `rows_of` has the rows of each label; `pool`, for each label and "all", those that are compared as sets.
+    """
 
     name: str
     table: pd.DataFrame
     rows_of: dict
+    codes: np.ndarray = None  # (n,), of label_combinations
+    pool: dict = None
     features: np.ndarray = None  # (n, d) float32
     probabilities: np.ndarray = None  # (n, heads) float32
     colour: np.ndarray = None  # (n, 1), grey levels
@@ -423,29 +444,40 @@ class Source:
         return self.table["patient"].to_numpy()
 
     def sample(self, label):
-        return Sample(self.features, self.patients).take(self.rows_of[label])
+        return Sample(self.features, self.patients).take(self.pool[label])
+
+    def choose_combinations(self, rows, counts, seed):
+        """Return at most `counts[code]` of the rows with each combination of labels."""
+        groups = [choose_rows(self.table, rows[self.codes[rows] == code], counts[code], seed) for code in counts]
+        return np.sort(np.concatenate([rows[:0], *groups]))
 
 
 def make_sources(plan, args):
     """Return the Sources by name, without features.
 
-    For "all", each takes as many images of a label as the smaller of the real and the synthetic set has, so that FID
-    does not depend on the mix of labels. Without labels, "all" is the whole table.
+    Real images with several findings differ from images of each finding alone. So the pools take as many images of
+    each combination of labels as the smaller of the real and the synthetic set has. Without labels, "all" is the whole
+    table. Training images have no pool.
     """
-    sources = {name: Source(name, t, label_rows(t, plan.labels, args)) for name, t in plan.tables.items()}
-    counts = {label: min(len(sources[name].rows_of[label]) for name in ("real", "synthetic")) for label in plan.labels}
+    sources = {}
+    for name, table in plan.tables.items():
+        codes = label_combinations(table, plan.labels, args.uncertain)
+        sources[name] = Source(name, table, label_rows(table, plan.labels, args), codes)
+    counts = Counter(sources["real"].codes) & Counter(sources["synthetic"].codes)
+    unmatched = (~np.isin(sources["synthetic"].codes, list(counts))).sum()
+    if unmatched:
+        text = "have a combination of labels that no real image has: FID and the like leave them out"
+        plan.warnings.append(f"synthetic: {unmatched:,} of {len(sources['synthetic'].codes):,} images {text}")
     for name, source in sources.items():
+        if name == "train":
+            continue
         fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
-        if fewer and name not in ("train", "through the VAE"):
+        if fewer and name != "through the VAE":
             plan.warnings.append(f"{name}: fewer images than --max_per_label: {', '.join(fewer)}")
-        if not plan.labels:
-            rows = np.arange(len(source.table))
-        elif name == "train":
-            rows = np.flatnonzero(positive_labels(source.table, plan.labels, args.uncertain).any(axis=1))
-        else:
-            chosen = [choose_rows(source.table, source.rows_of[x], counts[x], args.seed) for x in plan.labels]
-            rows = np.concatenate(chosen)
-        source.rows_of["all"] = rows if args.pool == "paper" else np.unique(rows)
+        matched = source.choose_combinations(np.arange(len(source.table)), counts, args.seed)
+        source.pool = {label: np.intersect1d(rows, matched) for label, rows in source.rows_of.items()}
+        rows = np.concatenate(list(source.pool.values())) if plan.labels else matched
+        source.pool["all"] = rows if args.pool == "paper" else np.unique(rows)
     return sources
 
 
@@ -1031,11 +1063,7 @@ def weighted_auroc(scores, rows, other_rows):
 
 def add_consistency(results, source, heads, uncertain):
     """Add how often each head fires (probability above 0.5) for each label, and how well it separates the labels."""
-    labels = [label for label in source.rows_of if label != "all"]
-    # Generated images count only if their prompt names a single label.
-    counted = positive_labels(source.table, LABELS, "ignore").sum(axis=1).to_numpy() == 1
-    counted |= source.name in ("real", "through the VAE")
-    rows_of = {label: source.rows_of[label][counted[source.rows_of[label]]] for label in labels}
+    rows_of, labels = source.rows_of, list(source.rows_of)
     may_have = positive_labels(source.table, labels, "zeros" if uncertain == "zeros" else "ones")
     scores = {head: source.probabilities[:, i] for i, head in enumerate(heads)}
     fires = {head: scores[head] > 0.5 for head in heads}
@@ -1108,28 +1136,28 @@ def nearer_to_training(generated, seen, unseen, patients):
 
 
 def add_memorisation(results, generated, real, train, args):
-    """Add whether generated images are nearer to training images than to the same number of unseen patients' images.
+    """Add whether generated images are nearer to training images than to unseen patients' images with the same labels.
 
     Compare by cosine similarity of features, and of centred thumbnails, since features can miss a copy. Return the
     nearest training rows and similarities, by kind, for plot_pairs.
     """
     note = "pass --train_csv"
-    seen, unseen, n = [], [], len(generated.table)
+    counts, n = Counter(), len(generated.table)
     if train:
-        seen, unseen = train.rows_of["all"], np.flatnonzero(~real.table["patient"].isin(train.patients))
-        note = "no training image has one of the labels" if len(unseen) else "all real images are of training patients"
-    count = min(len(seen), len(unseen))
-    if not count:
+        unseen = np.flatnonzero(~real.table["patient"].isin(train.patients))
+        counts = Counter(train.codes) & Counter(real.codes[unseen])
+        note = "no training image has the labels of a real image of another patient"
+    if not counts:
         for metric in ("nearer_train", "suspects", "nearer_train_pixels", "suspects_pixels"):
             results.add(f"memorisation_{metric}", None, note=note)
         return {}
-    seen = seen[shuffle_patients(train.patients[seen], args.seed, "seen")[:count]]
-    unseen = unseen[shuffle_patients(real.patients[unseen], args.seed, "unseen")[:count]]
+    seen = train.choose_combinations(np.arange(len(train.table)), counts, args.seed)
+    unseen = real.choose_combinations(unseen, counts, args.seed)
     patients, pairs = (train.patients[seen], real.patients[unseen]), {}
     for kind, suffix in (("features", ""), ("thumbnails", "_pixels")):
         ours, trained, others = (getattr(source, kind) for source in (generated, train, real))
         share, draws = nearer_to_training(ours, trained[seen], others[unseen], patients)
-        row = {"floor": 0.5, "note": f"{count:,} training images against {count:,} of other patients"}
+        row = {"floor": 0.5, "note": f"{len(seen):,} training images against as many of other patients"}
         results.add(f"memorisation_nearer_train{suffix}", share, draws=draws, n=n, **row)
         pairs[kind], (_, unseen_cosine) = nearest(ours, trained), nearest(others[unseen], trained)
         # A percentile of patients below the maximum: a single duplicate among the unseen would hide all copies.
@@ -1156,7 +1184,7 @@ def score_sources(sources, labels, heads, args):
             results[name] = Results(rows, draws, suffix, weights)
             add_consistency(results[name], sources[name], heads, args.uncertain)
             add_colour(results[name], sources[name])
-    n = {label: min(len(sources[name].rows_of[label]) for name in ("real", "synthetic")) for label in ["all", *labels]}
+    n = {label: min(len(sources[name].pool[label]) for name in ("real", "synthetic")) for label in ["all", *labels]}
     halves = [half_splits(real.sample(label), n[label], args)[1] for label in n]
     common = min([half for half in halves if half > 1], default=0)
     compared = [name for name in results if name != "real"]
@@ -1204,7 +1232,7 @@ def feature_warnings(sources):
     """Return warnings that weaken the set metrics: features that hardly vary, or too few images."""
     features, notes = sources["real"].features.astype(np.float64), []
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
-    n, dim = min(len(rows) for x in ("real", "synthetic") for rows in sources[x].rows_of.values()), features.shape[1]
+    n, dim = min(filter(None, map(len, sources["real"].pool.values())), default=0), features.shape[1]
     if spread < 0.01:
         notes.append(f"the features hardly vary among real images ({spread:.1g} of their mean): FID says little")
     if n < 10 * dim:
@@ -1217,7 +1245,7 @@ def identify(args, plan, sources, features, classifier, vae):
     """Return what was compared, and how. Leave out times, so that the same command writes the same file."""
     images = {}
     for name, source in sources.items():
-        images[name] = {label: len(rows) for label, rows in source.rows_of.items()}
+        images[name] = {label: len(rows) for label, rows in (source.pool or source.rows_of).items()}
         images[name]["fingerprint"] = hashlib.sha256("".join(source.table["hash"]).encode()).hexdigest()
     judge = {"source": args.classifier or args.features, "fingerprint": classifier.key, "labels": classifier.labels}
     if isinstance(classifier, ClassifierNetwork):
@@ -1245,7 +1273,8 @@ def write_results(args, plan, sources, identity, results, pairs):
     output_dir.mkdir(parents=True, exist_ok=True)
     n = {label: results.find("fid", label, "n") for label in ["all", *plan.labels]}
     # Runs with the same draws_id can be compared draw by draw.
-    shared = [args.seed, args.num_subsamples, BOOTSTRAP_DRAWS, n, [*real.table["name"]], [*real.patients]]
+    pool = [real.table["name"].iloc[rows].tolist() for rows in real.pool.values()]
+    shared = [args.seed, args.num_subsamples, BOOTSTRAP_DRAWS, n, pool, [*real.table["name"]], [*real.patients]]
     draws_id = hashlib.sha256(json.dumps(shared).encode()).hexdigest()
     save_file(results.draws, output_dir / "generation_draws.safetensors", {"draws_id": draws_id})
     for picture in ("consistency.png", "nearest_neighbours.png"):

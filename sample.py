@@ -96,7 +96,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("prompts").add_argument
     flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="one prompt each (default: the paper's six)")
-    flag("--images_per_label", type=int, default=5000, help="images per label")
+    flag("--images_per_label", type=int, help="images per label (default: 5000)")
     flag("--like_csv", help="instead of --labels: an image per frontal row with a finding in this table")
     flag("--split", choices=["train", "val", "test", "all"], default="all", help="patients of --like_csv to use")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
@@ -117,8 +117,8 @@ def parse_args(argv=None):
     for name in ("images_per_label", "num_images", "num_inference_steps", "resolution", "batch_size"):
         if getattr(args, name) not in (None, "auto") and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if args.labels and args.like_csv:
-        parser.error("pass either --labels or --like_csv")
+    if args.like_csv and (args.labels or args.images_per_label):
+        parser.error("pass either --labels and --images_per_label, or --like_csv and --num_images")
     if args.num_images and not args.like_csv:
         parser.error("--num_images needs --like_csv; with --labels, use --images_per_label")
     if args.like_csv and not os.path.isfile(args.like_csv):
@@ -245,7 +245,7 @@ def plan_samples(args, template):
             positive = positive.sample(n=args.num_images, random_state=args.seed % 2**32)
         combinations = [tuple(positive.columns[row]) for row in positive.to_numpy()]
     else:
-        combinations = [(label,) for label in args.labels or CONDITIONS for _ in range(args.images_per_label)]
+        combinations = [(label,) for label in args.labels or CONDITIONS for _ in range(args.images_per_label or 5000)]
     rows, counts = [], Counter()
     for labels in combinations:
         name = f"{'+'.join(labels).lower().replace(' ', '_')}/{counts[labels]:06d}.png"

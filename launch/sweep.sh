@@ -51,7 +51,11 @@ BUDGET=${BUDGET:-equal}
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}
 BATCH=${BATCH:-4}
 
-SAMPLE_FLAGS=(${SAMPLE_FLAGS:---images_per_label 5000 --num_inference_steps 50 --guidance_scale 7.5})
+# labels: as many images of each label alone, as in the paper; FID then leaves out real images with several of them.
+# like_test: the combinations of findings of the test images, so that all of these are compared.
+SAMPLING=${SAMPLING:-labels}
+[ "$SAMPLING" = like_test ] && number="--num_images 30000" || number="--images_per_label 5000"
+SAMPLE_FLAGS=(${SAMPLE_FLAGS:-$number --num_inference_steps 50 --guidance_scale 7.5})
 EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
 REPORT_TITLE=${REPORT_TITLE:-}
@@ -75,6 +79,7 @@ done
 [ -z "$VALIDATION_CSV" ] || [ -n "$TEST_CSV" ] ||
   refuse "VALIDATION_CSV is set and TEST_CSV is not; set both, for three ready-made tables, or neither"
 [[ $BUDGET == equal || $BUDGET == authors ]] || refuse "BUDGET=$BUDGET is neither equal nor authors"
+[[ $SAMPLING == labels || $SAMPLING == like_test ]] || refuse "SAMPLING=$SAMPLING is neither labels nor like_test"
 ((GLOBAL_BATCH % (BATCH * PROCESSES) == 0)) ||
   refuse "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
 for flag in "$@"; do
@@ -91,11 +96,14 @@ if [ -n "$TEST_CSV" ]; then
   training_data=(--data_csv "$TRAIN_CSV" --validation_csv "$VALIDATION_CSV")
   generation_data=(--real_csv "$TEST_CSV" --real_split all --train_csv "$TRAIN_CSV" --train_split all)
   downstream_data=(--real_csv "$TRAIN_CSV" --validation_csv "$VALIDATION_CSV" --test_csv "$TEST_CSV")
+  prompts=(--like_csv "$TEST_CSV")
 else
   training_data=(--data_csv "$TRAIN_CSV")
   generation_data=(--real_csv "$TRAIN_CSV" --train_csv "$TRAIN_CSV")
   downstream_data=(--real_csv "$TRAIN_CSV")
+  prompts=(--like_csv "$TRAIN_CSV" --split test --split_seed "$SPLIT_SEED")
 fi
+[ "$SAMPLING" = like_test ] && prompts+=(--uncertain "$UNCERTAIN") || prompts=(--labels "${LABELS[@]}")
 shared=(--split_seed "$SPLIT_SEED" --uncertain "$UNCERTAIN" --resize_mode "$RESIZE_MODE")
 [ -z "$IMAGE_ROOT" ] || shared+=(--image_root "$IMAGE_ROOT")
 
@@ -128,7 +136,7 @@ train() { # row, further flags
 }
 
 sample() { # model, name
-  $LAUNCH sample.py --model "$1" --labels "${LABELS[@]}" --prompt_template "$PROMPT_TEMPLATE" \
+  $LAUNCH sample.py --model "$1" "${prompts[@]}" --prompt_template "$PROMPT_TEMPLATE" \
     --resolution "$RESOLUTION" "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2"
 }
 

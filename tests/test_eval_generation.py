@@ -241,7 +241,7 @@ def test_intervals_of_set_metrics_have_the_width_of_repeated_experiments(monkeyp
 
 
 def test_class_consistency_on_known_heads():
-    """Four prompts for Edema, four for No Finding, and one that names two findings and counts for neither alone."""
+    """Four prompts for Edema, four for No Finding, and one that names two findings."""
     marks = {"Edema": [1, 1, 1, 1, 0, 0, 0, 0, 1], "No Finding": [0, 0, 0, 0, 1, 1, 1, 1, 0]}
     table = pd.DataFrame(marks | {"Cardiomegaly": [0] * 8 + [1], "patient": list("abcdefghi")})
     edema, normal = [0.9, 0.8, 0.45, 0.1, 0.7, 0.2, 0.2, 0.2, 0.9], [0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.9, 0.1, 0.1]
@@ -250,9 +250,9 @@ def test_class_consistency_on_known_heads():
     source = evaluation.Source("synthetic", table, rows_of, probabilities=heads)
     results = evaluation.Results([], {}, "", evaluation.patient_weights(source.patients, range(51)))
     evaluation.add_consistency(results, source, ["Edema", "Cardiomegaly", "No Finding"], "ignore")
-    expected = {"class_consistency/Edema": 0.5, "class_consistency/No Finding": 0.75, "class_consistency/all": 0.625}
-    expected |= {"class_consistency_margin/Edema": 0.25, "class_consistency_auroc/Edema": 11 / 16}
-    expected |= {"fires/Edema -> No Finding": 0.25}
+    expected = {"class_consistency/Edema": 0.6, "class_consistency/No Finding": 0.75, "class_consistency/all": 0.675}
+    expected |= {"class_consistency_margin/Edema": 0.35, "class_consistency_auroc/Edema": 15 / 20}
+    expected |= {"fires/Edema -> No Finding": 0.2}
     assert {key: results.find(*key.split("/")) for key in expected} == pytest.approx(expected)
     draws = [results.draws[f"class_consistency/{label}"] for label in LABELS]
     assert np.array_equal(results.draws["class_consistency/all"], np.mean(draws, axis=0))
@@ -376,10 +376,26 @@ def test_what_cannot_be_computed_is_null_with_a_note(run):
     notes |= {"class_consistency/Cardiomegaly": "no such image", "memorisation_nearer_train/all": "pass --train_csv"}
     for key, note in notes.items():
         assert find(summary, *key.split("/")) is None and note in find(summary, *key.split("/"), "note")
-    # As many images of a label as the side with fewer has.
-    real, synthetic = summary["images"]["real"], summary["images"]["synthetic"]
-    assert real["all"] == synthetic["Edema"] < real["Edema"]
     assert any("is below 10 times the 512 features" in note for note in summary["warnings"])
+
+
+def test_pools_have_as_many_images_of_each_combination_of_labels(run, tmp_path, samples):
+    """Of Edema alone three, of both 20, which no real image has, and of neither two."""
+    frame = pd.DataFrame({"Edema": [1] * 23 + [0] * 2, "No Finding": [0] * 3 + [1] * 20 + [0] * 2})
+    paths = pd.read_csv(samples / "metadata.csv")["file_name"][: len(frame)]
+    frame = frame.assign(file_name=[samples / path for path in paths])
+    frame.to_csv(tmp_path / "made.csv", index=False)
+    flags = [f"--synthetic={tmp_path / 'made.csv'}", "--resolution=64", "--labels", "Edema", "No Finding"]
+    table = evaluation.load_split(str(real_csv()), None, "test", 0)
+    edema, normal = (table["Edema"] == 1).sum(), (table["No Finding"] == 1).sum()
+    assert edema > 3
+    found = run("e", *flags)
+    assert found["images"]["real"] | {"fingerprint": 0} == {"Edema": 3, "No Finding": 0, "all": 3, "fingerprint": 0}
+    assert found["images"]["synthetic"]["all"] == 3 and find(found, "class_consistency", "No Finding", "n") == 20
+    assert f"real: {normal} of {edema + normal} images have labels" in found["warnings"][1]
+    assert any("synthetic: 20 of 23 images have a combination" in note for note in found["warnings"])
+    frame.assign(**dict.fromkeys(LABELS, 1)).to_csv(tmp_path / "made.csv", index=False)
+    run("refused", *flags[:2], "--labels", "No Finding", "Edema", error="draw the real combinations with sample.py")
 
 
 def test_an_interrupted_pass_goes_on(run, tmp_path, monkeypatch):

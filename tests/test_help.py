@@ -29,7 +29,7 @@ CONTRACT = {
         vae_recon_weight=1.0 vae_anchor_weight=1.0""",
     "train_peft": f"{TRAINING} method rank=8 lora_alpha=16 lora_dropout=0.0 learning_rate=0.0001 save_merged",
     "sample": """
-        model labels like_csv images_per_label=5000 num_images num_inference_steps=50 guidance_scale=7.5 scheduler
+        model labels like_csv images_per_label num_images num_inference_steps=50 guidance_scale=7.5 scheduler
         resolution batch_size=auto seed=0 output_dir split=all split_seed=0 uncertain=ignore prompt_template""",
     "eval_generation": """
         synthetic real_csv image_root real_split=test train_csv train_split=train split_seed=0 uncertain=ignore
