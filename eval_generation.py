@@ -1163,10 +1163,13 @@ def add_memorisation(results, generated, real, train, args):
         # A percentile of patients below the maximum: a single duplicate among the unseen would hide all copies.
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
         limit = math.floor(0.999 * (len(by_patient) - 1))
+        # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.
+        groups = train.patients[pairs[kind][0]]
         suspects = weighted_mean(pairs[kind][1] > by_patient[limit], np.arange(n))
+        share, *draws = suspects(patient_weights(groups, range(1 + BOOTSTRAP_DRAWS)))
         row = {"floor": (len(by_patient) - limit) / (len(by_patient) + 1)}
         row["note"] = f"nearer to a training image than {limit + 1:,} of {len(by_patient):,} unseen patients are"
-        results.add_image_metric(f"memorisation_suspects{suffix}", suspects, units=n, n=n, **row)
+        results.add(f"memorisation_suspects{suffix}", share, draws=draws, units=len(set(groups)), n=n, **row)
     return pairs
 
 

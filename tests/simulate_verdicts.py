@@ -1,0 +1,221 @@
+"""Check intervals, verdicts and floors on simulated features whose truth is known (about an hour on one core).
+
+    python tests/simulate_verdicts.py
+    python tests/simulate_verdicts.py memorisation --runs 100
+
+differences   Two strategies against the same real images: how often the interval of their difference covers the truth,
+              and how often a difference is seen, by pairs and by intervals that do not overlap.
+memorisation  Generators that copy nothing, a fifth or a half: how often each metric raises an alarm.
+perfect       Real images of other patients as generated ones: how often their FID is within the floor's interval.
+
+Exits with status 1 if a share is out of its bounds.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+
+import report
+
+import eval_generation as evaluation
+
+ARGS = evaluation.parse_args(["--synthetic", __file__, "--real_csv", __file__])
+ALL_METRICS = evaluation.set_metrics
+failures = []
+
+
+def check(text, share, low=0.0, high=1.0):
+    print(f"{text:<100} {100 * share:5.1f} %", flush=True)
+    if not low <= share <= high:
+        failures.append(f"{text}: {share:.3f} is not within {low} and {high}")
+
+
+def evaluate(sources, *names):
+    """Return the Results of some set metrics for "all"."""
+    results = evaluation.Results([], {}, "", None)
+    evaluation.set_metrics = lambda seed: [metric for metric in ALL_METRICS(seed) if metric.names[0] in names]
+    evaluation.add_set_metrics(results, *sources, "all", 0, ARGS)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differences
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare_strategies(generator, n, dim, fids, names):
+    """Return the difference of two strategies, (difference, low, high, p, draws), by metric, and if they overlap.
+
+    The generated images differ from the real ones in the mean of one feature, so FID is the square of that.
+    """
+    scales, results = np.arange(1, dim + 1) ** -0.5, []
+    sets = [0.5 + scales * generator.standard_normal((n, dim)) for _ in range(3)]
+    for images, fid in zip(sets[1:], fids):
+        images[:, 0] += fid**0.5
+        samples = [evaluation.Sample(features, np.arange(n).astype(str)) for features in (sets[0], images)]
+        results.append(evaluate(samples, *names))
+    differences = {}
+    for key in results[0].draws:
+        name = key.removesuffix("/all")
+        values = [found.find(name) for found in results]
+        differences[name] = report.compare_draws(*values, *(found.draws[key] for found in results))
+    (low, high), (other_low, other_high) = ([r.find("fid", "all", end) for end in ("low", "high")] for r in results)
+    return differences, low <= other_high and other_low <= high
+
+
+def compare_aurocs(generator, shifts, n=400):
+    """Return the difference in AUROC of two strategies whose scores of positives are shifted."""
+    rows, found = np.arange(n), []
+    weights = evaluation.patient_weights(rows.astype(str), range(1 + evaluation.BOOTSTRAP_DRAWS))
+    for shift in shifts:
+        scores = generator.standard_normal(n) + shift * (rows < n // 2)
+        found.append(evaluation.weighted_auroc(scores, rows[: n // 2], rows[n // 2 :])(weights))
+    return report.compare_draws(found[0][0], found[1][0], found[0][1:], found[1][1:])
+
+
+def simulate_differences(runs):
+    generator, base, evaluation.KID_SUBSETS = np.random.default_rng(0), 1.5, 10
+    # A strategy's FID of n images has a standard error of sqrt(4 FID / n); that of the difference is sqrt(2) times it.
+    error = (8 * base / 5000) ** 0.5
+    for gap in (0.0, 2 * error, 0.157):
+        text, found, overlaps = f"FID {base + gap:.3f} against {base}", defaultdict(list), []
+        for _ in tqdm(range(runs), text, leave=False):
+            differences, overlap = compare_strategies(generator, 5000, 32, (base + gap, base), ["fid"])
+            found["fid"].append(differences["fid"])
+            overlaps.append(overlap)
+        pairs = np.array(found["fid"])
+        covered = ((pairs[:, 1] <= gap) & (gap <= pairs[:, 2])).mean()
+        check(f"{text}: interval of the difference covers it", covered, 0.93, 0.97)
+        check(f"{text}: seen by pairs", (pairs[:, 3] < report.ALPHA).mean(), 0.7 if gap == 0.157 else 0.0)
+        check(f"{text}: seen by intervals that do not overlap", 1 - np.mean(overlaps))
+    for shift in (0.0, 0.3):
+        found = defaultdict(list)
+        for _ in tqdm(range(runs), "other metrics", leave=False):
+            names = ["fid", "kid", "precision", "vendi"]
+            differences, _ = compare_strategies(generator, 500, 16, (0.5 + shift, 0.5), names)
+            differences["class_consistency_auroc"] = compare_aurocs(generator, (0.5 + shift, 0.5))
+            for name, difference in differences.items():
+                found[name].append(difference)
+        for name, pairs in found.items():
+            difference, low, high = np.array(pairs)[:, :3].T
+            covered = ((low <= difference.mean()) & (difference.mean() <= high)).mean()
+            check(f"difference in {name} of {difference.mean():+.3f}, n = 500, 16 features: interval covers", covered)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memorisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_source(name, features, patients, labels=None):
+    table = pd.DataFrame({"name": [f"{name}{i:06d}" for i in range(len(features))], "patient": patients})
+    source = evaluation.Source(name, table if labels is None else table.join(labels), {}, np.zeros(len(table), int))
+    source.features = source.thumbnails = features
+    return source
+
+
+def make_radiographs(generator, patients, spread=1.8):
+    """Return features, (2 * patients, 16), and patients of two images each; a twentieth are near the centre (hubs)."""
+    centres = generator.standard_normal((patients, 16)) * np.where(generator.random((patients, 1)) < 0.05, 0.5, spread)
+    features = np.repeat(centres, 2, axis=0) + 0.6 * generator.standard_normal((2 * patients, 16))
+    return 2 + features, np.repeat([f"{generator.integers(1 << 62)}" for _ in range(patients)], 2)
+
+
+def memorisation_alarms(generator, variety, copied, duplicates):
+    """Return whether each metric raises an alarm for 300 generated images, a share of them copies."""
+    seen, unseen, other = (make_radiographs(generator, patients) for patients in (150, 150, 300))
+    if variety != "full":  # images like those of half as many patients, or of ten
+        chosen = generator.integers(300 if variety == "half" else 20, size=300)
+        other = (other[0][chosen] + 0.3 * generator.standard_normal((300, 16)), other[1])
+    generated = other[0][:300].copy()
+    count = round(copied * 300)
+    generated[:count] = seen[0][generator.integers(300, size=count)] + 0.05 * generator.standard_normal((count, 16))
+    unseen[0][:duplicates] = seen[0][:duplicates]
+    real, train = make_source("real", *unseen), make_source("train", *seen)
+    source = make_source("synthetic", generated, [f"g{i}" for i in range(300)])
+    weights = evaluation.patient_weights(source.patients, range(1 + evaluation.BOOTSTRAP_DRAWS))
+    results = evaluation.Results([], {}, "", weights)
+    evaluation.add_memorisation(results, source, real, train, ARGS)
+    rows = [{**row} for row in results.rows]
+    study = SimpleNamespace(evaluations={"lora": report.ResultFile({"results": rows}), "base": report.ResultFile()})
+    suspects = bool(report.find_excess(study, "lora", "memorisation_suspects"))
+    return results.find("memorisation_nearer_train", key="low") > 0.5, suspects
+
+
+def simulate_memorisation(runs):
+    generator = np.random.default_rng(1)
+    cases = [("full", 0, 0), ("half", 0, 0), ("collapsed", 0, 0), ("full", 0.2, 0), ("full", 0.5, 0), ("full", 0.5, 1)]
+    for variety, copied, duplicates in cases:
+        text = f"{variety} variety, {copied:.0%} copies, {duplicates} training images among the unseen"
+        alarms = [memorisation_alarms(generator, variety, copied, duplicates) for _ in tqdm(range(runs), leave=False)]
+        for name, share in zip(("nearer to training", "suspected copies"), np.mean(alarms, axis=0)):
+            seen_again = copied == 0.5 and name == "suspected copies"
+            check(f"{text}: {name}", share, 0.95 if seen_again else 0.0, 1.0 if copied else 0.04)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A perfect generator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_patients(generator, name, patients, dim=16):
+    """Return a Source of one to three images a patient, whose labels occur together and shift the features."""
+    owner = np.repeat(np.arange(patients), generator.integers(1, 4, size=patients))
+    labels = evaluation.CONDITIONS[:3]
+    severity = generator.standard_normal((patients, 1))
+    present = (generator.standard_normal((patients, 3)) + severity > 0.3)[owner]
+    shifts = 1.5 * np.eye(3, dim)
+    style = 0.5 * generator.standard_normal((patients, dim))[owner]
+    features = present @ shifts + style + generator.standard_normal((len(owner), dim))
+    marks = pd.DataFrame(present.astype(float), columns=labels)
+    return make_source(name, features, [f"{name}{i}" for i in owner], marks)
+
+
+def fid_and_floor(generator, pool, alone):
+    """Return FID at n/2 of real images of other patients, and the floor's row; `alone`: with single findings."""
+    real, other = make_patients(generator, "real", 400), make_patients(generator, "synthetic", 1200)
+    labels = evaluation.CONDITIONS[:3]
+    positive = other.table[labels].sum(axis=1)
+    keep = (positive == 1 if alone else positive > 0).to_numpy()
+    table = other.table[keep].reset_index(drop=True)
+    args = SimpleNamespace(**vars(ARGS) | {"pool": pool})
+    plan = SimpleNamespace(tables={"real": real.table, "synthetic": table}, labels=labels, warnings=[])
+    sources = evaluation.make_sources(plan, args)
+    sources["real"].features, sources["synthetic"].features = real.features, other.features[keep]
+    results = evaluate([sources[name].sample("all") for name in ("real", "synthetic")], "fid_half_n")
+    floor = next(row for row in results.rows if row["metric"] == "fid_real_halves_half_n")
+    return results.find("fid_half_n"), floor
+
+
+def simulate_perfect(runs):
+    generator = np.random.default_rng(2)
+    for pool in ("unique", "paper"):
+        for alone in (False, True):
+            found = [fid_and_floor(generator, pool, alone) for _ in tqdm(range(runs), pool, leave=False)]
+            within = np.mean([floor["low"] <= fid <= floor["high"] for fid, floor in found])
+            prompts = "prompts of single findings" if alone else "the prompts' combinations"
+            check(f"perfect generator, --pool {pool}, {prompts}: FID within the floor's interval", within, 0.9)
+
+
+def main(args):
+    simulations = {"differences": 500, "memorisation": 500, "perfect": 200}
+    for name in args.what or simulations:
+        globals()[f"simulate_{name}"](args.runs or simulations[name])
+    print("\n".join(["", *failures]) if failures else "all within their bounds")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=["differences", "memorisation", "perfect"])
+    parser.add_argument("--runs", type=int, help="simulated experiments (default: 500, perfect 200)")
+    raise SystemExit(main(parser.parse_args()))
