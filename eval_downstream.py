@@ -9,12 +9,11 @@
 
     accelerate launch eval_downstream.py --synthetic samples/bitfit                        # the paper's Table 4
     accelerate launch eval_downstream.py --synthetic samples/bitfit --train_on real        # on as many real images
-    accelerate launch eval_downstream.py --synthetic samples/bitfit --reference downstream/real_bitfit  # and ratios
-    accelerate launch eval_downstream.py --train_on real                       # the classifier for eval_generation.py
+    accelerate launch eval_downstream.py --synthetic samples/bitfit --reference downstream/real_bitfit  # and the ratio
     python eval_downstream.py --classifier downstream/real/classifier --real_csv other_hospital.csv --split all
 
-Writes downstream_metrics.json, downstream_draws.safetensors (each figure in each bootstrap draw), downstream_table.md,
-plots and the classifier to --output_dir. Rerun an interrupted command to train the remaining classifiers.
+Writes downstream_metrics.json, downstream_draws.safetensors (each figure in each bootstrap draw), roc.png and, for
+eval_generation.py, the classifier to --output_dir. Rerun an interrupted command to train the remaining classifiers.
 """
 
 import argparse
@@ -41,9 +40,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 from torchvision.models import get_model
 from tqdm.auto import tqdm
@@ -61,13 +59,11 @@ DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # ImageNet's mean and standard deviation, used with all --weights.
 NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-METRICS = ["accuracy", "constant_accuracy", "accuracy_gain", "predicted_positive_rate", "balanced_accuracy"]
-METRICS += ["auroc", "auprc", "f1", "ece"]
-# Metrics reported as ratios to --reference, and what is subtracted from both first: AUROC's chance level, else 0.
-RATIOS = {"accuracy": 0.0, "balanced_accuracy": 0.0, "auroc": 0.5, "auprc": 0.0, "f1": 0.0}
+# RATES are also of labels that were not trained: they show that the answer is constant.
+RATES = ["accuracy", "constant_accuracy", "accuracy_gain", "predicted_positive_rate"]
+METRICS = [*RATES, "balanced_accuracy", "auroc", "auprc", "f1"]
 # A classifier is CONSTANT if it gives all but this fraction of the images the same answer.
 CONSTANT_RATE = 0.005
-ECE_BINS = 15
 # Tables of training, validation and test rows, labels, (source resolution, resize mode), image counts, and warnings.
 Tables = namedtuple("Tables", "train val test labels geometry counts notes")
 # Decoded images, (n, H, W) uint8, and their labels, (n, labels) float32 with NaN for masked ones.
@@ -130,7 +126,7 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="first seed, of initial weights, order and augmentation")
     flag("--num_seeds", type=int, default=3, help="number of classifiers to train, with consecutive seeds")
     flag("--bootstrap_samples", type=int, default=1000, help="draws of patients for the 95%% intervals")
-    flag("--reference", metavar="DIR", help="finished run with --train_on real; adds the ratios to its metrics")
+    flag("--reference", metavar="DIR", help="finished run with --train_on real; adds the ratio of AUROC above chance")
     flag("--output_dir", help="result folder (default: downstream/<train_on>_<name of --synthetic>)")
 
     args = parser.parse_args(argv)
@@ -149,14 +145,13 @@ def parse_args(argv=None):
     args.real_csv = args.real_csv or next(filter(os.path.isfile, DEFAULT_TABLES), None)
     if not args.real_csv and (not args.test_csv or args.train_on != "synthetic"):
         parser.error(f"found neither {' nor '.join(DEFAULT_TABLES)} in {Path.cwd()}; pass --real_csv FILE")
+    name = f"{args.train_on}_{Path(args.synthetic).stem}" if args.synthetic else args.train_on
     if args.classifier:
         name = f"{Path(args.classifier).resolve().parent.name}_on_{Path(args.test_csv or args.real_csv).stem}"
-    else:
-        if args.train_on != "real" and not args.synthetic:
-            parser.error(f"--train_on {args.train_on} needs --synthetic FOLDER, a folder that sample.py wrote")
-        if args.train_on != "synthetic" and args.split not in (None, "test") and not args.test_csv:
-            parser.error(f"--split {args.split}: these patients are trained on; leave it out or pass --test_csv")
-        name = f"{args.train_on}_{Path(args.synthetic).stem}" if args.synthetic else args.train_on
+    elif args.train_on != "real" and not args.synthetic:
+        parser.error(f"--train_on {args.train_on} needs --synthetic FOLDER, a folder that sample.py wrote")
+    elif args.train_on != "synthetic" and args.split not in (None, "test") and not args.test_csv:
+        parser.error(f"--split {args.split}: these patients are trained on; leave it out or pass --test_csv")
     args.output_dir = args.output_dir or f"downstream/{name}"
     return args
 
@@ -355,13 +350,23 @@ def load_tables(args, spec, accelerator):
     test = subset(test, args.max_test_images or len(test), args.split_seed)
     counts = {"train": len(train), "validation": len(val), "test": len(test)}
     counts |= {"test_patients": test["patient"].nunique(), "patients_in_training_and_test": shared}
-    if accelerator.is_main_process:
-        print(f"{'images':>9}  {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
-        named = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
-        print(f"{'left out':>9}  {', '.join(named) or 'nothing'}")
-        for note in notes:
-            print(f"{'warning':>9}  {note}", flush=True)
+    accelerator.print(f"{'images':>9}  {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+    named = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
+    accelerator.print(f"{'left out':>9}  {', '.join(named) or 'nothing'}")
+    for note in notes:
+        accelerator.print(f"{'warning':>9}  {note}", flush=True)
     return Tables(train, val, test, labels, geometry, counts | {"left_out": left_out}, notes)
+
+
+def read_groups(csv, test):
+    """Return {"Sex: Female": which rows of `test`, (n,) bool} from CheXpert's columns Sex, Age and AP/PA, if any."""
+    columns = ["Sex", "Age", "AP/PA"]
+    options = {"dtype": str, "encoding": "utf-8-sig", "skipinitialspace": True, "na_values": "Unknown"}
+    table = pd.read_csv(csv, usecols=lambda name: name in columns, **options).reindex(test.index, columns=columns)
+    years, ages = pd.to_numeric(table["Age"], errors="coerce"), ["0-17", "18-39", "40-59", "60-79", "80+"]
+    table["Age"] = pd.cut(years, [0, 18, 40, 60, 80, math.inf], right=False, labels=ages).astype(object)
+    groups = pd.get_dummies(table, prefix_sep=": ", columns=columns, dtype=bool)
+    return {name: inside.to_numpy() for name, inside in groups.items()}
 
 
 # Copied from train_full.load_image
@@ -565,19 +570,6 @@ def predict(accelerator, model, pixels, normalisation, batch_size=64):
     return result
 
 
-def write_tensors(tensors, path, metadata=None):
-    """Write a safetensors file to a temporary file, then rename it atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
-
-
-def read_tensors(path):
-    """Return the tensors and the metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return load_file(path), file.metadata()
-
-
 def learning_rate(peak, step, total_steps):
     """Return the rate at a step: linear warm-up over 5% of the steps, then cosine to 0 (arXiv 1608.03983, eq. 5)."""
     warmup = max(1, total_steps // 20)
@@ -620,12 +612,11 @@ def train_seed(args, accelerator, seed, images):
     folder = Path(args.output_dir) / "seeds" / f"seed-{seed}"
     done = folder / "predictions.safetensors"
     if broadcast_object_list([done.exists()])[0]:
-        tensors, metadata = read_tensors(done)
-        return tensors["test"].numpy(), json.loads(metadata["losses"])
+        tensors = load_file(done)
+        return tensors["test"].numpy(), tensors["losses"].tolist()
     if args.shuffle_labels:
         key = keyed_seed(seed, "shuffled labels")
-        targets = [np.random.default_rng(key).permutation(part.targets) for part in (train, val)]
-        train, val = Images(train.pixels, targets[0]), Images(val.pixels, targets[1])
+        train, val = (Images(x.pixels, np.random.default_rng(key).permutation(x.targets)) for x in (train, val))
     torch.manual_seed(keyed_seed(seed, "initial weights"))
     model = build_classifier(args.arch, train.targets.shape[1])
     load_initial_weights(accelerator, model, args)
@@ -650,16 +641,19 @@ def train_seed(args, accelerator, seed, images):
         losses.append(float(masked_bce(logits, torch.from_numpy(val.targets))))
         if not math.isfinite(losses[-1]):
             fail(f"seed {seed} diverged in epoch {epoch + 1}; lower --learning_rate or pass --mixed_precision no")
+        accelerator.print(f"seed {seed}, epoch {epoch + 1}: validation loss {losses[-1]:.4f}")
         if losses[-1] == min(losses):
-            best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            best = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
         if args.patience and epoch - int(np.argmin(losses)) >= args.patience:
             break
     scorer.load_state_dict(best)
     logits = predict(accelerator, scorer, test.pixels, NORMALISATION)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(best, folder / "model.safetensors")
-        write_tensors({"test": torch.from_numpy(logits)}, done, {"losses": json.dumps(losses)})
+        save_file(best, folder / "model.safetensors")
+        tensors = {"test": torch.from_numpy(logits), "losses": torch.tensor(losses, dtype=torch.float64)}
+        save_file(tensors, done.with_suffix(".tmp"))
+        os.replace(done.with_suffix(".tmp"), done)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return logits, losses
@@ -673,20 +667,19 @@ def train_seed(args, accelerator, seed, images):
 def weighted_metrics(target, probability, weights):
     """Return METRICS of one label, (draws,) each; `weights`, (draws, n), say how often each image counts.
 
-    Equal to scikit-learn's with sample_weight, for all draws at once; NaN if undefined. ECE: arXiv 1706.04599, eq. 3.
+    Equal to scikit-learn's with sample_weight, for all draws at once; NaN if undefined.
     """
-    positive, called = target == 1, probability >= 0.5
+    # In descending order, summed over images of equal probability, so that ties count half in AUROC.
+    order = np.argsort(-probability, kind="stable")
+    positive, called, weights = target[order] == 1, probability[order] >= 0.5, weights.take(order, axis=1)
+    starts = np.flatnonzero(np.diff(-probability[order], prepend=-2.0))
+    positive_by_score = np.add.reduceat(weights * positive, starts, axis=1)
+    negative_by_score = np.add.reduceat(weights * ~positive, starts, axis=1)
     indicators = np.stack([np.ones_like(positive), positive, called, called & positive], axis=1)
     total, positives, calls, hits = (weights @ indicators).T
     negatives, correct_negatives = total - positives, total - positives - calls + hits
-    # Sum over images of equal probability, in descending order, so that ties count half in AUROC.
-    order = np.argsort(-probability, kind="stable")
-    starts = np.flatnonzero(np.diff(-probability[order], prepend=-2.0))
-    positive_by_score = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
-    negative_by_score = np.add.reduceat((weights * ~positive)[:, order], starts, axis=1)
     true_positives, false_positives = positive_by_score.cumsum(axis=1), negative_by_score.cumsum(axis=1)
     below = negatives[:, None] - false_positives + negative_by_score / 2
-    bins = np.eye(ECE_BINS)[np.minimum((probability * ECE_BINS).astype(int), ECE_BINS - 1)]
     with np.errstate(invalid="ignore", divide="ignore"):
         both = np.where(positives * negatives > 0, 1.0, np.nan)
         accuracy, constant = (hits + correct_negatives) / total, np.maximum(positives, negatives) / total
@@ -700,7 +693,6 @@ def weighted_metrics(target, probability, weights):
             "auroc": (positive_by_score * below).sum(axis=1) / (positives * negatives),
             "auprc": both * (positive_by_score * precision).sum(axis=1) / positives,
             "f1": both * 2 * hits / (calls + positives),
-            "ece": np.abs((weights * (target - probability)) @ bins).sum(axis=1) / total,
         }
 
 
@@ -741,11 +733,10 @@ def score(targets, patients, probabilities, num_draws):
 
 
 def clear_untrained(figures, targets):
-    """Set AUROC, AUPRC, F1 and ECE to NaN for labels with only one class in the training images."""
-    for i, column in enumerate(targets.T):
-        if len(column) and len(np.unique(column[~np.isnan(column)])) < 2:
-            for name in ("auroc", "auprc", "f1", "ece"):
-                figures[name][i] = np.nan
+    """Set all figures but RATES to NaN for labels with only one class in the training images."""
+    untrained = [len(column) > 0 and len(np.unique(column[~np.isnan(column)])) < 2 for column in targets.T]
+    for name in figures.keys() - RATES:
+        figures[name][untrained] = np.nan
 
 
 def training_noise(num_seeds, num_draws, seed):
@@ -777,14 +768,17 @@ def write_text(path, text):
 
 
 def interval(draws, minimum=0.0, maximum=1.0):
-    """Return the 95% percentile interval of the draws that are defined, clipped to bounds."""
-    return np.nanpercentile(draws, [2.5, 97.5]).clip(minimum, maximum).tolist()
+    """Return the 95% percentile interval of the draws that are defined, clipped to bounds; two None if none is."""
+    defined = draws[~np.isnan(draws)]
+    return np.percentile(defined, [2.5, 97.5]).clip(minimum, maximum).tolist() if len(defined) else [None, None]
 
 
 def verdict(metric, low, rates):
     """Return the warning for a metric, or None; `rates` are predicted-positive rates, (labels, seeds)."""
     constant = (rates < CONSTANT_RATE) | (rates > 1 - CONSTANT_RATE)
-    if metric == "auroc" and low <= 0.5:
+    if low is None:
+        return "no interval: undefined in all draws"
+    if metric.startswith("auroc") and low <= 0.5:
         return "no better than chance"
     if metric == "accuracy_gain" and low <= 0:
         return "does not beat the constant predictor"
@@ -796,54 +790,51 @@ def verdict(metric, low, rates):
     return "CONSTANT" if constant.all() else f"constant in {constant.sum()} of {constant.size} seeds"
 
 
-def result_rows(labels, figures, noise, targets):
-    """Return rows for each label and "all" (the mean over labels), and {"metric/label": the value, then the draws}.
+def result_rows(labels, groups, figures, noise, targets):
+    """Return rows by label, "all" (the mean over labels) and group, and {"metric/label": the value, then the draws}.
 
     A draw is the mean over seeds on the drawn patients, plus a random error of that mean from `noise`.
     """
     rows, draws = [], {}
     rates, constant = (figures[name][..., 0] for name in ("predicted_positive_rate", "constant_accuracy"))
-    untested = [label for label, values in zip(labels, constant) if np.isnan(values).any()]
     known = (~np.isnan(targets)).sum(axis=0)
     counts = dict(zip(labels, known.tolist())) | {"all": len(targets)}
     positives, half = np.nansum(targets, axis=0, dtype=np.float64) / known.clip(1), np.full(len(labels), 0.5)
     # The scores of trivial predictors: always the majority class, chance, always positive.
     floors = {"accuracy": constant.mean(axis=1), "accuracy_gain": 0 * half, "balanced_accuracy": half, "auroc": half}
-    floors |= {"auprc": positives, "f1": 2 * positives / (1 + positives)}
-    for metric in METRICS:
-        values, over_seeds = figures[metric][..., 0], figures[metric].mean(axis=1)
+    floors |= {"auroc_by_group": half, "auprc": positives, "f1": 2 * positives / (1 + positives)}
+    parts = [(metric, label, figures[metric], counts[label]) for metric, label in itertools.product(METRICS, counts)]
+    parts += [("auroc_by_group", group, figures[group], int(inside.sum())) for group, inside in groups.items()]
+    for metric, label, figure, n in parts:
+        values, over_seeds = figure[..., 0], figure.mean(axis=1)
         over_seeds[:, 1:] += (values - over_seeds[:, :1]) @ noise
         defined = np.flatnonzero(~np.isnan(values).any(axis=1))
-        for label, n in counts.items():
-            chosen = [i for i in defined if label == "all" or labels[i] == label]
-            if not chosen:
-                part = "test" if label in untested else "training"
-                reason = "no label is scored" if label == "all" else f"one class only among the {part} images"
-                rows.append(result_row(metric, None, label, n=n, note=f"n/a: {reason}"))
-                continue
-            found, low, high = over_seeds[chosen].mean(axis=0), None, None
-            if metric != "ece":  # resampling biases ECE upwards
-                draws[f"{metric}/{label}"] = found
-                low, high = interval(found[1:], -1 if metric == "accuracy_gain" else 0)
-            notes = [verdict(metric, low, rates[chosen])]
-            if label == "all" and len(chosen) < len(labels):
-                notes.append(f"mean of {len(chosen)} of {len(labels)} labels")
-            floor = float(floors[metric][chosen].mean()) if metric in floors else None
-            note = "; ".join(filter(None, notes)) or None
-            rows.append(result_row(metric, float(found[0]), label, low, high, n, floor, note))
+        chosen = [i for i in defined if label not in labels or labels[i] == label]
+        if not chosen:
+            note = "n/a: one class only among the training or test images"
+            rows.append(result_row(metric, None, label, n=n, note=note))
+            continue
+        found = draws[f"{metric}/{label}"] = over_seeds[chosen].mean(axis=0)
+        low, high = interval(found[1:], -1 if metric == "accuracy_gain" else 0)
+        notes = [verdict(metric, low, rates[chosen])]
+        if label in groups or (label == "all" and len(chosen) < len(labels)):
+            notes.append(f"mean of {len(chosen)} of {len(labels)} labels")
+        floor = float(floors[metric][chosen].mean()) if metric in floors else None
+        note = "; ".join(filter(None, notes)) or None
+        rows.append(result_row(metric, float(found[0]), label, low, high, n, floor, note))
     return rows, draws
 
 
-def load_reference(args, settings, draws_id):
+def load_reference(args, settings):
     """Return the values and draws of --reference like result_rows; fail if more than its training images differs."""
     path = Path(args.reference) / "downstream_metrics.json"
     if not path.is_file():
         fail(f"--reference {args.reference}: no finished run; pass the folder of one with --train_on real")
     found = json.loads(path.read_text(encoding="utf-8"))
-    draws, metadata = read_tensors(path.with_name("downstream_draws.safetensors"))
+    draws = load_file(path.with_name("downstream_draws.safetensors"))
     may_differ = ("training", "seed", "mixed_geometry")
-    theirs = found["settings"] | {"test table or bootstrap_samples": metadata["draws_id"]}
-    ours = settings | {"train_on": "real", "test table or bootstrap_samples": draws_id}
+    theirs = found["settings"] | {"bootstrap_samples": found["arguments"]["bootstrap_samples"]}
+    ours = settings | {"train_on": "real", "bootstrap_samples": args.bootstrap_samples}
     differing = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
     if differing:
         fail(f"--reference {args.reference}: not a run with --train_on real that has the same {', '.join(differing)}")
@@ -851,62 +842,36 @@ def load_reference(args, settings, draws_id):
     return {name: np.append(values[name], tensor.numpy()) for name, tensor in draws.items()}
 
 
-def ratio_rows(labels, ours, theirs, name):
-    """Return rows and draws of the RATIOS of two runs; in each draw, both are on the same patients."""
-    rows, draws = [], {}
-    for metric, chance in RATIOS.items():
-        both = [label for label in labels if f"{metric}/{label}" in ours.keys() & theirs.keys()]
-        for label in [*labels, "all"]:
-            chosen = both if label == "all" else [label] if label in both else []
-            value, low, high, note = None, None, None, f"n/a: this run or {name} lacks the figure"
-            if chosen:
-                one, two = (np.mean([run[f"{metric}/{c}"] for c in chosen], axis=0) - chance for run in (ours, theirs))
-                note = f"n/a: the {metric} of {name} is not shown to be above {chance:g}"
-                # If the denominator may be 0, the ratio has no finite interval.
-                if interval(two[1:])[0] > 0:
-                    ratio = draws[f"{metric}_of_reference/{label}"] = one / np.maximum(two, 1e-12)
-                    value, (low, high) = float(ratio[0]), interval(ratio[1:], -np.inf, np.inf)
-                    note = f"ratio to {name}{', after subtracting 0.5 from both' if chance else ''}"
-            rows.append(result_row(f"{metric}_of_reference", value, label, low, high, note=note))
-    return rows, draws
+def add_ratio(rows, draws, labels, reference, name):
+    """Add the ratio of AUROC above chance to that of `reference`; in each draw, both are on the same patients."""
+    both = [label for label in labels if f"auroc/{label}" in draws.keys() & reference.keys()]
+    for label in [*labels, "all"]:
+        chosen = [other for other in both if label in (other, "all")]
+        value, low, high, note = None, None, None, f"n/a: this run or {name} lacks the figure"
+        if chosen:
+            one, two = (np.mean([run[f"auroc/{c}"] for c in chosen], axis=0) - 0.5 for run in (draws, reference))
+            note = f"n/a: the AUROC of {name} is not shown to be above 0.5"
+            # If the denominator may be 0, the ratio has no finite interval.
+            if (interval(two[1:])[0] or 0) > 0:
+                ratio = draws[f"auroc_of_reference/{label}"] = one / np.maximum(two, 1e-12)
+                value, (low, high) = float(ratio[0]), interval(ratio[1:], -np.inf, np.inf)
+                note = f"ratio to {name}, after subtracting 0.5 from both"
+        rows.append(result_row("auroc_of_reference", value, label, low, high, note=note))
 
 
-def save_figure(figure, path):
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-
-
-def plot_curves(labels, targets, probabilities, title, output_dir):
-    """Write roc.png and reliability.png, with a panel per label and a line per seed."""
+def plot_roc(labels, targets, probabilities, path):
+    """Plot ROC curves, with a panel per label and a line per seed."""
     rows, columns = math.ceil(len(labels) / 3), min(3, len(labels))
-    axes = {"roc": ("false positive rate", "true positive rate"), "reliability": ("probability", "positives")}
-    for name, (x, y) in axes.items():
-        figure = Figure(figsize=(3.6 * columns, 3.7 * rows + 0.4), layout="constrained")
-        figure.suptitle(title)
-        for i, label in enumerate(labels):
-            axis = figure.add_subplot(rows, columns, i + 1, title=label, xlabel=x, ylabel=y, aspect="equal")
-            axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
-            known = ~np.isnan(targets[:, i])
-            if len(np.unique(targets[known, i])) < 2:
-                continue
+    figure = Figure(figsize=(3.6 * columns, 3.7 * rows), layout="constrained")
+    for i, label in enumerate(labels):
+        axis = figure.add_subplot(rows, columns, i + 1, title=label, aspect="equal")
+        axis.set(xlabel="false positive rate", ylabel="true positive rate")
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
+        known = ~np.isnan(targets[:, i])
+        if len(np.unique(targets[known, i])) == 2:
             for probability in probabilities:
-                if name == "roc":
-                    axis.plot(*roc_curve(targets[known, i], probability[known, i])[:2])
-                else:
-                    positives, mean = calibration_curve(targets[known, i], probability[known, i], n_bins=ECE_BINS)
-                    axis.plot(mean, positives, marker="o")
-        save_figure(figure, output_dir / f"{name}.png")
-
-
-def plot_training(losses, first_seed, path):
-    """Plot the validation loss by epoch; a dot marks the epoch that was kept."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.add_subplot(xlabel="epoch", ylabel="validation loss (masked BCE)")
-    for seed, of_seed in enumerate(losses, first_seed):
-        epochs, best = range(1, len(of_seed) + 1), int(np.argmin(of_seed))
-        axis.plot(epochs, of_seed, label=f"seed {seed}", marker="o", markevery=[best])
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend()
-    save_figure(figure, path)
+                axis.plot(*roc_curve(targets[known, i], probability[known, i])[:2])
+    figure.savefig(path, dpi=130)
 
 
 def save_classifier(settings, tables, rows, weights, output_dir):
@@ -920,24 +885,13 @@ def save_classifier(settings, tables, rows, weights, output_dir):
     spec |= {"channels": "mean, repeated three times", "normalisation": NORMALISATION}
     spec["thresholds"] = dict.fromkeys(tables.labels, 0.5)
     spec["split"] = {"seed": settings["split_seed"], "fingerprint": fingerprint, "patients": patients}
-    aurocs = {row["label"]: row for row in rows if row["metric"] == "auroc" and row["label"] != "all"}
-    keys = ("value", "low", "high", "n", "note")
-    spec["real_test_auroc"] = {label: {key: row[key] for key in keys} for label, row in aurocs.items()}
+    aurocs = {row["label"]: row for row in rows if row["metric"] == "auroc"}
+    spec["real_test_auroc"] = {label: aurocs[label] for label in tables.labels}
     spec["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = output_dir / "classifier"
     folder.mkdir(exist_ok=True)
     shutil.copy(weights, folder / "model.safetensors")
     write_text(folder / "classifier.json", json.dumps(spec, indent=2) + "\n")  # last, because load_classifier needs it
-
-
-def write_table(rows, labels, title, notes, path):
-    """Print a table of the values by metric and label, and write it with all notes as Markdown."""
-    table = pd.DataFrame(rows).pivot(index="metric", columns="label", values="value").astype(float).round(3)
-    table = table.loc[list(dict.fromkeys(row["metric"] for row in rows)), [*labels, "all"]].to_string()
-    notes = [f"{row['metric']}, {row['label']}: {row['note']}" for row in rows if row["note"]] + notes
-    text = [f"# {title}", "", "```", table, "```", "", *(f"- {note}" for note in notes), ""]
-    write_text(path, "\n".join(text))
-    print(table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1006,9 +960,7 @@ def main(args):
     images = load_images(accelerator, tables, spec.get("resolution", args.resolution), args)
     train, _, test = images
     settings = run_settings(args, tables, spec, images, accelerator.num_processes)
-    names, patients = (tables.test[key].to_numpy(object) for key in ("name", "patient"))
-    draws_id = digest(names, patients, np.array(args.bootstrap_samples))
-    reference = load_reference(args, settings, draws_id) if args.reference else None
+    reference = load_reference(args, settings) if args.reference else None
     if accelerator.is_main_process:
         open_output(output_dir, settings)
     accelerator.wait_for_everyone()
@@ -1025,41 +977,42 @@ def main(args):
     if not accelerator.is_main_process:
         return
 
+    names, patients = (tables.test[key].to_numpy(object) for key in ("name", "patient"))
     probabilities = [torch.from_numpy(logits).double().sigmoid().numpy() for logits, _ in results]
-    losses = [of_seed for _, of_seed in results]
     figures = score(test.targets, patients, probabilities, args.bootstrap_samples)
+    groups = read_groups(args.test_csv or args.real_csv, tables.test)
+    for name, inside in groups.items():
+        # Mask the other images, so that each draw is of the same patients as above.
+        masked = np.where(inside[:, None], test.targets, np.nan)
+        figures[name] = score(masked, patients, probabilities, args.bootstrap_samples)["auroc"]
     clear_untrained(figures, train.targets)
     # Seeded by the settings, so that the noise of two runs is independent.
     noise = training_noise(len(results), args.bootstrap_samples, keyed_seed(json.dumps(settings, sort_keys=True)))
-    rows, draws = result_rows(labels, figures, noise, test.targets)
+    rows, draws = result_rows(labels, groups, figures, noise, test.targets)
     if not spec and not args.shuffle_labels:
-        best = int(np.argmin([min(of_seed) for of_seed in losses]))
+        best = int(np.argmin([min(losses) for _, losses in results]))
         best_figures = {name: values[:, best : best + 1] for name, values in figures.items()}
-        best_rows, _ = result_rows(labels, best_figures, noise[:1], test.targets)
+        best_rows, _ = result_rows(labels, {}, best_figures, noise[:1], test.targets)
         weights = output_dir / "seeds" / f"seed-{args.seed + best}" / "model.safetensors"
         save_classifier(settings, tables, best_rows, weights, output_dir)
     if reference:
-        ratios, ratio_draws = ratio_rows(labels, draws, reference, Path(args.reference).name)
-        rows, draws = rows + ratios, draws | ratio_draws
+        add_ratio(rows, draws, labels, reference, Path(args.reference).name)
 
-    kind = "synthetic and real images" if args.train_on == "both" else f"{args.train_on} images"
-    kind += " with shuffled labels" if args.shuffle_labels else ""
-    source = f"classifier {args.classifier}" if spec else f"trained on {len(tables.train):,} {kind}"
-    title = f"Real test images, {source}"
-    plot_curves(labels, test.targets, probabilities, title, output_dir)
-    if not spec:
-        plot_training(losses, args.seed, output_dir / "training.png")
+    plot_roc(labels, test.targets, probabilities, output_dir / "roc.png")
     draws = {name: torch.from_numpy(values[1:]) for name, values in draws.items()}
-    write_tensors(draws, output_dir / "downstream_draws.safetensors", {"draws_id": draws_id})
-    write_table(rows, labels, title, tables.notes, output_dir / "downstream_table.md")
+    draws_id = digest(names, patients, np.array(args.bootstrap_samples))
+    save_file(draws, output_dir / "downstream_draws.safetensors", {"draws_id": draws_id})
+    table = pd.DataFrame(rows).drop(columns="n").set_index(["metric", "label"])
+    print(table.to_string(na_rep="", float_format="{:.3f}".format))
     summary = {"script": "eval_downstream.py", "train_on": "nothing" if spec else args.train_on, "settings": settings}
-    summary["arguments"] = {k: v for k, v in vars(args).items() if k not in ("output_dir", "image_cache_dir")}
+    left_out = [*settings, "output_dir", "image_cache_dir"]
+    summary["arguments"] = {key: value for key, value in vars(args).items() if key not in left_out}
     summary["versions"] = {k: version(k) for k in ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")}
     summary |= {"images": tables.counts, "notes": tables.notes, "results": rows, "seeds": []}
-    for k, of_seed in enumerate(losses):
-        values = pd.DataFrame({name: array[:, k, 0] for name, array in figures.items()}, labels, dtype=object)
+    for k, (_, losses) in enumerate(results):
+        values = pd.DataFrame({name: figures[name][:, k, 0] for name in METRICS}, labels, dtype=object)
         metrics = values.where(values.notna(), None).to_dict()
-        summary["seeds"].append({"seed": args.seed + k, "validation_losses": of_seed, "metrics": metrics})
+        summary["seeds"].append({"seed": args.seed + k, "validation_losses": losses, "metrics": metrics})
     write_text(output_dir / "downstream_metrics.json", json.dumps(summary, indent=2) + "\n")
 
 
