@@ -14,6 +14,8 @@ STEPS=${STEPS:-200}
 export MODEL=launch/demo/base RESOLUTION=128 BATCH=8 GLOBAL_BATCH=8 MIXED_PRECISION=no
 export UNET_LR=${UNET_LR:-1e-3} LORA_LR=${LORA_LR:-5e-3} DORA_LR=${DORA_LR:-5e-3}
 export BITFIT_LR=${BITFIT_LR:-5e-3} DIFFFIT_LR=${DIFFFIT_LR:-5e-3}
+# The phantoms' findings go together, as patients' do: prompts with the findings of the test images match them.
+export SAMPLING=like_test
 export PROCESSES=1 LAUNCH=python ACCELERATE_USE_CPU=true HF_HUB_OFFLINE=1
 export REPORT_TITLE="The demo: which fine-tuning strategy for procedural phantoms?"
 # The shell may have set these for another study.
@@ -26,14 +28,14 @@ TRAINING=(
   --noise_offset 0.2
   --validation_steps 0 --max_validation_samples 64 --num_validation_images 0
 )
-SAMPLING=(--images_per_label 64 --num_inference_steps 6 --scheduler dpmsolver++)
+SAMPLES=(--num_images 384 --num_inference_steps 6 --scheduler dpmsolver++)
 # The study's own classifier supplies the features; torchxrayvision's would have to be downloaded.
-EVALUATION=(--features "$STUDY/downstream/real/classifier" --max_per_label 64 --num_subsamples 30)
+EVALUATION=(--features "$STUDY/downstream/real/classifier" --num_subsamples 30)
 DOWNSTREAM=(
   --arch resnet18 --weights none --resolution 64 --num_train_images 300
   --learning_rate 1e-3 --train_batch_size 16 --num_train_epochs 4 --patience 0 --num_seeds 1
 )
-export SAMPLE_FLAGS=${SAMPLE_FLAGS:-${SAMPLING[*]}}
+export SAMPLE_FLAGS=${SAMPLE_FLAGS:-${SAMPLES[*]}}
 export EVALUATION_FLAGS=${EVALUATION_FLAGS:-${EVALUATION[*]}}
 export DOWNSTREAM_FLAGS=${DOWNSTREAM_FLAGS:-${DOWNSTREAM[*]}}
 
