@@ -1170,11 +1170,9 @@ def add_colour(results, source):
 
 
 def ms_ssim(one, two):
-    """Return the MS-SSIM of pairs of gray images, (n, h, h) in [0, 1], and its number of scales.
-
-    Below 176 pixels these are fewer than five, with the same sum of exponents.
-    """
-    scales = min(5, 1 + math.isqrt(one.shape[-1] // 11))  # torchmetrics' limit
+    """Return the MS-SSIM of pairs of gray images, (n, h, h) in [0, 1], and its number of scales."""
+    # torchmetrics' limit: below 176 pixels, fewer than five, here with the same sum of exponents.
+    scales = min(5, 1 + math.isqrt(one.shape[-1] // 11))
     factor = sum(MS_SSIM_BETAS) / sum(MS_SSIM_BETAS[:scales])
     options = {"betas": tuple(factor * beta for beta in MS_SSIM_BETAS[:scales]), "data_range": 1.0}
     pairs = one[:, None], two[:, None]
@@ -1182,14 +1180,11 @@ def ms_ssim(one, two):
 
 
 def add_ms_ssim(results, source, plan, device, args):
-    """Add the mean MS-SSIM of random pairs of a label's images (Odena et al., 2017, arXiv 1610.09585).
-
-    No two images are of the same patient, so that pairs are independent. Draws resample pairs.
-    """
-
+    """Add the mean MS-SSIM of random pairs of a label's images (Odena et al., 2017, arXiv 1610.09585)."""
     decode = partial(load_image, resolution=min(plan.resolution, PAIR_SIDE), resize_mode=plan.resize_mode)
     for label in plan.labels or ["all"]:
         rows = np.random.default_rng(keyed_seed(args.seed, "pairs")).permutation(source.rows_of[label])
+        # One image of each patient makes pairs independent, so that draws may resample pairs.
         _, first = np.unique(source.patients[rows], return_index=True)
         count = min(MAX_PAIRS, len(first) // 2)
         if count < MIN_PAIRS:
@@ -1343,7 +1338,7 @@ def feature_warnings(name, features, n):
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
     dim = features.shape[1]
     if spread < 0.01:
-        notes.append(f"{name}: the features of real images hardly vary ({spread:.1g} of their mean): FID says little")
+        notes.append(f"{name}: the features hardly vary among real images ({spread:.1g} of the mean): FID says little")
     if n < 10 * dim:
         effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
         notes.append(f"{name}: n = {n:,} is below 10 times the {dim:,} features: {effect}")
