@@ -17,6 +17,7 @@ eval_generation.py, the classifier to --output_dir. Rerun an interrupted command
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import io
@@ -445,7 +446,8 @@ def find_bad_images(accelerator, images, args):
     if accelerator.is_main_process and not path.exists():
         for _ in decode_images(images, lambda image: load_image(image, 8, "squash"), problems, "checking images"):
             pass
-        write_text(path, json.dumps({images[i]: problem for i, problem in problems.items()}))
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({images[i]: problem for i, problem in problems.items()}))
     accelerator.wait_for_everyone()
     problems = json.loads(path.read_text(encoding="utf-8"))
     for problem in list(problems.values())[:20]:
@@ -652,8 +654,8 @@ def train_seed(args, accelerator, seed, images):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(best, folder / "model.safetensors")
         tensors = {"test": torch.from_numpy(logits), "losses": torch.tensor(losses, dtype=torch.float64)}
-        save_file(tensors, done.with_suffix(".tmp"))
-        os.replace(done.with_suffix(".tmp"), done)
+        with replacing(done) as temporary:
+            save_file(tensors, temporary)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return logits, losses
@@ -759,11 +761,11 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
     return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
-# Copied from train_full.write_text
-def write_text(path, text):
-    """Write to a temporary file, then rename it atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path in the same folder, and rename it to `path` when the block is done."""
+    temporary = path.with_name(f".{path.name}")
+    yield temporary
     os.replace(temporary, path)
 
 
@@ -871,7 +873,8 @@ def plot_roc(labels, targets, probabilities, path):
         if len(np.unique(targets[known, i])) == 2:
             for probability in probabilities:
                 axis.plot(*roc_curve(targets[known, i], probability[known, i])[:2])
-    figure.savefig(path, dpi=130)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 def save_classifier(settings, tables, rows, weights, output_dir):
@@ -890,8 +893,10 @@ def save_classifier(settings, tables, rows, weights, output_dir):
     spec["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = output_dir / "classifier"
     folder.mkdir(exist_ok=True)
-    shutil.copy(weights, folder / "model.safetensors")
-    write_text(folder / "classifier.json", json.dumps(spec, indent=2) + "\n")  # last, because load_classifier needs it
+    with replacing(folder / "model.safetensors") as temporary:
+        shutil.copy(weights, temporary)
+    with replacing(folder / "classifier.json") as temporary:  # last, because load_classifier needs it
+        temporary.write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -937,7 +942,8 @@ def open_output(output_dir, settings):
     elif output_dir.exists() and any(output_dir.iterdir()):
         fail(f"--output_dir {output_dir}: not empty and not a result folder of this script; pass another")
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def main(args):
@@ -1001,7 +1007,8 @@ def main(args):
     plot_roc(labels, test.targets, probabilities, output_dir / "roc.png")
     draws = {name: torch.from_numpy(values[1:]) for name, values in draws.items()}
     draws_id = digest(names, patients, np.array(args.bootstrap_samples))
-    save_file(draws, output_dir / "downstream_draws.safetensors", {"draws_id": draws_id})
+    with replacing(output_dir / "downstream_draws.safetensors") as temporary:
+        save_file(draws, temporary, {"draws_id": draws_id})
     table = pd.DataFrame(rows).drop(columns="n").set_index(["metric", "label"])
     print(table.to_string(na_rep="", float_format="{:.3f}".format))
     summary = {"script": "eval_downstream.py", "train_on": "nothing" if spec else args.train_on, "settings": settings}
@@ -1013,7 +1020,8 @@ def main(args):
         values = pd.DataFrame({name: figures[name][:, k, 0] for name in METRICS}, labels, dtype=object)
         metrics = values.where(values.notna(), None).to_dict()
         summary["seeds"].append({"seed": args.seed + k, "validation_losses": losses, "metrics": metrics})
-    write_text(output_dir / "downstream_metrics.json", json.dumps(summary, indent=2) + "\n")
+    with replacing(output_dir / "downstream_metrics.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

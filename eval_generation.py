@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5",
-#   "vendi-score>=0.0.3", "scikit-learn>=1.5", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11",
-#   "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
+#   "transformers>=4.57", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
+#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
 # ]
 # ///
 """Compare generated chest radiographs with real ones: the paper's Table 3, with 95% intervals and floors.
@@ -17,6 +17,7 @@ metric's floor is the value of real images, or for memorisation the value expect
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import itertools
@@ -30,7 +31,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -45,6 +46,7 @@ import diffusers
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import AutoencoderKL
@@ -59,8 +61,12 @@ from sklearn.metrics import ConfusionMatrixDisplay, pairwise_distances_argmin_mi
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.image.kid import poly_mmd
 from torchvision.models import get_model
 from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModel
 from vendi_score.vendi import score_dual
 
 with warnings.catch_warnings():
@@ -87,9 +93,12 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 # Limits for KID (on thirds of the images) and the neighbour metrics, whose cost grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
+# Pairs of images of a label for MS-SSIM, the pixels per side that it is computed at, and its exponents by scale.
+MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 100, 256
+MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 # Ranges that `Results.add` cannot infer; its defaults are (0, 1) with `units` and (0, inf) without.
 BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
-BOUNDS |= dict.fromkeys(["memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
+BOUNDS |= dict.fromkeys(["ms_ssim", "memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
 # Mean absolute difference between channels, in grey levels of 255, at which a tint becomes visible: on mid-grey, a
 # CIE76 Delta E of 2.1 (red against blue) to 4.5 (green); 2.3 is just noticeable.
 VISIBLE_COLOUR = 4.0
@@ -133,7 +142,8 @@ def parse_args(argv=None):
     flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
     flag("--mixed_geometry", action="store_true", help="allow tables of different --resolution or --resize_mode")
     flag = parser.add_argument_group("networks").add_argument
-    flag("--features", default="xrv", help="xrv (download), its weights in safetensors, or a classifier folder")
+    known = "xrv, rad-dino, inception, a classifier folder, XRV safetensors, a transformers model"
+    flag("--features", nargs="+", default=["xrv"], help=known)
     flag("--classifier", help="classifier folder of eval_downstream.py (default: the heads of --features)")
     flag("--batch_size", type=int, default=32, help="images per process and forward pass")
     flag("--feature_cache_dir", help="cache that runs share (default: feature_cache beside --output_dir)")
@@ -145,6 +155,8 @@ def parse_args(argv=None):
     for name in ("max_train_samples", "max_per_label", "resolution", "batch_size", "num_subsamples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if len(set(map(network_name, args.features))) < len(args.features):
+        parser.error(f"--features {' '.join(args.features)}: two have the same last part, which names their metrics")
     args.labels = args.labels and list(dict.fromkeys(args.labels))
     args.real_csv = args.real_csv or next(filter(os.path.isfile, DEFAULT_TABLES), None)
     if not args.real_csv:
@@ -161,6 +173,11 @@ def parse_args(argv=None):
 def table_path(name):
     """Return the table in a folder written by sample.py, or the path itself."""
     return str(Path(name) / "metadata.csv" if os.path.isdir(name) else name)
+
+
+def network_name(source):
+    """Return what the metrics of a further network of --features are named by, after an @."""
+    return Path(os.path.abspath(source)).name.removesuffix(".safetensors")
 
 
 def run_name(synthetic):
@@ -598,15 +615,79 @@ class ClassifierNetwork:
         return torch.cat([self.features, probabilities], dim=1).cpu().numpy()
 
 
+class InceptionNetwork:
+    """InceptionV3 with FID's published weights: pooled features as in torchmetrics, (n, 2048)."""
+
+    labels = ()
+
+    def __init__(self, device):
+        try:
+            model = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+        except Exception as error:  # download and unpickling can raise anything
+            fail(f"--features inception: cannot download torch-fidelity's InceptionV3 ({str(error)[:200]})")
+        self.model, self.device, self.key = model.to(device), device, f"inception-{hash_weights(model)}"
+
+    def prepare(self, channels, gray):
+        return np.rint(gray).astype(np.uint8)
+
+    @torch.no_grad()
+    def compute(self, prepared):
+        gray = torch.from_numpy(np.stack(prepared)).to(self.device)[:, None]
+        return self.model(gray.repeat(1, 3, 1, 1)).cpu().numpy()
+
+
+class VisionNetwork:
+    """A vision model of transformers with its own image processor: its pooled output, or its class token, (n, d)."""
+
+    labels = ()
+
+    def __init__(self, source, device):
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(source)
+            options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+            model, report = AutoModel.from_pretrained(source, **options)
+            # Weights that the file lacks would be random. A mask token is only for training.
+            missing = [name for name in report["missing_keys"] if "mask_token" not in name]
+            if missing:
+                raise ValueError(f"it has no {min(missing)}")
+        except Exception as error:  # downloads and malformed files can raise anything
+            fail(f"--features {source}: neither a classifier nor a vision model in safetensors ({str(error)[:200]})")
+        model = getattr(model, "vision_model", model)  # of CLIP and the like
+        self.model, self.device = model.eval().to(device), device
+        identity = [hash_weights(model), self.processor.to_json_string()]
+        self.key = f"vision-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}"
+
+    def prepare(self, channels, gray):
+        image = Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
+        return self.processor(image, return_tensors="np")["pixel_values"][0]
+
+    @torch.no_grad()
+    def compute(self, prepared):
+        output = self.model(pixel_values=torch.from_numpy(np.stack(prepared)).to(self.device))
+        pooled = output.get("pooler_output")
+        return (output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)).cpu().numpy()
+
+
+def load_network(source, device):
+    """Return the network that a value of --features stands for."""
+    if source == "inception":
+        return InceptionNetwork(device)
+    if source == "xrv" or source.endswith(".safetensors"):
+        return XRVNetwork(source, device)
+    if (Path(source) / "classifier.json").is_file():
+        return ClassifierNetwork(source, device)
+    return VisionNetwork("microsoft/rad-dino" if source == "rad-dino" else source, device)
+
+
 def load_networks(args, accelerator):
-    """Return the network for features and the one for class consistency, which may be the same."""
+    """Return the networks for features by name, and the one for class consistency, which may be one of them."""
     # TF32 changes the third digit of FID.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with accelerator.main_process_first():
-        kind = ClassifierNetwork if os.path.isdir(args.features) else XRVNetwork
-        features = kind(args.features, accelerator.device)
-    if args.classifier is None or Path(args.classifier).resolve() == Path(args.features).resolve():
-        return features, features
+        features = {network_name(source): load_network(source, accelerator.device) for source in args.features}
+    for source, network in zip(args.features, features.values()):
+        if args.classifier is None or Path(source).resolve() == Path(args.classifier).resolve():
+            return features, network
     return features, ClassifierNetwork(args.classifier, accelerator.device)
 
 
@@ -636,14 +717,16 @@ class ThroughVAE:
 def network_warnings(features, classifier, plan, args):
     """Return warnings about the networks; fail if a classifier was trained with another resize mode."""
     notes, patients = [], plan.tables["real"]["patient"].unique()
-    if isinstance(features, XRVNetwork):
+    if any(isinstance(network, XRVNetwork) for network in features.values()):
         notes.append("torchxrayvision's DenseNet-121 was trained on CheXpert, among other data sets")
-    if features is classifier:
+    if any("rad-dino" in name for name in features):
+        notes.append("RAD-DINO's model card lists CheXpert among its training data")
+    if classifier in features.values() and classifier.labels:
         notes.append("class consistency is judged by the same network as FID, not by an independent one")
-    networks = {} if features is classifier else {"--classifier": classifier}
-    for flag, network in (networks | {"--features": features}).items():
+    for network in dict.fromkeys([classifier, *features.values()]):
         if not isinstance(network, ClassifierNetwork):
             continue
+        flag = "--features" if network in features.values() else "--classifier"
         spec, mode = network.spec, network.spec["resize_mode"]
         if mode != plan.resize_mode and not args.mixed_geometry:
             fail(f"{flag}: trained with --resize_mode {mode}, not {plan.resize_mode}; allow it with --mixed_geometry")
@@ -752,23 +835,28 @@ def compute_features(accelerator, plan, networks, vae, args):
     return list(dict.fromkeys(gather_object(list(problems.values()))))
 
 
-def load_features(source, appearance, features, classifier):
-    """Read a source's arrays from the cache; fail if broken weights made the features zero or not finite."""
+def read_outputs(source, network):
+    return np.stack([np.load(feature_path(network, key)) for key in source.table["hash"]])
 
-    def read(network):
-        return np.stack([np.load(feature_path(network, key)) for key in source.table["hash"]])
 
-    source.colour, thumbnails = np.split(read(appearance), [1], axis=1)
-    source.thumbnails = thumbnails - thumbnails.mean(axis=1, keepdims=True)
-    source.features, probabilities = np.split(read(features), [-len(features.labels)], axis=1)
-    if classifier is not features:
-        probabilities = read(classifier)[:, -len(classifier.labels) :]
-    source.probabilities = probabilities
-    sound = np.isfinite(source.features).all(axis=1) & (source.features != 0).any(axis=1)
-    sound &= np.isfinite(probabilities).all(axis=1)
+def read_features(source, network):
+    """Return each image's features and probabilities; fail if broken weights made them zero or not finite."""
+    outputs = read_outputs(source, network)
+    features, probabilities = np.split(outputs, [outputs.shape[1] - len(network.labels)], axis=1)
+    sound = np.isfinite(outputs).all(axis=1) & (features != 0).any(axis=1)
     if not sound.all():
         name = source.table["image"][int((~sound).argmax())]
         fail(f"{name}: its features are all zero or not finite; the weights of --features or --classifier are broken")
+    return features, probabilities
+
+
+def load_features(source, appearance, features, classifier):
+    """Read a source's arrays from the cache."""
+    source.colour, thumbnails = np.split(read_outputs(source, appearance), [1], axis=1)
+    source.thumbnails = thumbnails - thumbnails.mean(axis=1, keepdims=True)
+    source.features, source.probabilities = read_features(source, features)
+    if classifier is not features:
+        source.probabilities = read_features(source, classifier)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,11 +880,7 @@ def fid(real, other):
 
 def mmd(real, other):
     """Return the unbiased MMD² of two sets of equal size under (x·y/d + 1)³ (Bińkowski et al., 2018, 1801.01401)."""
-    n, dim = real.shape
-    real, other = real.astype(np.float64), other.astype(np.float64)
-    xx, yy, xy = ((x @ y.T / dim + 1) ** 3 for x, y in ((real, real), (other, other), (real, other)))
-    within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
-    return float(within / (n * (n - 1)) - 2 * xy.mean())
+    return float(poly_mmd(torch.from_numpy(real).double(), torch.from_numpy(other).double()))
 
 
 def kid(real, other, seed):
@@ -910,19 +994,20 @@ class Results:
     """Result rows and their draws, shared by all sources, and the suffix and weights of one source.
 
     `weights`, (1 + draws, n), are how often each image counts in each bootstrap draw; the first row is all ones.
+    `network` follows the metric's name, such as "@rad-dino" for a further network of --features.
     """
 
-    def __init__(self, rows, draws, suffix, weights):
-        self.rows, self.draws, self.suffix, self.weights = rows, draws, suffix, weights
+    def __init__(self, rows, draws, suffix, weights, network=""):
+        self.rows, self.draws, self.suffix, self.weights, self.network = rows, draws, suffix, weights, network
 
     def add(self, metric, value, label="all", draws=None, units=None, **row):
         """Add a row with its interval. The default floor is the real images' value, which must have been added."""
-        low, high, name = None, None, metric + self.suffix
+        low, high, name = None, None, metric + self.network + self.suffix
         if draws is not None and len(draws) > 1:
             self.draws[f"{name}/{label}"] = np.asarray(draws, np.float64)
             bounds = BOUNDS.get(metric, (0.0, math.inf if units is None else 1.0))
             low, high = map(float, confidence_interval(value, draws, bounds, units))
-        row = {"floor": self.find(f"{metric}_real", label)} | row
+        row = {"floor": self.find(f"{metric}{self.network}_real", label)} | row
         self.rows.append(result_row(name, None if value is None else float(value), label, low, high, **row))
 
     def add_image_metric(self, metric, statistic, label="all", units=None, **row):
@@ -977,6 +1062,8 @@ def add_set_metrics(results, real, other, label, common, args):
     equal = [sample.subset(n, args.seed, "equal") for sample in (real, other)]
     draws_of = {}  # FID's draws at half of n serve two rows
     for metric in set_metrics(args.seed):
+        if metric.size == "common" and results.network:
+            continue  # n is that of all labels
         size, least = sizes[metric.size], MIN_PAIRWISE_IMAGES if metric.pairwise else 2
         if half < 2 or size < least:
             for name in metric.names:
@@ -1067,6 +1154,7 @@ def add_consistency(results, source, heads, uncertain):
     may_have = positive_labels(source.table, labels, "zeros" if uncertain == "zeros" else "ones")
     scores = {head: source.probabilities[:, i] for i, head in enumerate(heads)}
     fires = {head: scores[head] > 0.5 for head in heads}
+    no_head = "the classifier has no such head" if heads else "these --features have no heads; pass --classifier"
     margin_note, auroc_note = "recall minus false-fire rate", "against the other labels' images; 0.5 is chance"
     for label in labels:
         own, elsewhere = rows_of[label], [rows for name, rows in rows_of.items() if name != label]
@@ -1080,7 +1168,7 @@ def add_consistency(results, source, heads, uncertain):
         ]
         for metric, name, statistic, values, groups, note in metrics:
             if values is None:
-                results.add(metric, None, name, n=len(own), note="the classifier has no such head")
+                results.add(metric, None, name, n=len(own), note=no_head)
             elif not all(map(len, groups)):
                 results.add(metric, None, name, n=len(own), note="no such image")
             else:
@@ -1108,6 +1196,38 @@ def add_colour(results, source):
     results.add_image_metric("colour_mean", weighted_mean(colour, rows), **row)
     row["note"] = f"share of images whose difference is above {VISIBLE_COLOUR:g}"
     results.add_image_metric("colour_visible", weighted_mean(colour > VISIBLE_COLOUR, rows), units=units, **row)
+
+
+def ms_ssim(one, two):
+    """Return the MS-SSIM of pairs of gray images, (n, h, h) in [0, 1], and its number of scales."""
+    # torchmetrics' limit: below 176 pixels, fewer than five, here with the same sum of exponents.
+    scales = min(5, 1 + math.isqrt(one.shape[-1] // 11))
+    factor = sum(MS_SSIM_BETAS) / sum(MS_SSIM_BETAS[:scales])
+    options = {"betas": tuple(factor * beta for beta in MS_SSIM_BETAS[:scales]), "data_range": 1.0}
+    pairs = one[:, None], two[:, None]
+    return multiscale_structural_similarity_index_measure(*pairs, reduction="none", **options).cpu().numpy(), scales
+
+
+def add_ms_ssim(results, source, plan, device, args):
+    """Add the mean MS-SSIM of random pairs of a label's images (Odena et al., 2017, arXiv 1610.09585)."""
+    decode = partial(load_image, resolution=min(plan.resolution, PAIR_SIDE), resize_mode=plan.resize_mode)
+    for label in plan.labels or ["all"]:
+        rows = np.random.default_rng(keyed_seed(args.seed, "pairs")).permutation(source.pool[label])
+        # One image of each patient makes pairs independent, so that draws may resample pairs.
+        _, first = np.unique(source.patients[rows], return_index=True)
+        count = min(MAX_PAIRS, len(first) // 2)
+        if count < MIN_PAIRS:
+            results.add("ms_ssim", None, label, n=count, note="too few images, or of too few patients")
+            continue
+        paths = source.table["image"].iloc[rows[np.sort(first)[: 2 * count]]].tolist()
+        images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
+        gray = torch.from_numpy(images).to(device).float().mean(dim=3) / 255
+        values, scales = ms_ssim(*gray.split(count))
+        value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values / count
+        note = f"n pairs of {gray.shape[-1]} px, {scales} of 5 scales; lower is more varied"
+        results.add("ms_ssim", value, label, draws, n=count, note=note)
+    if plan.labels:
+        add_label_mean(results, "ms_ssim", plan.labels)
 
 
 def nearest(queries, reference):
@@ -1178,32 +1298,46 @@ def add_memorisation(results, generated, real, train, args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def score_sources(sources, labels, heads, args):
+def score_sources(sources, networks, plan, classifier, args):
     """Score all sources. Return the Results of --synthetic, with the rows of all, and its nearest training images."""
     real, train, rows, draws, results = sources["real"], sources.get("train"), [], {}, {}
     for name, suffix in SUFFIXES.items():
         if name in sources:
             weights = patient_weights(sources[name].patients, range(1 + BOOTSTRAP_DRAWS))
             results[name] = Results(rows, draws, suffix, weights)
-            add_consistency(results[name], sources[name], heads, args.uncertain)
+            add_consistency(results[name], sources[name], list(classifier.labels), args.uncertain)
             add_colour(results[name], sources[name])
-    n = {label: min(len(sources[name].pool[label]) for name in ("real", "synthetic")) for label in ["all", *labels]}
+            if name != "through the VAE":
+                add_ms_ssim(results[name], sources[name], plan, classifier.device, args)
+    labels = ["all", *plan.labels]
+    n = {label: min(len(sources[name].pool[label]) for name in ("real", "synthetic")) for label in labels}
     halves = [half_splits(real.sample(label), n[label], args)[1] for label in n]
     common = min([half for half in halves if half > 1], default=0)
     compared = [name for name in results if name != "real"]
     for name, label in tqdm(list(itertools.product(compared, n)), "scoring", unit="set", leave=False):
         add_set_metrics(results[name], real.sample(label), sources[name].sample(label), label, common, args)
+    (first, _), *further = networks.items()
+    plan.warnings += feature_warnings(first, real.features, min(filter(None, n.values()), default=0))
+    for tag, network in further:
+        samples = {}
+        for name in results:
+            samples[name] = replace(sources[name], features=read_features(sources[name], network)[0]).sample("all")
+        plan.warnings += feature_warnings(tag, samples["real"].features, n["all"])
+        for name in compared:
+            tagged = Results(rows, draws, SUFFIXES[name], None, f"@{tag}")
+            add_set_metrics(tagged, samples["real"], samples[name], "all", common, args)
     if train and "base model" in sources:
         add_memorisation(results["base model"], sources["base model"], real, train, args)
     pairs = add_memorisation(results["synthetic"], sources["synthetic"], real, train, args)
     return results["synthetic"], pairs
 
 
-# Copied from train_full.write_text
-def write_text(path, text):
-    """Write to a temporary file, then rename it atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+# Copied from eval_downstream.replacing
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path in the same folder, and rename it to `path` when the block is done."""
+    temporary = path.with_name(f".{path.name}")
+    yield temporary
     os.replace(temporary, path)
 
 
@@ -1217,7 +1351,8 @@ def plot_consistency(results, labels, path):
         matrix.plot(ax=axes, xticks_rotation=60, **form)
         axes.set(title=f"{title} images for which a head fires, %", xlabel="head", ylabel="label")
     figure.tight_layout()
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, bbox_inches="tight")
 
 
 def plot_pairs(pairs, sources, plan, path):
@@ -1228,19 +1363,20 @@ def plot_pairs(pairs, sources, plan, path):
         for name, positions in (("synthetic", rows), ("train", index[rows])):
             paths = sources[name].table["image"].iloc[positions]
             images += [Image.fromarray(load_image(path, plan.resolution, plan.resize_mode)) for path in paths]
-    make_image_grid(images, rows=2 * len(pairs), cols=count).save(path)
+    with replacing(path) as temporary:
+        make_image_grid(images, rows=2 * len(pairs), cols=count).save(temporary)
 
 
-def feature_warnings(sources):
-    """Return warnings that weaken the set metrics: features that hardly vary, or too few images."""
-    features, notes = sources["real"].features.astype(np.float64), []
+def feature_warnings(name, features, n):
+    """Return warnings that weaken the set metrics of n images: features that hardly vary, or too few images."""
+    features, notes = features.astype(np.float64), []
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
-    n, dim = min(filter(None, map(len, sources["real"].pool.values())), default=0), features.shape[1]
+    dim = features.shape[1]
     if spread < 0.01:
-        notes.append(f"the features hardly vary among real images ({spread:.1g} of their mean): FID says little")
+        notes.append(f"{name}: the features hardly vary among real images ({spread:.1g} of the mean): FID says little")
     if n < 10 * dim:
         effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
-        notes.append(f"n = {n:,} is below 10 times the {dim:,} features: {effect}")
+        notes.append(f"{name}: n = {n:,} is below 10 times the {dim:,} features: {effect}")
     return notes
 
 
@@ -1250,15 +1386,17 @@ def identify(args, plan, sources, features, classifier, vae):
     for name, source in sources.items():
         images[name] = {label: len(rows) for label, rows in (source.pool or source.rows_of).items()}
         images[name]["fingerprint"] = hashlib.sha256("".join(source.table["hash"]).encode()).hexdigest()
-    judge = {"source": args.classifier or args.features, "fingerprint": classifier.key, "labels": classifier.labels}
+    networks = [{"source": source, "fingerprint": f.key} for source, f in zip(args.features, features.values())]
+    judge = {"source": args.classifier or args.features[0], "fingerprint": classifier.key, "labels": classifier.labels}
     if isinstance(classifier, ClassifierNetwork):
         judge["real_test_auroc"] = classifier.spec["real_test_auroc"]
-    packages = ("torch", "torchxrayvision", "scikit-image", "scikit-learn", "vendi-score", "numpy", "scipy")
+    packages = "torch torchxrayvision transformers torchmetrics scikit-image scikit-learn vendi-score numpy scipy"
     return {
         "script": "eval_generation.py",
         "name": run_name(args.synthetic),
         "arguments": vars(args),
-        "features": {"source": args.features, "fingerprint": features.key},
+        "features": networks[0],
+        "further_features": networks[1:],
         "classifier": judge,
         "vae_fingerprint": vae.key if vae else None,
         "pool": args.pool,
@@ -1266,7 +1404,7 @@ def identify(args, plan, sources, features, classifier, vae):
         "resolution": plan.resolution,
         "resize_mode": plan.resize_mode,
         "warnings": plan.warnings,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in packages.split()},
     }
 
 
@@ -1279,15 +1417,17 @@ def write_results(args, plan, sources, identity, results, pairs):
     pool = [real.table["name"].iloc[rows].tolist() for rows in real.pool.values()]
     shared = [args.seed, args.num_subsamples, BOOTSTRAP_DRAWS, n, pool, [*real.table["name"]], [*real.patients]]
     draws_id = hashlib.sha256(json.dumps(shared).encode()).hexdigest()
-    save_file(results.draws, output_dir / "generation_draws.safetensors", {"draws_id": draws_id})
+    with replacing(output_dir / "generation_draws.safetensors") as temporary:
+        save_file(results.draws, temporary, {"draws_id": draws_id})
     for picture in ("consistency.png", "nearest_neighbours.png"):
         (output_dir / picture).unlink(missing_ok=True)
-    if plan.labels:
+    if set(plan.labels) & set(identity["classifier"]["labels"]):
         plot_consistency(results, plan.labels, output_dir / "consistency.png")
     if pairs:
         plot_pairs(pairs, sources, plan, output_dir / "nearest_neighbours.png")
     summary = identity | {"results": results.rows + plan.counts}
-    write_text(output_dir / "generation_metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    with replacing(output_dir / "generation_metrics.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     for note in plan.warnings:
         print(f"{'warning':>9}  {note}")
     table = pd.DataFrame(results.rows).pivot(index="label", columns="metric", values="value").loc[list(n)]
@@ -1296,7 +1436,8 @@ def write_results(args, plan, sources, identity, results, pairs):
 
 
 def main(args):
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     # Without `cpu`, processes that torchrun starts on a machine without a GPU would each compute everything.
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     # Processes that finish their images early wait for the others.
@@ -1311,7 +1452,7 @@ def main(args):
         plan.tables["through the VAE"] = real.assign(hash=hashes)
 
     cache_dir = Path(args.feature_cache_dir or Path(args.output_dir).parent / "feature_cache")
-    networks = list(dict.fromkeys([Appearance(), features, classifier]))
+    networks = list(dict.fromkeys([Appearance(), *features.values(), classifier]))
     for network in networks:
         network.folder = cache_dir / f"{network.key[:32]}-{plan.resolution}-{plan.resize_mode}"
     try:
@@ -1325,9 +1466,8 @@ def main(args):
             fail(f"{len(problems):,} images cannot be used: {listed}; repair them or remove their rows")
         sources = make_sources(plan, args)
         for source in sources.values():
-            load_features(source, networks[0], features, classifier)
-        plan.warnings += feature_warnings(sources)
-        results, pairs = score_sources(sources, plan.labels, list(classifier.labels), args)
+            load_features(source, *networks[:2], classifier)
+        results, pairs = score_sources(sources, features, plan, classifier, args)
         identity = identify(args, plan, sources, features, classifier, vae)
         write_results(args, plan, sources, identity, results, pairs)
     accelerator.end_training()

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import BASE, ROOT, launch, phantoms
+import transformers
+from common import BASE, ROOT, change_weights, launch, phantoms
 from PIL import Image, ImageFilter
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
@@ -67,6 +68,18 @@ def classifier(tmp_path_factory):
     spec |= {"split": {"seed": 0, "fingerprint": "0", "patients": []}}
     spec |= {"real_test_auroc": {label: {"value": 0.8, "low": 0.7, "high": 0.9} for label in labels}}
     (folder / "classifier.json").write_text(json.dumps(spec))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory):
+    """A folder of transformers with a small, untrained Dinov2 and its image processor."""
+    folder = tmp_path_factory.mktemp("vision") / "dino"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    transformers.BitImageProcessor(**size, image_mean=[0.53] * 3, image_std=[0.26] * 3).save_pretrained(folder)
     return folder
 
 
@@ -163,16 +176,32 @@ def test_fid_is_that_of_torchmetrics_and_of_known_gaussians():
 
 
 def test_kid_and_vendi_are_those_of_their_libraries():
-    from torchmetrics.image.kid import poly_mmd
     from vendi_score import vendi
 
     one, two = correlated(90, 48, 1), correlated(90, 48, 2, 0.3)
-    expected = float(poly_mmd(torch.from_numpy(one).double(), torch.from_numpy(two).double()))
+    # The mean over ordered pairs of different rows, written out.
+    kernel = [(a.astype(float) @ b.T.astype(float) / 48 + 1) ** 3 for a, b in ((one, one), (two, two), (one, two))]
+    within = [np.delete(k.ravel(), np.arange(90) * 91).mean() for k in kernel[:2]]
+    expected = sum(within) - 2 * kernel[2].mean()
     assert evaluation.mmd(one, two) == pytest.approx(expected, rel=1e-9)
     assert evaluation.kid(one, two, 0) == pytest.approx(expected, rel=0.2)
     unit = one.astype(float) / np.linalg.norm(one.astype(float), axis=1, keepdims=True)
     assert evaluation.vendi(one, one) == pytest.approx((vendi.score_K(unit @ unit.T), 1.0))
     assert evaluation.vendi(one, np.eye(48)[:7])[0] == pytest.approx(7)
+
+
+def test_ms_ssim_is_that_of_torchmetrics():
+    from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
+
+    torch.manual_seed(0)
+    one = torch.nn.functional.interpolate(torch.rand(2, 1, 32, 32), 192, mode="bicubic").clamp(0, 1)[:, 0]
+    two = (one + torch.rand_like(one)) / 2
+    expected = MultiScaleStructuralSimilarityIndexMeasure(data_range=1.0)(one[:1, None], two[:1, None])
+    values, scales = evaluation.ms_ssim(one, two)
+    assert scales == 5 and 0.1 < values[0] < 0.95 and values[0] == pytest.approx(float(expected), abs=1e-6)
+    for side, scales in ((192, 5), (176, 5), (175, 4), (98, 3), (64, 3), (43, 2)):
+        values, used = evaluation.ms_ssim(one[:, :side, :side], one[:, :side, :side])
+        assert used == scales and values == pytest.approx([1, 1])
 
 
 def test_prdc_is_its_formulas_written_out(monkeypatch):
@@ -296,6 +325,95 @@ def test_inputs_and_outputs_are_those_of_torchxrayvision(xrv_file, monkeypatch):
     model.op_threshs = torch.full((18,), 0.2)
     monkeypatch.setattr(evaluation.xrv.models, "DenseNet", lambda weights: model)
     assert evaluation.XRVNetwork("xrv", torch.device("cpu")).key == network.key
+
+
+def gray_inputs(paths):
+    """Return what a network prepares from, and the gray images for a reference."""
+    decoded = [evaluation.load_image(path, 64, "squash").astype(np.int16).transpose(2, 0, 1) for path in paths]
+    prepared = [(channels, channels.sum(axis=0) / np.float32(3)) for channels in decoded]
+    return prepared, [Image.open(path).convert("L").resize((64, 64), Image.Resampling.LANCZOS) for path in paths]
+
+
+def test_vision_features_are_transformers_own_pooled_output(vision, tmp_path):
+    network = evaluation.load_network(str(vision), torch.device("cpu"))
+    inputs, images = gray_inputs(evaluation.load_image_table(str(real_csv()))["image"][:3])
+    model = transformers.Dinov2Model.from_pretrained(vision).eval()
+    processed = transformers.BitImageProcessor.from_pretrained(vision)(
+        [i.convert("RGB") for i in images], return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**processed).pooler_output.numpy()
+    features = network.compute([network.prepare(*one) for one in inputs])
+    assert features.std(axis=0).min() > 0 and np.abs(features - expected).max() < 1e-5
+    # Another normalisation is another network, for the cache.
+    shutil.copytree(vision, tmp_path / "dino")
+    transformers.BitImageProcessor(size={"shortest_edge": 56}).save_pretrained(tmp_path / "dino")
+    assert evaluation.load_network(str(tmp_path / "dino"), torch.device("cpu")).key != network.key
+
+
+def test_inception_features_are_those_of_torchmetrics(monkeypatch):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    module = FeatureExtractorInceptionV3.__module__
+    inputs, images = gray_inputs(evaluation.load_image_table(str(real_csv()))["image"][:4])
+    pixels = torch.from_numpy(np.stack([np.asarray(image)[None].repeat(3, axis=0) for image in images]))
+    with monkeypatch.context() as patch:
+        # Random weights instead of the download.
+        patch.setattr(f"{module}.load_state_dict_from_url", lambda *args, **kwargs: None)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        torch.manual_seed(0)
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    set_batch_norms(model, pixels)
+    monkeypatch.setattr(f"{module}.load_state_dict_from_url", lambda *args, **kwargs: model.state_dict())
+    network = evaluation.load_network("inception", torch.device("cpu"))
+    features = network.compute([network.prepare(*one) for one in inputs])
+    expected = FrechetInceptionDistance(feature=2048).inception(pixels).numpy()
+    assert features.shape == (4, 2048) and expected.std() > 0 and np.abs(features - expected).max() < 1e-5
+
+
+def test_further_features_add_rows_and_draws_of_their_own(run, tmp_path, samples, classifier, vision):
+    flags = ["--baseline", samples, "--max_per_label=20"]
+    alone, summary = run("alone", *flags), run("both", *flags, "--features", classifier, vision)
+    # The first network's figures are the same as alone.
+    own = [row for row in summary["results"] if "@" not in row["metric"]]
+    assert own == alone["results"]
+    names = {
+        row["metric"] for row in summary["results"] if "@" in row["metric"] and not row["metric"].endswith("line")
+    }
+    sets = "fid fid_half_n fid_real_halves_half_n kid precision recall density coverage vendi vendi_ratio".split()
+    assert names == {f"{metric}@dino" for metric in sets}
+    draws = load_arrays(tmp_path / "both" / "generation_draws.safetensors")
+    second = run("second", *flags, f"--features={vision}", f"--classifier={classifier}")
+    for metric in sets:
+        found, expected = (find(s, m) for s, m in ((summary, f"{metric}@dino"), (second, metric)))
+        assert found == expected and draws[f"{metric}@dino/all"].shape == (3,)
+    assert find(summary, "fid@dino") != find(summary, "fid")
+    for metric in ("fid_half_n@dino", "kid@dino", "vendi@dino"):
+        assert find(summary, metric, key="floor") is not None
+    # The base model is the same folder here.
+    assert np.array_equal(draws["fid@dino/all"], draws["fid@dino_baseline/all"])
+    (further,) = summary["further_features"]
+    assert further == second["features"] and summary["features"] == alone["features"]
+    # Without --classifier, nothing judges the prompts.
+    headless = run("headless", *flags, f"--features={vision}")
+    assert "pass --classifier" in find(headless, "class_consistency", "Edema", "note")
+    assert headless["classifier"]["labels"] == [] and not (tmp_path / "headless" / "consistency.png").exists()
+
+
+def test_ms_ssim_sees_what_is_less_varied(run, tmp_path):
+    images = real_images("val", "test")
+    alike = {
+        label: [Image.blend(own[0], image.resize(own[0].size), 0.3) for image in own] for label, own in images.items()
+    }
+    found = {}
+    for name, own in {"varied": images, "alike": alike}.items():
+        found[name] = run(name, f"--synthetic={write_samples(tmp_path / 'samples' / name, own)}", "--real_split=all")
+    for label in ("all", *LABELS):
+        assert find(found["alike"], "ms_ssim", label, "low") > find(found["varied"], "ms_ssim", label, "high")
+        assert 0 < find(found["varied"], "ms_ssim_real", label) == find(found["alike"], "ms_ssim", label, "floor") < 1
+        key = f"ms_ssim/{label}"
+        assert load_arrays(tmp_path / "alike" / "generation_draws.safetensors")[key].std() > 0
 
 
 def test_a_run_writes_everything_and_the_same_again(run, tmp_path, samples, monkeypatch):
@@ -454,19 +572,21 @@ def test_two_processes_give_the_same(run, tmp_path, samples, classifier):
         assert a["value"] is b["value"] is None or a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-6), a
 
 
-def test_everyday_mistakes_end_in_a_sentence(run, tmp_path, classifier, xrv_file):
+def test_everyday_mistakes_end_in_a_sentence(run, tmp_path, classifier, xrv_file, vision):
     padded = write_samples(tmp_path / "pad", {"Edema": real_images("val")["Edema"][:4]}, resize_mode="pad")
     dead = {name: torch.zeros_like(tensor) for name, tensor in load_file(xrv_file).items()}
     save_file(dead, tmp_path / "dead.safetensors")
     save_file(dead | {"classifier.bias": torch.full((18,), torch.nan)}, tmp_path / "nan.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    shutil.copytree(vision, tmp_path / "part")
+    change_weights(tmp_path / "part", lambda tensors: tensors.pop("layernorm.weight"))
     pd.DataFrame({"Path": ["gone.png"], "Edema": [1]}).to_csv(tmp_path / "gone.csv", index=False)
     for error, *flags in (
         ("invalid choice: 'Oedema'", "--labels", "Oedema"),
         ("--max_per_label must be at least 1", "--max_per_label=0"),
         ("--synthetic", f"--synthetic={tmp_path}"),
         ("--real_csv none.csv: neither", "--real_csv=none.csv"),
-        ("--features none: cannot load", "--features=none"),
+        ("--features none: neither a classifier nor", "--features=none"),
         ("none of its images exist", f"--real_csv={tmp_path / 'gone.csv'}", "--real_split=all"),
         ("synthetic images: none has any of Fracture", "--labels", "Fracture"),
         ("different resize_mode", f"--baseline={padded}"),
@@ -477,6 +597,9 @@ def test_everyday_mistakes_end_in_a_sentence(run, tmp_path, classifier, xrv_file
         ("not finite", f"--features={tmp_path / 'nan.safetensors'}", "--max_per_label=2"),
         ("all zero or not finite", f"--features={tmp_path / 'dead.safetensors'}", "--max_per_label=2"),
         ("cannot load a VAE", f"--vae={classifier}"),
+        ("neither a classifier nor a vision model", f"--features={tmp_path}"),
+        ("it has no layernorm.weight", f"--features={tmp_path / 'part'}"),
+        ("two have the same last part", "--features", classifier, f"elsewhere/{classifier.name}"),
     ):
         run("refused", *flags, error=error)
 

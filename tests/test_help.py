@@ -33,7 +33,7 @@ CONTRACT = {
         resolution batch_size=auto seed=0 output_dir split=all split_seed=0 uncertain=ignore prompt_template""",
     "eval_generation": """
         synthetic real_csv image_root real_split=test train_csv train_split=train split_seed=0 uncertain=ignore
-        classifier features=xrv baseline vae max_per_label=5000 pool=unique resolution resize_mode seed=0
+        classifier features=['xrv'] baseline vae max_per_label=5000 pool=unique resolution resize_mode seed=0
         output_dir""",
     "eval_downstream": """
         synthetic real_csv image_root train_on=synthetic arch=efficientnet_b0 weights=imagenet num_seeds=3 output_dir

@@ -24,8 +24,8 @@ PACKAGE_OF = {
     "vendi_score": "vendi-score",
 }
 # Needed without an import: peft by diffusers for adapters, tensorboard by accelerate for its logs, torchvision by
-# transformers, bitsandbytes by a flag.
-INDIRECT = {"peft", "tensorboard", "torchvision", "bitsandbytes"}
+# transformers, torch-fidelity by torchmetrics, bitsandbytes by a flag.
+INDIRECT = {"peft", "tensorboard", "torchvision", "torch-fidelity", "bitsandbytes"}
 
 
 def parse_requirements(lines):
