@@ -163,10 +163,7 @@ def parse_args(argv=None):
 
 
 class ResultFile:
-    """A JSON file with its rows by (metric, label) and its draws. ResultFile() stands for a missing file.
-
-    `trainings` has the files of all trainings whose means these rows are.
-    """
+    """A JSON file, or the means of those of several `trainings`: rows by (metric, label) and draws; maybe missing."""
 
     def __init__(self, info=None, draws=None):
         self.exists, self.info, self.draws, self.trainings = info is not None, info or {}, draws or {}, [self]
@@ -224,9 +221,8 @@ def read_trainings(folder, row):
 def merge_trainings(files):
     """Return the results of several trainings as one: means, with Student's t intervals over the trainings.
 
-    The n draws, mean + (value - mean) / sqrt(n), are such that the standard deviation of two rows' differences draw
-    by draw is the standard error of the mean difference between trainings of the same seed. What is the same in all
-    trainings keeps its own interval.
+    The standard deviation of the differences between the draws of two rows, mean + (value - mean) / sqrt(n), is the
+    standard error of the mean difference over seeds. What is the same in all trainings keeps its own interval.
     """
     if len(files) == 1 or not files[0].exists:
         return files[0]
@@ -242,23 +238,17 @@ def merge_trainings(files):
         merged.draws["/".join(key)] = mean + (values - mean) / root
         if np.ptp(values) > 0:
             notes = dict.fromkeys([f"mean of {len(files)} trainings", *(row["note"] for row in rows if row["note"])])
-            merged.rows[key] = first | {
-                "value": mean,
-                "low": mean - half,
-                "high": mean + half,
-                "note": "; ".join(notes),
-            }
-            if first["low"] is not None:  # of the single trainings, for find_excess and is_below_chance
+            new = {"value": mean, "low": mean - half, "high": mean + half}
+            merged.rows[key] = first | new | {"note": "; ".join(notes)}
+            # Of the single trainings, for find_excess and is_below_chance.
+            if None not in [row["low"] for row in rows]:
                 merged.rows[key]["max_low"] = max(row["low"] for row in rows)
                 merged.rows[key]["min_high"] = min(row["high"] for row in rows)
     return merged
 
 
 class Study(namedtuple("Study", ["strategies", "missing", "num_trainings", "unused", *FILES])):
-    """The results of a study; each part of FILES maps the strategies that ran, "base" and "real" to ResultFile.
-
-    `num_trainings` is that of each strategy; `unused` names the seeds of further ones, e.g. "1 of LoRA".
-    """
+    """The results of a study: by part, ResultFile of each strategy that ran, of "base" and of "real"."""
 
     def existing(self, part):
         return {row: found for row, found in getattr(self, part).items() if found.exists}
@@ -277,10 +267,7 @@ class Study(namedtuple("Study", ["strategies", "missing", "num_trainings", "unus
 
 
 def read_study(folder, rows):
-    """Read the trainings of these rows with the seeds that all rows have, or else the first of each row.
-
-    A row with any result has run; the others are missing.
-    """
+    """Read the trainings of the rows that ran with the seeds that all of them have, or else the first of each row."""
     rows = [row for row in STRATEGIES if row in rows]
     found = {row: read_trainings(folder, row) for row in [*rows, "base", "real"]}
     ran = [row for row in rows if found[row]]
@@ -607,13 +594,14 @@ def plot_forest(study, comparison):
 
 def plot_cost(study, measure, cost):
     """Return a PNG of a measure and its 95% interval against a training cost, None for fewer than two rows."""
-    figure = Figure(figsize=(3.1, 2.6), layout="constrained")
-    axis, shown, scale = figure.subplots(), 0, UNITS.get(measure.metric, (2, 1))[1]
-    for row in study.strategies:
-        costs = [found["value"] for (metric, _), found in study.runs[row].rows.items() if metric == cost]
-        found = getattr(study, measure.part)[row].get(measure.metric)
-        if any(costs) and found and found["low"] is not None:
-            x, y, low, high = sum(costs), *(scale * found[key] for key in ("value", "low", "high"))
+    figure, shown, scale = Figure(figsize=(3.1, 2.6), layout="constrained"), 0, UNITS.get(measure.metric, (2, 1))[1]
+    axis, files = figure.subplots(), getattr(study, measure.part)
+    found = {row: files[row].get(measure.metric) for row in study.strategies}
+    found = {row: values for row, values in found.items() if values and values["low"] is not None}
+    for row in sorted(found, key=lambda row: -found[row]["value"]):
+        costs = [result["value"] for (metric, _), result in study.runs[row].rows.items() if metric == cost]
+        if any(costs):
+            x, y, low, high = sum(costs), *(scale * found[row][key] for key in ("value", "low", "high"))
             axis.plot([x, x], [low, high], color="#9db7d1", linewidth=2)
             axis.plot(x, y, "s" if row in PEFT else "o", color="#1f4e79")
             shown += 1
@@ -656,6 +644,7 @@ def draw_figure_2(study):
 Cell = namedtuple("Cell", "text detail paper flag grey", defaults=("", "", "", False))
 Table = namedtuple("Table", "title header rows lead", defaults=("",))
 REAL, VAE = ("real images", "_real"), ("real images through the VAE", "_vae")
+SUFFIXES = ("_real", "_baseline", "_vae")
 # Part of the study, title, columns as "heading:metric" (* for a column per label, @ for one per network of features),
 # and any reference rows: a name and a suffix of the metrics.
 TABLES = [
@@ -670,13 +659,13 @@ TABLES = [
     (
         "evaluations",
         "Table 3c. Variety, colour and copies",
-        "FID at n/2:fid_half_n|KID × 1000:kid|Vendi / real:vendi_ratio|MS-SSIM ↓:ms_ssim|precision:precision|"
+        "FID at n/2:fid_half_n|KID × 1000:kid|Vendi / real:vendi_ratio|MS-SSIM ↓:ms_ssim|precision:precision|"
         "recall:recall|density:density|coverage:coverage|visible tint, %:colour_visible|"
         "nearer to training, %:memorisation_nearer_train|suspected copies, %:memorisation_suspects|"
         "copies by pixels, %:memorisation_suspects_pixels",
         ("real images", "_floor"),
     ),
-    ("evaluations", "Table 3d. FID by other features", "@:fid"),
+    ("evaluations", "Table 3d. FID by other features", "@:fid", VAE),
     ("downstream", "Table 4. Downstream accuracy, %", "*:accuracy", ("constant answer", "_floor")),
     ("downstream", "Table 4b. Downstream AUROC", "mean:auroc|*:auroc|gain over chance / real:auroc_of_reference"),
     ("downstream", "Table 4c. Downstream AUROC by group", "*:auroc_by_group"),
@@ -720,8 +709,8 @@ def metric_table(study, part, title, headings, *references):
         if heading == "*":
             columns += [(SHORT.get(label, label), metric, label) for label in study.labels(part, metric)]
         elif heading == "@":
-            networks = [name.split("@")[1] for name in metrics if name.startswith(f"{metric}@")]
-            columns += [(network, f"{metric}@{network}", "all") for network in networks]
+            found = [name for name in metrics if name.startswith(f"{metric}@") and not name.endswith(SUFFIXES)]
+            columns += [(name.split("@")[1], name, "all") for name in found]
         elif metric in metrics:
             columns.append((heading, metric, "all"))
     for row in study.existing(part):
@@ -769,11 +758,10 @@ def label_table(study, comparisons):
     """Return the table of the strategies that no other row beats, by label."""
     lines = []
     for label in dict.fromkeys(pair.label for c in comparisons for pair in c.pairs if pair.label != "all"):
-        cells = []
+        lines.append([Cell(label)])
         for comparison in comparisons:
             leaders, nobody = comparison.leaders(label), "only the base model" if comparison.of(label) else ""
-            cells.append(Cell("all" if leaders == study.strategies else join_names(leaders) or nobody))
-        lines.append([Cell(label), *cells])
+            lines[-1].append(Cell("all" if leaders == study.strategies else join_names(leaders) or nobody))
     return Table("Label by label", ["label", *(c.measure.heading for c in comparisons)], lines, LABELS_LEAD)
 
 
@@ -790,9 +778,8 @@ TABLES_LEAD = (
 )
 PAIRS_LEAD = (
     "First minus second, draw by draw or training by training, with the 95 % interval of this pair alone. Lower or "
-    "higher: p < 0.05 after Holm's correction over the column; an interval that excludes 0 may not be enough."
+    "higher: p < 0.05 after Holm's correction over the column; an interval that excludes 0 may not be enough."
 )
-COST_LEAD = "Squares: PEFT. Lines: 95 % intervals. Numbers, if any: the rows of Table 1."
 LABELS_LEAD = "Strategies that no other row beats, after Holm's correction over the column. report.csv has the pairs."
 STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; color: #1c1e21; margin: 0; }
@@ -869,10 +856,8 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     """Return the HTML page."""
     samples = {f"Samples of {prompt}": encode(image.save) for prompt, image in pictures.items()}
     forests = {f"{c.measure.name}, difference to the base model": plot_forest(study, c) for c in comparisons}
-    costs = {}
-    for measure in MEASURES:
-        if measure.metric in ("fid", "auroc"):
-            costs |= {f"{measure.name} against {cost}": plot_cost(study, measure, cost) for cost in COSTS}
+    pairs = [(measure, cost) for measure in MEASURES if measure.metric in ("fid", "auroc") for cost in COSTS]
+    costs = {f"{measure.name} against {cost}": plot_cost(study, measure, cost) for measure, cost in pairs}
     table_1, *others = [metric_table(study, *table) for table in TABLES]
     verdicts = [pair_table(study, comparisons), label_table(study, comparisons[:NUM_DECIDING])]
     tables = [*verdicts, table_1, split_table(study), *others]
@@ -885,7 +870,7 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
         f"<p>Not run: {join_names(study.missing)}.</p>" if study.missing else "",
         html_images("Figure 2. Samples", "The first samples of each prompt.", samples, "columns"),
         html_images("Against the base model", FOREST_LEAD, forests),
-        html_images("Quality against cost", COST_LEAD, costs),
+        html_images("Quality against cost", "Squares: PEFT. Lines: 95 % intervals. Numbers: rows of Table 1.", costs),
         f"<h2>Tables</h2><p>{TABLES_LEAD}</p>",
         *(html_table(table) for table in tables if table.rows),
         html_notes("Where the paper contradicts itself", PAPER_NOTES),

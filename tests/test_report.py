@@ -381,12 +381,14 @@ def test_further_figures_are_shown_where_they_exist(study):
     text = make(study)[0]
     assert "Table 3d" not in text and "Table 4c" not in text and "MS-SSIM" not in text
     lines = [make_row("ms_ssim", 0.312, half=0.01, floor=0.25), make_row("fid@rad-dino", 118.93, half=2)]
+    lines += [make_row("fid@rad-dino_baseline", 150.0, half=2), make_row("fid@rad-dino_vae", 4.5, half=1)]
     change(study / "evaluations/lora/generation_metrics.json", lambda info, rows: info["results"].extend(lines))
     line = make_row("auroc_by_group", 0.71, "Sex: Female", half=0.02)
     change(study / "downstream/lora/downstream_metrics.json", lambda info, rows: info["results"].append(line))
     text = make(study)[0]
     assert read_table(text, "Table 3c")["LoRA"]["MS-SSIM ↓"] == "0.312 0.302–0.322"
-    assert read_table(text, "Table 3d")["LoRA"]["rad-dino"] == "118.93 116.93–120.93"
+    table = read_table(text, "Table 3d")
+    assert table["LoRA"] == {"#": "8", "model": "LoRA", "rad-dino": "118.93 116.93–120.93"}
     assert read_table(text, "Table 4c")["LoRA"]["Sex: Female"] == "0.710 0.690–0.730"
 
 
