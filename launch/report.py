@@ -598,7 +598,9 @@ def plot_cost(study, measure, cost):
     axis, files = figure.subplots(), getattr(study, measure.part)
     found = {row: files[row].get(measure.metric) for row in study.strategies}
     found = {row: values for row, values in found.items() if values and values["low"] is not None}
-    for row in sorted(found, key=lambda row: -found[row]["value"]):
+    rows = sorted(found, key=lambda row: -found[row]["value"])
+    gaps = [np.inf, *-np.diff([found[row]["value"] for row in rows]), np.inf]
+    for i, row in enumerate(rows):
         costs = [result["value"] for (metric, _), result in study.runs[row].rows.items() if metric == cost]
         if any(costs):
             x, y, low, high = sum(costs), *(scale * found[row][key] for key in ("value", "low", "high"))
@@ -606,10 +608,11 @@ def plot_cost(study, measure, cost):
             axis.plot(x, y, "s" if row in PEFT else "o", color="#1f4e79")
             shown += 1
             name = NAMES[row] if len(study.strategies) < 5 else NUMBERS[row]
-            axis.annotate(name, (x, y), (6, 4 if shown % 2 else -9), textcoords="offset points", fontsize=8)
+            offset = (6, 4 if gaps[i] >= gaps[i + 1] else -9)  # away from the nearest other row
+            axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8)
     if cost == "trainable_parameters":
         axis.set_xscale("log")
-    axis.margins(x=0.25)
+    axis.margins(x=0.25, y=0.1)
     return finish_plot(figure, axis, measure, cost.replace("_", " ")) if shown > 1 else None
 
 
