@@ -9,7 +9,7 @@
 
 Reads runs/, samples/, evaluations/ and downstream/ in the study's folder, as launch/sweep.sh fills them. Writes
 report.html (self-contained), report.csv (one value per line) and figure2.png. It computes no metrics; it only tests
-whether two strategies differ, with the draws that the evaluation scripts saved.
+whether two strategies differ: over their trainings or, if trained once, with the draws that the evaluations saved.
 """
 
 import argparse
@@ -34,8 +34,6 @@ from scipy import stats
 
 # Copied from sample.CONDITIONS
 CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion"]
-# Short column headings.
-SHORT = dict(zip(CONDITIONS, ["Ca", "Lo", "Ed", "Nf", "Pn", "Pe"])) | {"unet": "U-Net", "vae": "VAE"}
 # The rows of Table 1: folder and name.
 STRATEGIES = {
     "unet": "U-Net",
@@ -45,14 +43,14 @@ STRATEGIES = {
     "unet_vae": "U-Net + VAE",
     "vae_text_encoder": "VAE + Text Encoder",
     "unet_vae_text_encoder": "U-Net + VAE + Text Encoder",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "bitfit": "BitFit",
-    "difffit": "DiffFit",
 }
+PEFT = {"lora": "LoRA", "dora": "DoRA", "bitfit": "BitFit", "difffit": "DiffFit"}
+STRATEGIES |= PEFT
 NAMES = STRATEGIES | {"base": "base model", "real": "real images"}
 NUMBERS = {row: str(number) for number, row in enumerate(STRATEGIES, 1)}
-PEFT = ("lora", "dora", "bitfit", "difffit")
+SHORT = STRATEGIES | dict(zip(CONDITIONS, ["Ca", "Lo", "Ed", "Nf", "Pn", "Pe"]))  # column headings
+FILES = {"runs": "training_summary.json", "samples": "metadata.csv"}
+FILES |= {"evaluations": "generation_metrics.json", "downstream": "downstream_metrics.json"}
 COSTS = ("trainable_parameters", "seconds_per_epoch")
 SAMPLES, TILE, MAX_PROMPTS, PLOT_DPI = 2, 128, 6, 160
 ALPHA = 0.05  # significance level, after Holm's correction
@@ -60,7 +58,7 @@ ALPHA = 0.05  # significance level, after Holm's correction
 # The metrics that strategies are compared by: key in the JSON files, folder in the study, name, better direction, and
 # what the floor stands for (real images, or a trivial predictor).
 Measure = namedtuple("Measure", "metric part name arrow floor")
-Measure.heading = property(lambda measure: f"{measure.name} {measure.arrow}")
+Measure.heading = property(lambda measure: f"{measure.name}\u00a0{measure.arrow}")
 MEASURES = [
     Measure("fid", "evaluations", "FID", "↓", "real images, n/2"),
     Measure("class_consistency_auroc", "evaluations", "prompt AUROC", "↑", "real images"),
@@ -76,7 +74,7 @@ NUM_DECIDING = 3
 UNITS = dict.fromkeys(["accuracy", "class_consistency", "colour_visible", "memorisation_nearer_train"], (1, 100))
 UNITS |= dict.fromkeys(["memorisation_suspects", "memorisation_suspects_pixels"], (1, 100)) | {"kid": (2, 1000)}
 UNITS |= dict.fromkeys(["trainable_parameters", "images_train", "images_val", "images_test"], (0, 1))
-UNITS |= dict.fromkeys(["auroc", "class_consistency_auroc"], (3, 1))
+UNITS |= dict.fromkeys(["auroc", "auroc_by_group", "class_consistency_auroc", "ms_ssim"], (3, 1))
 UNITS |= dict.fromkeys(["heldout_diffusion", "heldout_diffusion_change"], (4, 1)) | {"seconds_per_epoch": (1, 1)}
 # Settings that should be the same in all rows: fields of the JSON files, but for samples columns of metadata.csv. The
 # report warns of any that differ, and does not compare rows that differ in one of evaluations or downstream.
@@ -87,8 +85,8 @@ SHARED = {
     "arguments.snr_gamma arguments.noise_offset arguments.use_ema arguments.use_8bit_adam arguments.learning_rate "
     "arguments.unet_lr arguments.text_encoder_lr arguments.vae_lr arguments.vae_loss",
     "samples": "number seed guidance_scale num_inference_steps scheduler resolution prompt_template",
-    "evaluations": "draws_id images.real.fingerprint features.fingerprint classifier.fingerprint resolution "
-    "resize_mode pool arguments.uncertain",
+    "evaluations": "draws_id images.real.fingerprint images.train.fingerprint features.fingerprint "
+    "classifier.fingerprint resolution resize_mode pool arguments.uncertain",
     "downstream": "draws_id settings.test settings.labels settings.num_train_images settings.arch settings.weights "
     "settings.resolution settings.num_train_epochs settings.learning_rate settings.train_batch_size "
     "settings.weight_decay settings.patience settings.rotation settings.translation settings.scale "
@@ -165,21 +163,16 @@ def parse_args(argv=None):
 
 
 class ResultFile:
-    """A JSON file with its rows by (metric, label) and its draws. ResultFile() stands for a missing file."""
+    """A JSON file, or the means of those of several `trainings`: rows by (metric, label) and draws; maybe missing."""
 
     def __init__(self, info=None, draws=None):
-        self.exists, self.info, self.draws = info is not None, info or {}, draws or {}
+        self.exists, self.info, self.draws, self.trainings = info is not None, info or {}, draws or {}, [self]
         self.rows = {(row["metric"], row["label"]): row for row in self.info.get("results", [])}
 
     def get(self, metric, label="all"):
         """Return a row that has a value, or None."""
         row = self.rows.get((metric, label))
         return row if row and row["value"] is not None else None
-
-    def by_label(self, metric):
-        """Return the rows of a metric that have a value, by label, without "all"."""
-        rows = {label: self.get(name, label) for name, label in self.rows if name == metric and label != "all"}
-        return {label: row for label, row in rows.items() if row}
 
     def dig(self, path, default=None):
         """Return a nested field, e.g. "images.real.fingerprint"."""
@@ -190,33 +183,79 @@ class ResultFile:
 
 
 def read_results(path):
-    """Read a JSON file and the draws next to it, if any."""
+    """Read a JSON file and the draws next to it, or of metadata.csv the distinct values of each column."""
     if not path.is_file():
         return ResultFile()
+    if path.suffix == ".csv":
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        settings = {name: ", ".join(table[name].unique()) for name in SHARED["samples"].split() if name in table}
+        if path.with_name("sampling.json").is_file():
+            settings |= json.loads(path.with_name("sampling.json").read_text(encoding="utf-8"))
+        return ResultFile(settings | {"number": len(table), "table": table, "folder": path.parent})
     info, draws = json.loads(path.read_text(encoding="utf-8")), {}
-    draws_path = path.with_name(path.name.replace("_metrics.json", "_draws.safetensors"))
-    if draws_path.suffix == ".safetensors" and draws_path.is_file():
+    draws_path = path.with_name(path.stem.replace("_metrics", "_draws") + ".safetensors")
+    if draws_path.is_file():
         with safe_open(draws_path, "np") as file:
             info["draws_id"] = (file.metadata() or {}).get("draws_id")
             draws = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return ResultFile(info, draws)
 
 
-@dataclass
-class Study:
-    """The results of a study; each part maps rows, "base" and "real" to ResultFile."""
+def read_trainings(folder, row):
+    """Return the complete trainings of a row by their seed: the one in ROW first, then those in ROW_seedK."""
+    names = {path.name for part in FILES for path in (folder / part).glob(f"{row}_seed*")}
+    trainings, needed = {}, set()
+    for name in [row, *sorted(names)]:
+        training = {part: read_results(folder / part / name / file) for part, file in FILES.items()}
+        method = training["runs"].info.get("method", row)
+        if method != row:
+            fail(f"{folder / 'runs' / name} is a run of {method}; name run folders after their method")
+        parts = {part for part, results in training.items() if results.exists}
+        needed = needed or parts
+        if parts and parts >= needed:
+            seed = training["runs"].dig("arguments.seed", name.removeprefix(row).removeprefix("_seed"))
+            trainings.setdefault(str(seed), training)
+    return trainings
 
-    folder: Path
-    strategies: list  # those that ran, in Table 1's order
-    missing: list
-    tables: dict  # metadata.csv of the samples
-    runs: dict
-    samples: dict  # in place of a JSON file, the distinct values of each column of metadata.csv
-    evaluations: dict
-    downstream: dict
+
+def merge_trainings(files):
+    """Return the results of several trainings as one: means, with Student's t intervals over the trainings.
+
+    The standard deviation of the differences between the draws of two rows, mean + (value - mean) / sqrt(n), is the
+    standard error of the mean difference over seeds. What is the same in all trainings keeps its own interval.
+    """
+    if len(files) == 1 or not files[0].exists:
+        return files[0]
+    merged, root = ResultFile(files[0].info), len(files) ** 0.5
+    merged.trainings = files
+    for key, first in merged.rows.items():
+        rows = [file.get(*key) for file in files]
+        if None in rows:
+            merged.rows[key] = first | dict.fromkeys(("value", "low", "high"))
+            continue
+        values = np.array([row["value"] for row in rows], dtype=float)
+        mean, half = values.mean(), stats.t.ppf(0.975, len(files) - 1) * values.std(ddof=1) / root
+        merged.draws["/".join(key)] = mean + (values - mean) / root
+        if np.ptp(values) > 0:
+            notes = dict.fromkeys([f"mean of {len(files)} trainings", *(row["note"] for row in rows if row["note"])])
+            new = {"value": mean, "low": mean - half, "high": mean + half}
+            merged.rows[key] = first | new | {"note": "; ".join(notes)}
+            # Of the single trainings, for find_excess and is_below_chance.
+            if None not in [row["low"] for row in rows]:
+                merged.rows[key]["max_low"] = max(row["low"] for row in rows)
+                merged.rows[key]["min_high"] = min(row["high"] for row in rows)
+    return merged
+
+
+class Study(namedtuple("Study", ["strategies", "missing", "num_trainings", "unused", *FILES])):
+    """The results of a study: by part, ResultFile of each strategy that ran, of "base" and of "real"."""
 
     def existing(self, part):
         return {row: found for row, found in getattr(self, part).items() if found.exists}
+
+    def files(self, part):
+        """Return (row, file) of each training."""
+        return [(row, file) for row, results in self.existing(part).items() for file in results.trainings]
 
     def first(self, part):
         return next(iter(self.existing(part).values()), ResultFile())
@@ -228,27 +267,20 @@ class Study:
 
 
 def read_study(folder, rows):
-    """Read the results of these rows. A row with any result has run; the others are missing."""
+    """Read the trainings of the rows that ran with the seeds that all of them have, or else the first of each row."""
     rows = [row for row in STRATEGIES if row in rows]
-    names = {"runs": "training_summary", "evaluations": "generation_metrics", "downstream": "downstream_metrics"}
-    parts, tables = {"samples": {}}, {}
-    for part, name in names.items():
-        parts[part] = {row: read_results(folder / part / row / f"{name}.json") for row in [*rows, "base", "real"]}
-    for row in ["base", *rows]:
-        path = folder / "samples" / row / "metadata.csv"
-        if path.is_file():
-            table = tables[row] = pd.read_csv(path, dtype=str, keep_default_na=False)
-            settings = {name: ", ".join(table[name].unique()) for name in SHARED["samples"].split() if name in table}
-            if path.with_name("sampling.json").is_file():
-                settings |= json.loads(path.with_name("sampling.json").read_text(encoding="utf-8"))
-            parts["samples"][row] = ResultFile(settings | {"number": len(table)})
-    for row, run in parts["runs"].items():
-        if run.exists and run.info["method"] != row:
-            fail(f"{folder / 'runs' / row} is a run of {run.info['method']}; name run folders after their method")
-    ran = [row for row in rows if any(parts[part][row].exists for part in names)]
+    found = {row: read_trainings(folder, row) for row in [*rows, "base", "real"]}
+    ran = [row for row in rows if found[row]]
     if not ran:
         fail(f"--study {folder}: no results for --rows; pass the folder that launch/sweep.sh filled")
-    return Study(folder, ran, [row for row in rows if row not in ran], tables, **parts)
+    seeds = [seed for seed in found[ran[0]] if all(seed in found[row] for row in ran)]
+    number, parts, unused = max(1, len(seeds)), {part: {} for part in FILES}, []
+    for row in [*ran, "base", "real"]:
+        used = seeds if seeds and row in ran else [*found[row]][:1] * number  # base and real are trained once
+        unused += [f"{seed} of {NAMES[row]}" for seed in found[row] if seed not in used]
+        for part, files in parts.items():
+            files[row] = merge_trainings([found[row][seed][part] for seed in used] or [ResultFile()])
+    return Study(ran, [row for row in rows if row not in ran], number, unused, **parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,31 +295,27 @@ class Pair:
     first: str
     second: str
     label: str
-    difference: float
+    value: float
     low: float
     high: float
     p: float
-    num_draws: int
+    n: int  # draws
     p_holm: float = 1.0
     better: str | None = None  # None if not shown to differ
     worse: str | None = None
 
-    @property
-    def differs(self):
-        return self.p_holm < ALPHA
-
 
 def compare_draws(value, other, draws, other_draws):
-    """Return (difference, low, high, p, n) of two values whose draws, (n,), are on the same images or patients.
+    """Return (difference, low, high, p, n) of two values whose draws, (n,), are on the same images, patients or seeds.
 
     The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p
-    are Student's t with n - 1 degrees of freedom.
+    are Student's t with n - 1 degrees of freedom. Draws without any spread say nothing: p is 1.
     """
     paired = draws - other_draws
     paired = paired[np.isfinite(paired)]
     difference, error, degrees = value - other, paired.std(ddof=1), len(paired) - 1
     half = stats.t.ppf(0.975, degrees) * error
-    p = 2 * stats.t.sf(abs(difference) / error, degrees) if error > 0 else float(difference == 0)
+    p = 2 * stats.t.sf(abs(difference) / error, degrees) if error > 1e-9 * abs(difference) else 1.0
     return difference, difference - half, difference + half, p, len(paired)
 
 
@@ -301,13 +329,14 @@ def correct_holm(pairs):
 
 def are_comparable(one, other, measure, label):
     """Return whether two results have draws of a metric on the same images or patients, with the same settings."""
-    rows = [results.get(measure.metric, label) for results in (one, other)]
-    if None in rows or rows[0]["n"] != rows[1]["n"] or one.dig("draws_id") is None:
+    files = one.trainings + other.trainings
+    rows = [file.get(measure.metric, label) for file in files]
+    if None in rows or len({row["n"] for row in rows}) > 1 or one.dig("draws_id") is None:
         return False
-    if any(one.dig(path) != other.dig(path) for path in SHARED[measure.part].split()):
+    if any(len(find_values(enumerate(files), path)) > 1 for path in SHARED[measure.part].split()):
         return False
     draws = [results.draws.get(f"{measure.metric}/{label}", np.empty(0)) for results in (one, other)]
-    return draws[0].shape == draws[1].shape and np.isfinite(draws[0] - draws[1]).sum() > 2
+    return draws[0].shape == draws[1].shape and np.isfinite(draws[0] - draws[1]).sum() > 1
 
 
 class Comparison(namedtuple("Comparison", "measure pairs")):
@@ -339,8 +368,8 @@ def compare_measure(study, measure):
     correct_holm([pair for pair in pairs if pair.label == "all"])
     correct_holm([pair for pair in pairs if pair.label != "all"])
     for pair in pairs:
-        if pair.differs:
-            first_is_better = (pair.difference < 0) == (measure.arrow == "↓")
+        if pair.p_holm < ALPHA:
+            first_is_better = (pair.value < 0) == (measure.arrow == "↓")
             pair.better, pair.worse = (pair.first, pair.second) if first_is_better else (pair.second, pair.first)
     return Comparison(measure, pairs)
 
@@ -368,14 +397,12 @@ def format_setting(value):
 
 
 def describe_pair(pair, metric):
-    """Return "lower by 21.6" or "not shown to differ", and the interval (of the decrease, if it is "lower by")."""
-    digits, scale = UNITS.get(metric, (2, 1))
-    sign = -1 if pair.differs and pair.difference < 0 else 1
-    values = sorted((sign * scale * pair.low, sign * scale * pair.high))
-    interval = f"({' to '.join(format_number(value, digits) for value in values)})"
-    size = format_number(abs(scale * pair.difference), digits)
-    word = f"{'lower' if pair.difference < 0 else 'higher'} by {size}"
-    return (word if pair.differs else "not shown to differ"), interval
+    """Return "lower by 21.6" or "not shown to differ" with the interval (of the decrease, if it is "lower by")."""
+    (digits, scale), lower = UNITS.get(metric, (2, 1)), bool(pair.better) and pair.value < 0
+    values = (-pair.value, -pair.high, -pair.low) if lower else (pair.value, pair.low, pair.high)
+    size, low, high = (format_number(scale * value, digits) for value in values)
+    words = f"{'lower' if lower else 'higher'} by {size}" if pair.better else "not shown to differ"
+    return Cell(words, f"({low} to {high})", grey=not pair.better)
 
 
 def write_lead(deciding):
@@ -395,6 +422,11 @@ def write_lead(deciding):
     return f"No strategy leads in every metric. Unbeaten: {unbeaten}.", named
 
 
+def is_below_chance(found):
+    """Return whether an AUROC is below 0.5 with its whole interval, that of one training at least."""
+    return found["low"] is not None and found["value"] < 0.5 and found.get("min_high", found["high"]) < 0.5
+
+
 def find_excess(study, row, metric):
     """Return the share of a row's images as text if it is well above its floor, "" if not, None if unknown."""
     found, base = study.evaluations[row].get(metric), study.evaluations["base"].get(metric)
@@ -403,62 +435,75 @@ def find_excess(study, row, metric):
     floor = found["floor"] or 0.0
     if base and metric.startswith("memorisation"):
         floor = max(floor, base["value"])  # the base model has not seen the training images
-    return f"{100 * found['value']:.1f} % of images" if found["low"] > max(2 * floor, 0.005) else ""
+    excess = found.get("max_low", found["low"]) > max(2 * floor, 0.005)
+    return f"{100 * found['value']:.1f} % of images" if excess else ""
 
 
 def check_strategy(study, row, deciding):
     """Return what each check has against a strategy: a text, "" for nothing, None if it could not be checked."""
     with_base = [(c.measure.name, pair) for c in deciding for pair in c.of("all", row, "base")]
     not_better = [name for name, pair in with_base if pair.better != row]
-    copies = [find_excess(study, row, f"memorisation_suspects{kind}") for kind in ("", "_pixels")]
-    copies = [found for found in copies if found is not None]
-    aurocs = study.evaluations[row].by_label("class_consistency_auroc")
-    below = [f"{k} {v['value']:.2f}" for k, v in aurocs.items() if v["high"] is not None and v["high"] < 0.5]
-    accuracies = study.downstream[row].by_label("accuracy")
-    constant = [label for label, found in accuracies.items() if "CONSTANT" in (found["note"] or "")]
-    losses = [(c.measure.name, pair) for c in deciding for pair in c.pairs if pair.worse == row]
-    beaten = [f"{pair.label} by {NAMES[pair.better]} in {name}" for name, pair in losses if pair.label != "all"]
+    below, constant, beaten = [], [], []
+    for (metric, label), found in study.evaluations[row].rows.items():
+        if metric == "class_consistency_auroc" and label != "all" and is_below_chance(found):
+            below.append(f"{label} {found['value']:.2f}")
+    for (metric, label), found in study.downstream[row].rows.items():
+        if metric == "accuracy" and label != "all" and "CONSTANT" in (found["note"] or ""):
+            constant.append(label)
+    for comparison in deciding:
+        labels = dict.fromkeys(pair.label for pair in comparison.pairs if pair.worse == row and pair.label != "all")
+        beaten += [f"{join_words(labels)} in {comparison.measure.name}"] if labels else []
     return {
         "not shown to beat the base model": ", ".join(not_better) if with_base else None,
-        "suspected copies": next(filter(None, copies), "") if copies else None,
+        "suspected copies": find_excess(study, row, "memorisation_suspects"),
+        "suspected copies by pixels": find_excess(study, row, "memorisation_suspects_pixels"),
         "visible tint": find_excess(study, row, "colour_visible"),
-        "prompts answered below chance": ", ".join(below) if aurocs else None,
-        "CONSTANT classifiers": ", ".join(constant) if accuracies else None,
+        "prompts answered below chance": ", ".join(below)
+        if study.evaluations[row].get("class_consistency_auroc")
+        else None,
+        "CONSTANT classifiers": ", ".join(constant) if study.downstream[row].get("accuracy") else None,
         "beaten in a label": ", ".join(beaten),
     }
 
 
 def write_objections(study, leaders, deciding):
-    """Return a sentence on what the checks have against the leaders, and one on what could not be checked."""
+    """Return a sentence on what the checks have against the leaders or could not check."""
     if not leaders:
         return []
     checks, objections, unknown = [check_strategy(study, row, deciding) for row in leaders], [], []
+    if study.num_trainings == 1:
+        objections.append("each strategy was trained once, which cannot say which is better in general")
     for name in checks[0]:
-        texts = [f"{NAMES[row]}: {check[name]}" for row, check in zip(leaders, checks) if check[name]]
-        if texts:
-            objections.append(f"{name} ({'; '.join(texts)})")
-        if any(check[name] is None for check in checks):
-            unknown.append(name)
-    if not objections and not unknown:
-        return [f"No reservations. Checked: {', '.join(checks[0])}."]
-    sentences = [f"Reservations: {'; '.join(objections) or 'none found'}."]
-    return [*sentences, f"Not checked: {', '.join(unknown)}."] if unknown else sentences
+        texts = {row: check[name] for row, check in zip(leaders, checks) if check[name]}
+        if len(leaders) > 1:
+            texts = {row: f"{NAMES[row]}: {text}" for row, text in texts.items()}
+        objections += [f"{name} ({'; '.join(texts.values())})"] if texts else []
+        unknown += [name] if None in [check[name] for check in checks] else []
+    objections += [f"not checked ({', '.join(unknown)})"] if unknown else []
+    return [f"Reservations: {'; '.join(objections) or 'none'}."]
+
+
+def find_values(files, path):
+    """Return the values of a setting, as text, with the rows that have each, of (row, file)."""
+    found = {}
+    for row, file in files:
+        value = file.dig(path, "absent")
+        if value != "absent":
+            found.setdefault(format_setting(value), {})[row] = None
+    return found
 
 
 def find_differences(study, part):
     """Return the SHARED settings in which the rows differ, e.g. "steps 300 (U-Net) and 500 (LoRA)"."""
     found = []
     for path in SHARED[part].split():
-        name, rows_by_value = path.removeprefix("arguments.").removeprefix("settings."), {}
-        for row, results in study.existing(part).items():
-            value = results.dig(path, "absent")
-            # Skip the learning rates of components that do not train, and the classifier of real images.
-            untrained = name.endswith("_lr") and name.removesuffix("_lr") not in row
-            if not untrained and row != "real" and value != "absent":
-                rows_by_value.setdefault(format_setting(value), []).append(NAMES[row])
-        if len(rows_by_value) > 1:
-            values = join_words(f"{value} ({', '.join(names)})" for value, names in rows_by_value.items())
-            found.append(f"{name} {values}")
+        name = path.removeprefix("arguments.").removeprefix("settings.")
+        # Skip the learning rates of components that do not train, and the classifier of real images.
+        component = name.removesuffix("_lr") if name.endswith("_lr") else ""
+        files = [(row, file) for row, file in study.files(part) if component in row and row != "real"]
+        values = find_values(files, path)
+        if len(values) > 1 and not (path == "arguments.seed" and study.num_trainings > 1):
+            found.append(f"{name} {join_words(f'{value} ({join_names(rows)})' for value, rows in values.items())}")
     return found
 
 
@@ -468,18 +513,21 @@ def find_warnings(study, deciding):
     titles |= {part: f"Not compared where the {part} results differ:" for part in ("evaluations", "downstream")}
     differences = {title: find_differences(study, part) for part, title in titles.items()}
     found = [f"{title} {'; '.join(settings)}." for title, settings in differences.items() if settings]
-    files = [results for part in titles for results in study.existing(part).values()]
+    if study.unused:
+        unused = join_words(study.unused)
+        found.append(f"Not used, as not every strategy has a complete training of this seed: seed {unused}.")
+    files = [file for part in titles for _, file in study.files(part)]
     seeds = {file.dig(path) for file in files for path in ("arguments.split_seed", "settings.split_seed")} - {None}
     if len(seeds) > 1:
         found.append(f"Patients were split by seeds {join_words(map(str, seeds))}: test patients may be in training.")
-    evaluations = study.existing("evaluations")
-    wrong = [row for row, results in evaluations.items() if results.info.get("name", row) != row]
+    evaluations = study.files("evaluations")
+    wrong = {row: None for row, file in evaluations if file.info.get("name", row).split("_seed")[0] != row}
     if wrong:
         found.append(f"The evaluations of {join_names(wrong)} are not of the study's samples.")
     real = study.first("evaluations").get("class_consistency_auroc_real")
     if real and real["low"] is not None and real["low"] <= 0.5:
         found.append("The classifier is at chance on real images: prompt AUROC and class consistency are meaningless.")
-    texts = dict.fromkeys(text for results in evaluations.values() for text in results.dig("warnings") or [])
+    texts = dict.fromkeys(text for _, file in evaluations for text in file.dig("warnings") or [])
     found += [f"Warning: {text}." for text in texts if "hardly vary" in text or "10 times" in text]
     missing = [c.measure.name for c in deciding if not c.compared()]
     if missing:
@@ -516,7 +564,7 @@ def plot_forest(study, comparison):
     base = scale * files["base"].get(measure.metric)["value"]
     figure = Figure(figsize=(4.2, 1.3 + 0.28 * len(pairs)), layout="constrained")
     axis, rows = figure.subplots(), range(len(pairs))
-    low, middle, high = scale * np.array([(pair.low, pair.difference, pair.high) for pair in pairs]).T
+    low, middle, high = scale * np.array([(pair.low, pair.value, pair.high) for pair in pairs]).T
     # FID's floor is that of two halves of the real images. It stands with fid_half_n, because FID depends on n.
     floor = (files[pairs[0].first].get("fid_half_n" if measure.metric == "fid" else measure.metric) or {}).get("floor")
     ends = [0.0, *low, *high] + ([] if floor is None else [scale * floor - base])
@@ -529,7 +577,7 @@ def plot_forest(study, comparison):
         side = "right" if above or x > (left + right) / 2 else "left"
         axis.text(x, len(pairs) - 0.55, f" {measure.floor} ", fontsize=7, color="0.3", ha=side)
     axis.hlines(rows, low, high, color="#1f4e79", linewidth=2)
-    faces = ["#1f4e79" if pair.differs else "white" for pair in pairs]
+    faces = ["#1f4e79" if pair.better else "white" for pair in pairs]
     axis.scatter(middle, rows, 36, facecolors=faces, edgecolors="#1f4e79", zorder=3)
     same_labels = measure.metric == "fid" or study.labels(measure.part, measure.metric) == CONDITIONS
     for y, pair in enumerate(pairs):
@@ -546,47 +594,49 @@ def plot_forest(study, comparison):
 
 def plot_cost(study, measure, cost):
     """Return a PNG of a measure and its 95% interval against a training cost, None for fewer than two rows."""
-    figure = Figure(figsize=(3.1, 2.6), layout="constrained")
-    axis, shown, scale = figure.subplots(), 0, UNITS.get(measure.metric, (2, 1))[1]
-    for row in study.strategies:
-        costs = [found["value"] for (metric, _), found in study.runs[row].rows.items() if metric == cost]
-        found = getattr(study, measure.part)[row].get(measure.metric)
-        if any(costs) and found and found["low"] is not None:
-            x, y, low, high = sum(costs), *(scale * found[key] for key in ("value", "low", "high"))
+    figure, shown, scale = Figure(figsize=(3.1, 2.6), layout="constrained"), 0, UNITS.get(measure.metric, (2, 1))[1]
+    axis, files = figure.subplots(), getattr(study, measure.part)
+    found = {row: files[row].get(measure.metric) for row in study.strategies}
+    found = {row: values for row, values in found.items() if values and values["low"] is not None}
+    rows = sorted(found, key=lambda row: -found[row]["value"])
+    gaps = [np.inf, *-np.diff([found[row]["value"] for row in rows]), np.inf]
+    for i, row in enumerate(rows):
+        costs = [result["value"] for (metric, _), result in study.runs[row].rows.items() if metric == cost]
+        if any(costs):
+            x, y, low, high = sum(costs), *(scale * found[row][key] for key in ("value", "low", "high"))
             axis.plot([x, x], [low, high], color="#9db7d1", linewidth=2)
             axis.plot(x, y, "s" if row in PEFT else "o", color="#1f4e79")
             shown += 1
             name = NAMES[row] if len(study.strategies) < 5 else NUMBERS[row]
-            axis.annotate(name, (x, y), (6, 4 if shown % 2 else -9), textcoords="offset points", fontsize=8)
+            offset = (6, 4 if gaps[i] >= gaps[i + 1] else -9)  # away from the nearest other row
+            axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8)
     if cost == "trainable_parameters":
         axis.set_xscale("log")
-    axis.margins(x=0.25)
+    axis.margins(x=0.25, y=0.1)
     return finish_plot(figure, axis, measure, cost.replace("_", " ")) if shown > 1 else None
 
 
-def draw_column(study, prompt, title):
-    """Return a picture with the name and the first samples of each row, for one prompt."""
-    line = 20
-    picture = Image.new("RGB", (SAMPLES * (TILE + 2) + 6, line + len(study.tables) * (TILE + line)), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.text((0, 0), title, "black", ImageFont.load_default(16))
-    for number, (row, table) in enumerate(study.tables.items()):
-        y = 2 * line + number * (TILE + line)
-        pen.text((0, y - line + 2), NAMES[row], "#444444", ImageFont.load_default(14))
-        chosen = table[table["prompt"] == prompt]
-        chosen = chosen.iloc[chosen["index"].astype(int).argsort(kind="stable")[:SAMPLES]]
-        for i, name in enumerate(chosen["file_name"]):
-            with Image.open(study.folder / "samples" / row / name) as image:
-                picture.paste(image.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS), (i * (TILE + 2), y))
-    return picture
-
-
 def draw_figure_2(study):
-    """Return a picture for each of the most frequent prompts, keyed by the prompt without its common beginning."""
-    counts = Counter(prompt for table in study.tables.values() for prompt in table["prompt"])
+    """Return a picture of each row's first samples by prompt, which is named without the prompts' common beginning."""
+    samples, pictures, line = study.existing("samples"), {}, 20
+    samples = {row: samples[row].info for row in ("base", *study.strategies) if row in samples}
+    counts = Counter(prompt for info in samples.values() for prompt in info["table"]["prompt"])
     prompts = [prompt for prompt, _ in counts.most_common(MAX_PROMPTS)]
     start = os.path.commonprefix(prompts).rfind(" ") + 1 if len(prompts) > 1 else 0  # noqa: RUF071
-    return {prompt[start:]: draw_column(study, prompt, prompt[start:]) for prompt in prompts}
+    for prompt in prompts:
+        picture = Image.new("RGB", (SAMPLES * (TILE + 2) + 6, line + len(samples) * (TILE + line)), "white")
+        pen = ImageDraw.Draw(picture)
+        pen.text((0, 0), prompt[start:], "black", ImageFont.load_default(16))
+        for y, (row, info) in zip(range(2 * line, picture.height, TILE + line), samples.items()):
+            pen.text((0, y - line + 2), NAMES[row], "#444444", ImageFont.load_default(14))
+            chosen = info["table"][info["table"]["prompt"] == prompt]
+            chosen = chosen.iloc[chosen["index"].astype(int).argsort(kind="stable")[:SAMPLES]]
+            for i, name in enumerate(chosen["file_name"]):
+                with Image.open(info["folder"] / name) as image:
+                    tile = image.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+                    picture.paste(tile, (i * (TILE + 2), y))
+        pictures[prompt[start:]] = picture
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,8 +647,9 @@ def draw_figure_2(study):
 Cell = namedtuple("Cell", "text detail paper flag grey", defaults=("", "", "", False))
 Table = namedtuple("Table", "title header rows lead", defaults=("",))
 REAL, VAE = ("real images", "_real"), ("real images through the VAE", "_vae")
-# Part of the study, title, columns as "heading:metric" (* for a column per label), and any reference rows: a name and
-# a suffix of the metrics.
+SUFFIXES = ("_real", "_baseline", "_vae")
+# Part of the study, title, columns as "heading:metric" (* for a column per label, @ for one per network of features),
+# and any reference rows: a name and a suffix of the metrics.
 TABLES = [
     (
         "runs",
@@ -611,14 +662,16 @@ TABLES = [
     (
         "evaluations",
         "Table 3c. Variety, colour and copies",
-        "FID at n/2:fid_half_n|KID × 1000:kid|Vendi / real:vendi_ratio|precision:precision|recall:recall|"
-        "density:density|coverage:coverage|visible tint, %:colour_visible|"
+        "FID at n/2:fid_half_n|KID × 1000:kid|Vendi / real:vendi_ratio|MS-SSIM ↓:ms_ssim|precision:precision|"
+        "recall:recall|density:density|coverage:coverage|visible tint, %:colour_visible|"
         "nearer to training, %:memorisation_nearer_train|suspected copies, %:memorisation_suspects|"
-        "by pixels, %:memorisation_suspects_pixels",
-        ("expected", "_floor"),
+        "copies by pixels, %:memorisation_suspects_pixels",
+        ("real images", "_floor"),
     ),
+    ("evaluations", "Table 3d. FID by other features", "@:fid", VAE),
     ("downstream", "Table 4. Downstream accuracy, %", "*:accuracy", ("constant answer", "_floor")),
-    ("downstream", "Table 4b. Downstream AUROC", "mean:auroc|*:auroc|ratio to real images:auroc_of_reference"),
+    ("downstream", "Table 4b. Downstream AUROC", "mean:auroc|*:auroc|gain over chance / real:auroc_of_reference"),
+    ("downstream", "Table 4c. Downstream AUROC by group", "*:auroc_by_group"),
 ]
 
 
@@ -643,7 +696,7 @@ def row_cell(study, part, row, metric, label):
         gain = results.get(gains.get(metric), label)
         grey = bool(gain) and gain["low"] is not None and gain["low"] <= 0
         if metric in ("auroc", "class_consistency_auroc"):
-            grey, flag = found["low"] <= 0.5, "below chance" if found["high"] < 0.5 else ""
+            grey, flag = found["low"] <= 0.5, "below chance" if is_below_chance(found) else ""
         elif metric == "accuracy" and "CONSTANT" in (found["note"] or ""):
             flag = "CONSTANT"
         elif metric.startswith(("memorisation_suspects", "colour_visible")) and find_excess(study, row, metric):
@@ -654,10 +707,14 @@ def row_cell(study, part, row, metric, label):
 def metric_table(study, part, title, headings, *references):
     """Return one of TABLES with the rows that ran."""
     columns, first, lines = [], study.first(part), []
+    metrics = dict.fromkeys(metric for results in study.existing(part).values() for metric, _ in results.rows)
     for heading, metric in (column.split(":") for column in headings.split("|")):
         if heading == "*":
             columns += [(SHORT.get(label, label), metric, label) for label in study.labels(part, metric)]
-        else:
+        elif heading == "@":
+            found = [name for name in metrics if name.startswith(f"{metric}@") and not name.endswith(SUFFIXES)]
+            columns += [(name.split("@")[1], name, "all") for name in found]
+        elif metric in metrics:
             columns.append((heading, metric, "all"))
     for row in study.existing(part):
         cells = [row_cell(study, part, row, metric, label) for _, metric, label in columns]
@@ -671,7 +728,7 @@ def metric_table(study, part, title, headings, *references):
             cells.append(number_cell(found, metric))
         if any(cell.text for cell in cells):
             lines.append([Cell(""), Cell(name), *cells])
-    return Table(title, ["#", "model", *(heading for heading, _, _ in columns)], lines)
+    return Table(title, ["#", "model", *(heading for heading, _, _ in columns)], lines if columns else [])
 
 
 def split_table(study):
@@ -694,8 +751,7 @@ def pair_table(study, comparisons):
         cells = []
         for comparison in comparisons:
             (pair,) = comparison.of("all", first, second) or [None]
-            words = describe_pair(pair, comparison.measure.metric) if pair else ("", "")
-            cells.append(Cell(*words, grey=bool(pair) and not pair.differs))
+            cells.append(describe_pair(pair, comparison.measure.metric) if pair else Cell(""))
         if any(cell.text for cell in cells):
             lines.append([Cell(f"{NAMES[first]} against {NAMES[second]}"), *cells])
     return Table("Pair by pair", ["pair", *(c.measure.heading for c in comparisons)], lines, PAIRS_LEAD)
@@ -705,50 +761,43 @@ def label_table(study, comparisons):
     """Return the table of the strategies that no other row beats, by label."""
     lines = []
     for label in dict.fromkeys(pair.label for c in comparisons for pair in c.pairs if pair.label != "all"):
-        leaders = [comparison.leaders(label) for comparison in comparisons]
-        names = ["all" if rows == study.strategies else join_names(rows) for rows in leaders]
-        lines.append([Cell(label), *map(Cell, names)])
+        lines.append([Cell(label)])
+        for comparison in comparisons:
+            leaders, nobody = comparison.leaders(label), "only the base model" if comparison.of(label) else ""
+            lines[-1].append(Cell("all" if leaders == study.strategies else join_names(leaders) or nobody))
     return Table("Label by label", ["label", *(c.measure.heading for c in comparisons)], lines, LABELS_LEAD)
 
 
-def make_tables(study, comparisons):
-    """Return all tables of the report in order."""
-    table_1, *others = [metric_table(study, *table) for table in TABLES]
-    verdicts = [pair_table(study, comparisons), label_table(study, comparisons[:NUM_DECIDING])]
-    return [*verdicts, table_1, split_table(study), *others]
-
-
-ONE_TRAINING = "Each strategy was trained once, so this cannot say which is better in general."
 FOREST_LEAD = (
     "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Grey: as good as "
-    "real images, or no better than chance or a constant answer. Orange: the paper's value (arrow: beyond the axis)."
+    "real images, or no better than chance or a constant answer. Orange: the paper's value (arrow: beyond the axis). "
+    "Prompt AUROC: how well a classifier of real images tells the samples of a prompt from the others. Downstream: "
+    "classifiers trained on the samples, tested on real images."
 )
 TABLES_LEAD = (
     "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above "
-    "chance, a constant answer or the images of other prompts. Prompt AUROC: of a prompt's images against the others, "
-    f"by the classifier's score for its label. {', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
+    "chance, a constant answer or the images of other prompts. CONSTANT: the classifier always gives the same answer. "
+    f"{', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
 )
 PAIRS_LEAD = (
-    "First minus second on the same draws, with the 95 % interval of this pair alone. Lower or higher: p < 0.05 after "
-    "Holm's correction over the column, for which an interval that excludes 0 may not be enough."
+    "First minus second, draw by draw or training by training, with the 95 % interval of this pair alone. Lower or "
+    "higher: p < 0.05 after Holm's correction over the column; an interval that excludes 0 may not be enough."
 )
 LABELS_LEAD = "Strategies that no other row beats, after Holm's correction over the column. report.csv has the pairs."
 STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; color: #1c1e21; margin: 0; }
 main { max-width: 1240px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { margin: 2rem 0 .5rem; font-size: 1.25rem; }
-h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; } summary { cursor: pointer; font-weight: 600; }
-p, li { max-width: 60rem; margin: .35rem 0; }
+h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; } summary { margin-top: .75rem; cursor: pointer; font-weight: 600; }
+p, li { max-width: 60rem; margin: .35rem 0; } .scroll { overflow-x: auto; }
 .answer { background: #eef4fb; border-left: 5px solid #2b6cb0; padding: .5rem 1rem; }
 .answer p:first-child { font-size: 1.15rem; font-weight: 600; }
 .warnings { background: #fdf0ee; border-left: 5px solid #b3261e; padding: .25rem 1rem; margin: 1rem 0; }
 .pictures { display: flex; flex-wrap: wrap; gap: .5rem; } .pictures img { max-width: 100%; height: auto; }
 .columns img { width: 9.5rem; flex: 1 1 9.5rem; max-width: 16rem; }
-.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .8rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem; text-align: left; vertical-align: top; overflow-wrap: normal; }
-th, td { border-bottom: 1px solid #e1e4e8; }
-th { vertical-align: bottom; border-bottom: 2px solid #8a919a; }
+td { border-bottom: 1px solid #e1e4e8; } th { vertical-align: bottom; border-bottom: 2px solid #8a919a; }
 td:first-child, td:nth-child(2) { white-space: nowrap; }
 td span { display: block; white-space: nowrap; font-size: .72rem; color: #57606a; }
 td .paper { color: #2a5d9f; } td .flag { color: #8a3b00; } td.grey { background: #e9ebee; }
@@ -791,21 +840,17 @@ def html_images(title, text, images, style=""):
 
 def list_sources(study):
     """Return the models, images and devices behind the values, e.g. "runs.device: NVIDIA H200"."""
-    sources, fields = [], ["runs.base_model", "runs.device", "evaluations.features.source"]
-    for field in [*fields, "evaluations.images.real.all", "downstream.images.test"]:
-        part, path = field.split(".", 1)
-        values = dict.fromkeys(format_setting(results.dig(path)) for results in study.existing(part).values())
-        if values:
-            sources.append(f"{field}: {', '.join(values)}")
-    return sources
+    fields = "runs.base_model runs.device evaluations.features.source evaluations.images.real.all"
+    values = {field: find_values(study.files(field.split(".")[0]), field.split(".", 1)[1]) for field in fields.split()}
+    return [f"{field}: {', '.join(found)}" for field, found in values.items() if found]
 
 
 def list_warnings(study):
     """Return each warning that the scripts recorded, with the rows that have it if they are one or two."""
     rows_by_text = {}
     for part, path in (("runs", "notes"), ("evaluations", "warnings"), ("downstream", "notes")):
-        for row, results in study.existing(part).items():
-            for text in results.dig(path) or []:
+        for row, file in study.files(part):
+            for text in file.dig(path) or []:
                 rows_by_text.setdefault(str(text), {})[row] = None
     return [text + (f" ({join_names(rows)})" if len(rows) < 3 else "") for text, rows in rows_by_text.items()]
 
@@ -814,10 +859,11 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     """Return the HTML page."""
     samples = {f"Samples of {prompt}": encode(image.save) for prompt, image in pictures.items()}
     forests = {f"{c.measure.name}, difference to the base model": plot_forest(study, c) for c in comparisons}
-    costs = {}
-    for measure in MEASURES:
-        if measure.metric in ("fid", "auroc"):
-            costs |= {f"{measure.name} against {cost}": plot_cost(study, measure, cost) for cost in COSTS}
+    pairs = [(measure, cost) for measure in MEASURES if measure.metric in ("fid", "auroc") for cost in COSTS]
+    costs = {f"{measure.name} against {cost}": plot_cost(study, measure, cost) for measure, cost in pairs}
+    table_1, *others = [metric_table(study, *table) for table in TABLES]
+    verdicts = [pair_table(study, comparisons), label_table(study, comparisons[:NUM_DECIDING])]
+    tables = [*verdicts, table_1, split_table(study), *others]
     answer, problems = ("".join(f"<p>{html.escape(text)}</p>" for text in texts) for texts in (answer, warnings))
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
@@ -827,9 +873,9 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
         f"<p>Not run: {join_names(study.missing)}.</p>" if study.missing else "",
         html_images("Figure 2. Samples", "The first samples of each prompt.", samples, "columns"),
         html_images("Against the base model", FOREST_LEAD, forests),
-        html_images("Quality against cost", "Squares: PEFT. Lines: 95 % intervals. Numbers: Table 1.", costs),
+        html_images("Quality against cost", "Squares: PEFT. Lines: 95 % intervals. Numbers: rows of Table 1.", costs),
         f"<h2>Tables</h2><p>{TABLES_LEAD}</p>",
-        *(html_table(table) for table in make_tables(study, comparisons) if table.rows),
+        *(html_table(table) for table in tables if table.rows),
         html_notes("Where the paper contradicts itself", PAPER_NOTES),
         html_notes("Models and images behind the values", list_sources(study)),
         html_notes("Warnings of the scripts", list_warnings(study)),
@@ -854,7 +900,7 @@ def list_values(study, comparisons):
     for comparison in comparisons:
         for pair in comparison.pairs:
             line = {"table": "pairs", "row": f"{pair.first} - {pair.second}", "metric": comparison.measure.metric}
-            lines.append(line | vars(pair) | {"value": pair.difference, "n": pair.num_draws})
+            lines.append(line | vars(pair))
     fields = "table row metric label value low high n floor p p_holm paper note".split()
     return pd.DataFrame(lines, columns=fields, dtype=object)
 
@@ -864,7 +910,9 @@ def main(args):
     comparisons = [compare_measure(study, measure) for measure in MEASURES]
     deciding = comparisons[:NUM_DECIDING]
     lead, leaders = write_lead(deciding)
-    answer = [lead, *write_objections(study, leaders, deciding), ONE_TRAINING]
+    if leaders and study.num_trainings > 1:
+        lead = f"{lead.removesuffix('.')}, over {study.num_trainings} trainings of each strategy."
+    answer = [lead, *write_objections(study, leaders, deciding)]
     warnings = find_warnings(study, deciding)
     pictures = draw_figure_2(study)
     output_dir = args.output_dir or args.study / "report"

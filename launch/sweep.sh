@@ -4,6 +4,7 @@
 #   METHODS="lora bitfit" STUDY=study/small RESOLUTION=256 bash launch/sweep.sh --max_train_steps 2000
 #   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=/data/xrays bash launch/sweep.sh
 #   BUDGET=authors bash launch/sweep.sh
+#   SEEDS="0 1 2" bash launch/sweep.sh
 # Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. The variables
 # below can be set in the environment. Relative paths start from the repository's folder.
 set -euo pipefail
@@ -15,6 +16,9 @@ MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
 ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder"
 ALL_METHODS+=" lora dora bitfit difffit"
 METHODS=(${METHODS-$ALL_METHODS})
+# Train each row once per seed, for verdicts over trainings. Seeds can be added to a finished study after the first one,
+# whose folders are runs/lora and so on; those of a further seed K are runs/lora_seedK and so on.
+SEEDS=(${SEEDS:-0})
 # Number of processes, and the command that starts a script with them. Without a number, accelerate would take all GPUs
 # and put more images into a step.
 PROCESSES=${PROCESSES:-1}
@@ -82,8 +86,10 @@ done
 [[ $SAMPLING == labels || $SAMPLING == like_test ]] || refuse "SAMPLING=$SAMPLING is neither labels nor like_test"
 ((GLOBAL_BATCH % (BATCH * PROCESSES) == 0)) ||
   refuse "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
+[[ "${SEEDS[*]}" =~ ^[0-9\ ]+$ ]] || refuse "SEEDS='${SEEDS[*]}' is no list of numbers such as '0 1 2'"
 for flag in "$@"; do
   case $flag in
+    --seed | --seed=*) ((${#SEEDS[@]} == 1)) || refuse "--seed cannot be passed when SEEDS has several values" ;;
     --split* | --uncertain* | --prompt_template* | --resolution* | --resize_mode* | --max_train_samples* | \
       --data_csv* | --validation_csv* | --dataset_name* | --image_root* | --output_dir* | \
       --pretrained_model_name_or_path* | --train_batch_size*)
@@ -113,7 +119,7 @@ unless() { # the file that a step writes last, the step
   "${@:2}"
 }
 
-train() { # row, further flags
+train() { # row, name, further flags
   local row=$1 batch=$BATCH global_batch=$GLOBAL_BATCH command
   case $row in
     lora | dora | bitfit | difffit)
@@ -128,11 +134,11 @@ train() { # row, further flags
       ;;
   esac
   $LAUNCH "${command[@]}" "${training_data[@]}" "${shared[@]}" \
-    --pretrained_model_name_or_path "$MODEL" --output_dir "$STUDY/runs/$row" \
+    --pretrained_model_name_or_path "$MODEL" --output_dir "$STUDY/runs/$2" \
     --prompt_template "$PROMPT_TEMPLATE" --resolution "$RESOLUTION" --max_train_samples "$TRAIN_IMAGES" \
     --num_train_epochs "$EPOCHS" --train_batch_size "$batch" \
     --gradient_accumulation_steps $((global_batch / (batch * PROCESSES))) --mixed_precision "$MIXED_PRECISION" \
-    "${OPTIMIZER[@]}" --resume_from_checkpoint latest "${@:2}"
+    "${OPTIMIZER[@]}" --resume_from_checkpoint latest "${@:3}"
 }
 
 sample() { # model, name
@@ -151,7 +157,7 @@ compare() { # name
     --baseline "$STUDY/samples/base" --vae "$MODEL" "${EVALUATION_FLAGS[@]}" --output_dir "$STUDY/evaluations/$1"
 }
 
-evaluate() { # name: base or a row
+evaluate() { # name: base, a row, or a row with a seed
   unless "evaluations/$1/generation_metrics.json" compare "$1"
   unless "downstream/$1/downstream_metrics.json" \
     classify "$1" --synthetic "$STUDY/samples/$1" --reference "$STUDY/downstream/real"
@@ -164,9 +170,13 @@ if [ "$JUDGE" != no ]; then
   unless downstream/real/downstream_metrics.json classify real --synthetic "$STUDY/samples/base" --train_on real
   evaluate base
 fi
-for row in "${METHODS[@]}"; do
-  unless "runs/$row/training_summary.json" train "$row" "$@"
-  unless "samples/$row/metadata.csv" sample "$STUDY/runs/$row" "$row"
-  [ "$JUDGE" = no ] || evaluate "$row"
+for seed in "${SEEDS[@]}"; do
+  for row in "${METHODS[@]}"; do
+    name=$row
+    [ "$seed" = "${SEEDS[0]}" ] || name+=_seed$seed
+    unless "runs/$name/training_summary.json" train "$row" "$name" --seed "$seed" "$@"
+    unless "samples/$name/metadata.csv" sample "$STUDY/runs/$name" "$name"
+    [ "$JUDGE" = no ] || evaluate "$name"
+  done
 done
 [ "$REPORT" = no ] || python launch/report.py --study "$STUDY" ${REPORT_TITLE:+--title "$REPORT_TITLE"}

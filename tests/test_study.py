@@ -1,5 +1,6 @@
 """launch/sweep.sh from ready-made tables to the report, killed on the way; with --slow also launch/demo.sh."""
 
+import json
 import os
 import re
 import shutil
@@ -125,6 +126,24 @@ def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tables):
     assert len(before) > 100 and (study / "report" / "figure2.png").read_bytes() == figure
 
 
+def test_a_seed_added_to_a_finished_study_is_trained_and_judged_and_the_report_has_means(study, tables):
+    before = values(study).set_index(["table", "row", "metric", "label"])["value"]
+    results = "training_summary.json", "metadata.csv", "generation_metrics.json", "downstream_metrics.json"
+    folders = "runs", "samples", "evaluations", "downstream"
+    steps, _ = finish(start(study, tables, SEEDS="0 7"))
+    assert steps == [f"{folder}/bitfit_seed7/{name}" for folder, name in zip(folders, results)]
+    summaries = [json.loads((study / "runs" / name / results[0]).read_text()) for name in ("bitfit", "bitfit_seed7")]
+    assert [summary["arguments"]["seed"] for summary in summaries] == [0, 7]
+    # The noise of the samples is the same.
+    assert len({pd.read_csv(path)["seed"].unique().item() for path in study.glob("samples/*/metadata.csv")}) == 1
+    rows = json.loads((study / "evaluations/bitfit_seed7/generation_metrics.json").read_text())["results"]
+    (second,) = [row["value"] for row in rows if (row["metric"], row["label"]) == ("fid", "all")]
+    lines = values(study).set_index(["table", "row", "metric", "label"])["value"]
+    mean, first = (float(found["3", "bitfit", "fid", "all"]) for found in (lines, before))
+    assert first != second and mean == pytest.approx((first + second) / 2)
+    assert lines["3", "base", "fid", "all"] == before["3", "base", "fid", "all"]
+
+
 @pytest.mark.parametrize(
     ("variables", "flags", "said"),
     [
@@ -135,6 +154,8 @@ def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tables):
         ({"TEST_CSV": ""}, [], "VALIDATION_CSV is set and TEST_CSV is not"),
         ({}, ["--split_seed", "1"], "--split_seed"),
         ({}, ["--resize_mode=pad"], "--resize_mode"),
+        ({"SEEDS": "0,1"}, [], "SEEDS='0,1' is no list of numbers"),
+        ({"SEEDS": "0 1"}, ["--seed", "2"], "--seed cannot be passed"),
     ],
 )
 def test_mistakes_are_refused_before_the_first_step(tables, tmp_path, variables, flags, said):
