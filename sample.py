@@ -337,6 +337,8 @@ def load_model(args, summary):
     """Load --model in float32; merge an adapter into the U-Net of its base model."""
     run = Path(args.model)
     is_adapter = any((run / name).is_file() for name in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors"))
+    if args.base_model and not is_adapter:
+        fail(f"--base_model is for adapters, and --model {run} is none; leave it out")
     uses_recorded_base = is_adapter and not args.base_model
     base, options = args.base_model if is_adapter else args.model, {}
     if uses_recorded_base:

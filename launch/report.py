@@ -444,6 +444,7 @@ def check_strategy(study, row, deciding):
     with_base = [(c.measure.name, pair) for c in deciding for pair in c.of("all", row, "base")]
     not_better = [name for name, pair in with_base if pair.better != row]
     below, constant, beaten = [], [], []
+    has_aurocs = study.evaluations[row].get("class_consistency_auroc")
     for (metric, label), found in study.evaluations[row].rows.items():
         if metric == "class_consistency_auroc" and label != "all" and is_below_chance(found):
             below.append(f"{label} {found['value']:.2f}")
@@ -458,9 +459,7 @@ def check_strategy(study, row, deciding):
         "suspected copies": find_excess(study, row, "memorisation_suspects"),
         "suspected copies by pixels": find_excess(study, row, "memorisation_suspects_pixels"),
         "visible tint": find_excess(study, row, "colour_visible"),
-        "prompts answered below chance": ", ".join(below)
-        if study.evaluations[row].get("class_consistency_auroc")
-        else None,
+        "prompts answered below chance": ", ".join(below) if has_aurocs else None,
         "CONSTANT classifiers": ", ".join(constant) if study.downstream[row].get("accuracy") else None,
         "beaten in a label": ", ".join(beaten),
     }
@@ -477,9 +476,12 @@ def write_objections(study, leaders, deciding):
         texts = {row: check[name] for row, check in zip(leaders, checks) if check[name]}
         if len(leaders) > 1:
             texts = {row: f"{NAMES[row]}: {text}" for row, text in texts.items()}
-        objections += [f"{name} ({'; '.join(texts.values())})"] if texts else []
-        unknown += [name] if None in [check[name] for check in checks] else []
-    objections += [f"not checked ({', '.join(unknown)})"] if unknown else []
+        if texts:
+            objections.append(f"{name} ({'; '.join(texts.values())})")
+        if any(check[name] is None for check in checks):
+            unknown.append(name)
+    if unknown:
+        objections.append(f"not checked ({', '.join(unknown)})")
     return [f"Reservations: {'; '.join(objections) or 'none'}."]
 
 

@@ -30,7 +30,7 @@ IMAGES = "[!.]*/[!.]*.png"
 MISTAKES = {
     "invalid choice: 'Oedema'": ["--labels", "Oedema"],
     "--like_csv absent.csv: no such file": ["--like_csv", "absent.csv"],
-    "either --labels or --like_csv": ["--labels", "Edema", "--like_csv", "absent.csv"],
+    "or --like_csv and --num_images": ["--images_per_label", "5", "--like_csv", "absent.csv"],
     "--num_images needs --like_csv": ["--num_images", "5"],
     "exactly one {}": ["--prompt_template", "A film"],
     "--images_per_label must be at least 1": ["--images_per_label", "0"],
@@ -38,6 +38,7 @@ MISTAKES = {
     "multiples of 8": ["--resolution", "60"],
     "fp16 needs a GPU": ["--mixed_precision", "fp16"],
     "cannot be loaded as a finished run or pipeline": ["--model", "./absent"],
+    "--base_model is for adapters": ["--base_model", "./absent"],
 }
 
 
