@@ -473,8 +473,8 @@ def make_sources(plan, args):
     """Return the Sources by name, without features.
 
     Real images with several findings differ from images of each finding alone. So the pools take as many images of
-    each combination of labels as the smaller of the real and the synthetic set has. Without labels, "all" is the whole
-    table. Training images have no pool.
+    each combination of labels as the smaller of the real and the synthetic set has; without labels, as many images.
+    Training images have no pool.
     """
     sources = {}
     for name, table in plan.tables.items():
@@ -488,9 +488,6 @@ def make_sources(plan, args):
     for name, source in sources.items():
         if name == "train":
             continue
-        fewer = [f"{label} {len(rows):,}" for label, rows in source.rows_of.items() if len(rows) < args.max_per_label]
-        if fewer and name != "through the VAE":
-            plan.warnings.append(f"{name}: fewer images than --max_per_label: {', '.join(fewer)}")
         matched = source.choose_combinations(np.arange(len(source.table)), counts, args.seed)
         source.pool = {label: np.intersect1d(rows, matched) for label, rows in source.rows_of.items()}
         rows = np.concatenate(list(source.pool.values())) if plan.labels else matched
