@@ -43,6 +43,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from sklearn.metrics import roc_curve
 from torchvision.models import get_model
 from tqdm.auto import tqdm
@@ -363,6 +364,7 @@ def read_groups(csv, test):
     """Return {"Sex: Female": which rows of `test`, (n,) bool} from CheXpert's columns Sex, Age and AP/PA, if any."""
     columns = ["Sex", "Age", "AP/PA"]
     options = {"dtype": str, "encoding": "utf-8-sig", "skipinitialspace": True, "na_values": "Unknown"}
+    options["index_col"] = False
     table = pd.read_csv(csv, usecols=lambda name: name in columns, **options).reindex(test.index, columns=columns)
     years, ages = pd.to_numeric(table["Age"], errors="coerce"), ["0-17", "18-39", "40-59", "60-79", "80+"]
     table["Age"] = pd.cut(years, [0, 18, 40, 60, 80, math.inf], right=False, labels=ages).astype(object)
@@ -744,12 +746,13 @@ def clear_untrained(figures, targets):
 def training_noise(num_seeds, num_draws, seed):
     """Return `noise`, (seeds, draws): (values - mean over seeds) @ noise are random errors of the mean over seeds.
 
-    They follow Student's t with num_seeds - 1 degrees of freedom, since resampling so few seeds would give too narrow
-    an interval. All metrics of a run share the noise, which keeps the correlation between labels.
+    They are normal, with the 95% interval of Student's t with num_seeds - 1 degrees of freedom: resampling so few
+    seeds would give too narrow an interval, and t's standard deviation, which the report uses, is infinite for three
+    seeds. All metrics of a run share the noise, which keeps the correlation between labels.
     """
-    generator = np.random.default_rng(seed)
-    normal = generator.standard_normal((num_seeds, num_draws))
-    return normal / np.sqrt(num_seeds * generator.chisquare(max(num_seeds - 1, 1), num_draws))
+    normal = np.random.default_rng(seed).standard_normal((num_seeds, num_draws))
+    degrees = max(num_seeds - 1, 1)
+    return normal / math.sqrt(num_seeds * degrees) * stats.t.ppf(0.975, degrees) / stats.norm.ppf(0.975)
 
 
 # Copied from train_full.result_row

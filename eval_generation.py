@@ -31,7 +31,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -90,12 +90,11 @@ SUFFIXES = {"real": "_real", "synthetic": "", "base model": "_baseline", "throug
 XRV_NAMES = {"Pleural Effusion": "Effusion"}
 NEIGHBOURS = 5
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-# Limits for KID (on thirds of the images) and the neighbour metrics, whose cost grows as n².
+# KID takes thirds of at least 6 images; the cost of KID and the neighbour metrics grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
-# Pairs of images of a label for MS-SSIM, the pixels per side that it is computed at, and its exponents by scale.
+# Pairs of images of a label for MS-SSIM, and the pixels per side that it is computed at (its five scales need 176).
 MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 100, 256
-MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 # Ranges that `Results.add` cannot infer; its defaults are (0, 1) with `units` and (0, inf) without.
 BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
 BOUNDS |= dict.fromkeys(["ms_ssim", "memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
@@ -142,7 +141,7 @@ def parse_args(argv=None):
     flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
     flag("--mixed_geometry", action="store_true", help="allow tables of different --resolution or --resize_mode")
     flag = parser.add_argument_group("networks").add_argument
-    known = "xrv, rad-dino, inception, a classifier folder, XRV safetensors, a transformers model"
+    known = "feature networks: xrv, rad-dino, inception, a file or folder, or a hub id (default: xrv)"
     flag("--features", nargs="+", default=["xrv"], help=known)
     flag("--classifier", help="classifier folder of eval_downstream.py (default: the heads of --features)")
     flag("--batch_size", type=int, default=32, help="images per process and forward pass")
@@ -176,7 +175,7 @@ def table_path(name):
 
 
 def network_name(source):
-    """Return what the metrics of a further network of --features are named by, after an @."""
+    """Return a network's name in its metrics, such as rad-dino in fid@rad-dino."""
     return Path(os.path.abspath(source)).name.removesuffix(".safetensors")
 
 
@@ -311,8 +310,8 @@ def choose_rows(table, rows, count, seed):
     return np.sort(rows[np.argsort(keys, kind="stable")[:count]])
 
 
-def label_combinations(table, labels, uncertain):
-    """Return a number for each row that stands for the labels it has, 0 for none."""
+def label_codes(table, labels, uncertain):
+    """Return each row's positive labels as a bit mask, 0 for none."""
     return positive_labels(table, labels, uncertain).to_numpy() @ (1 << np.arange(len(labels)))
 
 
@@ -383,19 +382,19 @@ def plan_evaluation(args, accelerator):
     found = positive_labels(tables["synthetic"], LABELS, "zeros").any()
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *LABELS].index)
 
-    # Merge rows of the same path, and after hashing, rows of the same content.
+    # Merge rows of the same path and, after hashing, real rows of the same content.
     repeated = {name: table["image"].duplicated().sum() for name, table in tables.items()}
     tables = {name: merge_duplicates(table, "image") for name, table in tables.items()}
     counts = count_rows("test", tables["real"], args.uncertain)
     if labels:
-        prompted = label_combinations(tables["synthetic"], labels, args.uncertain)
-        codes = label_combinations(tables["real"], labels, args.uncertain)
-        unmatched = (codes > 0) & ~np.isin(codes, prompted)
+        real, synthetic = (label_codes(tables[name], labels, args.uncertain) for name in ("real", "synthetic"))
+        unmatched = (real > 0) & ~np.isin(real, synthetic)
         if unmatched.any():
-            text = f"{unmatched.sum():,} of {(codes > 0).sum():,} images have labels that no generated image combines"
-            if prompted.any() and unmatched.sum() == (codes > 0).sum():
-                fail(f"real images: {text}; draw the real combinations with sample.py --like_csv")
-            notes.append(f"real: {text}, and are left out")
+            counts_text = f"{unmatched.sum():,} of {(real > 0).sum():,} images"
+            text = f"real: {counts_text} have labels that no generated image combines"
+            if synthetic.any() and unmatched.sum() == (real > 0).sum():
+                fail(f"{text}; draw the real combinations with sample.py --like_csv")
+            notes.append(f"{text}, and are left out")
         tables["real"] = tables["real"][~unmatched]
     # Drop what is not scored before reading and hashing files.
     for name, table in tables.items():
@@ -406,8 +405,13 @@ def plan_evaluation(args, accelerator):
             fail(f"{name} images: none has any of {', '.join(labels)}; check the label columns and --uncertain")
     hashes = hash_files(accelerator, list(dict.fromkeys(path for t in tables.values() for path in t["image"])))
     for name, table in tables.items():
-        tables[name] = merge_duplicates(table.assign(hash=table["image"].map(hashes)), "hash")
-        repeated[name] += len(table) - len(tables[name])
+        table = tables[name] = table.assign(hash=table["image"].map(hashes))
+        same = table["hash"].duplicated().sum()
+        if name in csvs and same:
+            notes.append(f"{name}: {same:,} images are identical to another one, as a collapsed model's are")
+        elif same:
+            tables[name] = merge_duplicates(table, "hash")
+            repeated[name] += same
         if repeated[name]:
             notes.append(f"{name}: {repeated[name]:,} rows repeat the image of another row; each image counts once")
     geometry = {"resolution": resolution, "resize_mode": resize_mode}
@@ -443,14 +447,14 @@ class Sample(NamedTuple):
 class Source:
     """A set of images, and the networks' outputs for each.
 
-    `rows_of` has the rows of each label; `pool`, for each label and "all", those that are compared as sets.
+    `rows_of` has the rows of each label; `pool`, by label and for "all", those that FID and other set metrics compare.
     """
 
     name: str
     table: pd.DataFrame
     rows_of: dict
-    codes: np.ndarray = None  # (n,), of label_combinations
-    pool: dict = None
+    codes: np.ndarray  # (n,), of label_codes
+    pool: dict = field(default_factory=dict)  # stays empty for training images
     features: np.ndarray = None  # (n, d) float32
     probabilities: np.ndarray = None  # (n, heads) float32
     colour: np.ndarray = None  # (n, 1), grey levels
@@ -472,26 +476,27 @@ class Source:
 def make_sources(plan, args):
     """Return the Sources by name, without features.
 
-    Real images with several findings differ from images of each finding alone. So the pools take as many images of
-    each combination of labels as the smaller of the real and the synthetic set has; without labels, as many images.
-    Training images have no pool.
+    Real images with several findings differ from images of each finding alone. So take equally many images of each
+    combination of labels from the real and the synthetic set; without labels, equally many images.
     """
-    sources = {}
+    sources, counts = {}, {}
     for name, table in plan.tables.items():
-        codes = label_combinations(table, plan.labels, args.uncertain)
-        sources[name] = Source(name, table, label_rows(table, plan.labels, args), codes)
-    counts = Counter(sources["real"].codes) & Counter(sources["synthetic"].codes)
-    unmatched = (~np.isin(sources["synthetic"].codes, list(counts))).sum()
-    if unmatched:
-        text = "have a combination of labels that no real image has: FID and the like leave them out"
-        plan.warnings.append(f"synthetic: {unmatched:,} of {len(sources['synthetic'].codes):,} images {text}")
+        rows_of = label_rows(table, plan.labels, args) if plan.labels else {"all": np.arange(len(table))}
+        sources[name] = Source(name, table, rows_of, label_codes(table, plan.labels, args.uncertain))
+    for label in sources["real"].rows_of:
+        real, synthetic = (sources[name].codes[sources[name].rows_of[label]] for name in ("real", "synthetic"))
+        counts[label] = Counter(real) & Counter(synthetic)
     for name, source in sources.items():
         if name == "train":
             continue
-        matched = source.choose_combinations(np.arange(len(source.table)), counts, args.seed)
-        source.pool = {label: np.intersect1d(rows, matched) for label, rows in source.rows_of.items()}
-        rows = np.concatenate(list(source.pool.values())) if plan.labels else matched
+        for label, rows in source.rows_of.items():
+            source.pool[label] = source.choose_combinations(rows, counts[label], args.seed)
+        rows = np.concatenate(list(source.pool.values()))
         source.pool["all"] = rows if args.pool == "paper" else np.unique(rows)
+        unmatched = (~np.isin(source.codes, sources["real"].codes)).sum()
+        if unmatched:
+            text = "have labels that no real image combines: FID and other set metrics leave them out"
+            plan.warnings.append(f"{name}: {unmatched:,} of {len(source.table):,} images {text}")
     return sources
 
 
@@ -539,7 +544,10 @@ def load_classifier(folder):
 
 def hash_weights(model):
     """Return a SHA-256 over the names and values of a network's weights and buffers."""
-    return hashlib.sha256(to_bytes({name: t.contiguous() for name, t in model.state_dict().items()})).hexdigest()
+    # Cloned: safetensors refuses tied weights.
+    return hashlib.sha256(
+        to_bytes({name: t.clone().contiguous() for name, t in model.state_dict().items()})
+    ).hexdigest()
 
 
 class Appearance:
@@ -647,6 +655,8 @@ class VisionNetwork:
             missing = [name for name in report["missing_keys"] if "mask_token" not in name]
             if missing:
                 raise ValueError(f"it has no {min(missing)}")
+            if getattr(model.config, "mask_ratio", 0):
+                raise ValueError("it masks random patches")
         except Exception as error:  # downloads and malformed files can raise anything
             fail(f"--features {source}: neither a classifier nor a vision model in safetensors ({str(error)[:200]})")
         model = getattr(model, "vision_model", model)  # of CLIP and the like
@@ -1184,7 +1194,9 @@ def add_label_mean(results, metric, labels):
     value = np.mean([results.find(name, label) for label in labels])
     draws = np.mean([results.draws[f"{name}/{label}"] for label in labels], axis=0)
     n = sum(results.find(name, label, "n") for label in labels)
-    results.add(metric, value, draws=draws, units=n, n=n, note=f"mean of {len(labels)} labels")
+    floors = [results.find(name, label, "floor") for label in labels]
+    floor = None if None in floors else np.mean(floors)
+    results.add(metric, value, draws=draws, units=n, n=n, floor=floor, note=f"mean of {len(labels)} labels")
 
 
 def add_colour(results, source):
@@ -1195,33 +1207,29 @@ def add_colour(results, source):
     results.add_image_metric("colour_visible", weighted_mean(colour > VISIBLE_COLOUR, rows), units=units, **row)
 
 
-def ms_ssim(one, two):
-    """Return the MS-SSIM of pairs of gray images, (n, h, h) in [0, 1], and its number of scales."""
-    # torchmetrics' limit: below 176 pixels, fewer than five, here with the same sum of exponents.
-    scales = min(5, 1 + math.isqrt(one.shape[-1] // 11))
-    factor = sum(MS_SSIM_BETAS) / sum(MS_SSIM_BETAS[:scales])
-    options = {"betas": tuple(factor * beta for beta in MS_SSIM_BETAS[:scales]), "data_range": 1.0}
-    pairs = one[:, None], two[:, None]
-    return multiscale_structural_similarity_index_measure(*pairs, reduction="none", **options).cpu().numpy(), scales
-
-
 def add_ms_ssim(results, source, plan, device, args):
-    """Add the mean MS-SSIM of random pairs of a label's images (Odena et al., 2017, arXiv 1610.09585)."""
-    decode = partial(load_image, resolution=min(plan.resolution, PAIR_SIDE), resize_mode=plan.resize_mode)
+    """Add the mean MS-SSIM of random pairs with the same labels (Odena et al., 2017, arXiv 1610.09585)."""
+    decode = partial(load_image, resolution=PAIR_SIDE, resize_mode=plan.resize_mode)
     for label in plan.labels or ["all"]:
-        rows = np.random.default_rng(keyed_seed(args.seed, "pairs")).permutation(source.pool[label])
+        generator = np.random.default_rng(keyed_seed(args.seed, "pairs"))
+        rows = generator.permutation(source.pool[label])
         # One image of each patient makes pairs independent, so that draws may resample pairs.
-        _, first = np.unique(source.patients[rows], return_index=True)
-        count = min(MAX_PAIRS, len(first) // 2)
+        rows = rows[np.unique(source.patients[rows], return_index=True)[1]]
+        rows = rows[np.argsort(source.codes[rows], kind="stable")]
+        one, two = rows[: len(rows) // 2 * 2].reshape(-1, 2).T
+        same = source.codes[one] == source.codes[two]
+        chosen = generator.permutation(np.flatnonzero(same))[:MAX_PAIRS]
+        count = len(chosen)
         if count < MIN_PAIRS:
             results.add("ms_ssim", None, label, n=count, note="too few images, or of too few patients")
             continue
-        paths = source.table["image"].iloc[rows[np.sort(first)[: 2 * count]]].tolist()
+        paths = source.table["image"].iloc[np.concatenate([one[chosen], two[chosen]])].tolist()
         images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
-        gray = torch.from_numpy(images).to(device).float().mean(dim=3) / 255
-        values, scales = ms_ssim(*gray.split(count))
-        value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values / count
-        note = f"n pairs of {gray.shape[-1]} px, {scales} of 5 scales; lower is more varied"
+        gray = torch.from_numpy(images).to(device).float().mean(dim=3)[:, None] / 255
+        values = multiscale_structural_similarity_index_measure(*gray.split(count), reduction="none", data_range=1.0)
+        weights = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS))
+        value, *draws = weights @ values.cpu().numpy() / count
+        note = f"n pairs of {PAIR_SIDE} px with the same labels; lower is more varied"
         results.add("ms_ssim", value, label, draws, n=count, note=note)
     if plan.labels:
         add_label_mean(results, "ms_ssim", plan.labels)
@@ -1277,9 +1285,10 @@ def add_memorisation(results, generated, real, train, args):
         row = {"floor": 0.5, "note": f"{len(seen):,} training images against as many of other patients"}
         results.add(f"memorisation_nearer_train{suffix}", share, draws=draws, n=n, **row)
         pairs[kind], (_, unseen_cosine) = nearest(ours, trained), nearest(others[unseen], trained)
-        # A percentile of patients below the maximum: a single duplicate among the unseen would hide all copies.
+        # A quantile below the maximum, since one duplicate among the unseen would otherwise hide all copies.
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
-        limit = math.floor(0.999 * (len(by_patient) - 1))
+        count = len(by_patient)
+        limit = count - 1 - max(1, min(3, count // 100), count // 1000)  # 99.9 %, or up to three patients
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.
         groups = train.patients[pairs[kind][0]]
         suspects = weighted_mean(pairs[kind][1] > by_patient[limit], np.arange(n))

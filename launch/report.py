@@ -221,8 +221,8 @@ def read_trainings(folder, row):
 def merge_trainings(files):
     """Return the results of several trainings as one: means, with Student's t intervals over the trainings.
 
-    The standard deviation of the differences between the draws of two rows, mean + (value - mean) / sqrt(n), is the
-    standard error of the mean difference over seeds. What is the same in all trainings keeps its own interval.
+    Draw k is mean + (value of training k - mean) / sqrt(n), so that the standard deviation of the difference of two
+    rows' draws is the standard error of their mean difference. A value that all trainings share keeps its interval.
     """
     if len(files) == 1 or not files[0].exists:
         return files[0]
@@ -242,6 +242,7 @@ def merge_trainings(files):
             merged.rows[key] = first | new | {"note": "; ".join(notes)}
             # Of the single trainings, for find_excess and is_below_chance.
             if None not in [row["low"] for row in rows]:
+                merged.rows[key]["max_value"] = max(values)
                 merged.rows[key]["max_low"] = max(row["low"] for row in rows)
                 merged.rows[key]["min_high"] = min(row["high"] for row in rows)
     return merged
@@ -274,13 +275,13 @@ def read_study(folder, rows):
     if not ran:
         fail(f"--study {folder}: no results for --rows; pass the folder that launch/sweep.sh filled")
     seeds = [seed for seed in found[ran[0]] if all(seed in found[row] for row in ran)]
-    number, parts, unused = max(1, len(seeds)), {part: {} for part in FILES}, []
+    parts, unused = {part: {} for part in FILES}, []
     for row in [*ran, "base", "real"]:
-        used = seeds if seeds and row in ran else [*found[row]][:1] * number  # base and real are trained once
+        used = seeds if seeds and row in ran else [*found[row]][:1]
         unused += [f"{seed} of {NAMES[row]}" for seed in found[row] if seed not in used]
         for part, files in parts.items():
             files[row] = merge_trainings([found[row][seed][part] for seed in used] or [ResultFile()])
-    return Study(ran, [row for row in rows if row not in ran], number, unused, **parts)
+    return Study(ran, [row for row in rows if row not in ran], max(1, len(seeds)), unused, **parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,14 +310,18 @@ def compare_draws(value, other, draws, other_draws):
     """Return (difference, low, high, p, n) of two values whose draws, (n,), are on the same images, patients or seeds.
 
     The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p
-    are Student's t with n - 1 degrees of freedom. Draws without any spread say nothing: p is 1.
+    are Student's t with n - 1 degrees of freedom. Draws without any spread say nothing: p is 1. Several trainings and
+    the draws of a single one (the base model's) are independent.
     """
-    paired = draws - other_draws
-    paired = paired[np.isfinite(paired)]
-    difference, error, degrees = value - other, paired.std(ddof=1), len(paired) - 1
+    if draws.shape == other_draws.shape:
+        paired = (draws - other_draws)[np.isfinite(draws - other_draws)]
+        error, degrees = paired.std(ddof=1), len(paired) - 1
+    else:
+        error, degrees = np.hypot(draws.std(ddof=1), np.nanstd(other_draws, ddof=1)), len(draws) - 1
+    difference = value - other
     half = stats.t.ppf(0.975, degrees) * error
     p = 2 * stats.t.sf(abs(difference) / error, degrees) if error > 1e-9 * abs(difference) else 1.0
-    return difference, difference - half, difference + half, p, len(paired)
+    return difference, difference - half, difference + half, p, degrees + 1
 
 
 def correct_holm(pairs):
@@ -336,6 +341,8 @@ def are_comparable(one, other, measure, label):
     if any(len(find_values(enumerate(files), path)) > 1 for path in SHARED[measure.part].split()):
         return False
     draws = [results.draws.get(f"{measure.metric}/{label}", np.empty(0)) for results in (one, other)]
+    if len(one.trainings) != len(other.trainings):
+        return min(map(len, draws)) > 1
     return draws[0].shape == draws[1].shape and np.isfinite(draws[0] - draws[1]).sum() > 1
 
 
@@ -436,7 +443,7 @@ def find_excess(study, row, metric):
     if base and metric.startswith("memorisation"):
         floor = max(floor, base["value"])  # the base model has not seen the training images
     excess = found.get("max_low", found["low"]) > max(2 * floor, 0.005)
-    return f"{100 * found['value']:.1f} % of images" if excess else ""
+    return f"{100 * found.get('max_value', found['value']):.1f} % of images" if excess else ""
 
 
 def check_strategy(study, row, deciding):
@@ -517,7 +524,7 @@ def find_warnings(study, deciding):
     found = [f"{title} {'; '.join(settings)}." for title, settings in differences.items() if settings]
     if study.unused:
         unused = join_words(study.unused)
-        found.append(f"Not used, as not every strategy has a complete training of this seed: seed {unused}.")
+        found.append(f"Not used, because not all strategies have a complete training with this: seed {unused}.")
     files = [file for part in titles for _, file in study.files(part)]
     seeds = {file.dig(path) for file in files for path in ("arguments.split_seed", "settings.split_seed")} - {None}
     if len(seeds) > 1:
@@ -649,7 +656,7 @@ def draw_figure_2(study):
 Cell = namedtuple("Cell", "text detail paper flag grey", defaults=("", "", "", False))
 Table = namedtuple("Table", "title header rows lead", defaults=("",))
 REAL, VAE = ("real images", "_real"), ("real images through the VAE", "_vae")
-SUFFIXES = ("_real", "_baseline", "_vae")
+VARIANTS = ("_real", "_baseline", "_vae")
 # Part of the study, title, columns as "heading:metric" (* for a column per label, @ for one per network of features),
 # and any reference rows: a name and a suffix of the metrics.
 TABLES = [
@@ -714,7 +721,7 @@ def metric_table(study, part, title, headings, *references):
         if heading == "*":
             columns += [(SHORT.get(label, label), metric, label) for label in study.labels(part, metric)]
         elif heading == "@":
-            found = [name for name in metrics if name.startswith(f"{metric}@") and not name.endswith(SUFFIXES)]
+            found = [name for name in metrics if name.startswith(f"{metric}@") and not name.endswith(VARIANTS)]
             columns += [(name.split("@")[1], name, "all") for name in found]
         elif metric in metrics:
             columns.append((heading, metric, "all"))

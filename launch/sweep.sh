@@ -16,8 +16,8 @@ MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
 ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder"
 ALL_METHODS+=" lora dora bitfit difffit"
 METHODS=(${METHODS-$ALL_METHODS})
-# Train each row once per seed, for verdicts over trainings. Seeds can be added to a finished study after the first one,
-# whose folders are runs/lora and so on; those of a further seed K are runs/lora_seedK and so on.
+# Train each row once per seed, for verdicts over trainings. The folders of seed 0 are runs/lora and so on; those of
+# another seed K are runs/lora_seedK and so on. Seeds can be added to a finished study.
 SEEDS=(${SEEDS:-0})
 # Number of processes, and the command that starts a script with them. Without a number, accelerate would take all GPUs
 # and put more images into a step.
@@ -60,7 +60,8 @@ BATCH=${BATCH:-4}
 SAMPLING=${SAMPLING:-labels}
 [ "$SAMPLING" = like_test ] && number="--num_images 30000" || number="--images_per_label 5000"
 SAMPLE_FLAGS=(${SAMPLE_FLAGS:-$number --num_inference_steps 50 --guidance_scale 7.5})
-EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000})
+# With 66 pairs of 12 models, fewer subsamples would hide most differences from Holm's correction.
+EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000 --num_subsamples 30})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
 REPORT_TITLE=${REPORT_TITLE:-}
 # JUDGE=no only trains and samples the rows, and leaves base model and evaluations to a later call.
@@ -173,7 +174,7 @@ fi
 for seed in "${SEEDS[@]}"; do
   for row in "${METHODS[@]}"; do
     name=$row
-    [ "$seed" = "${SEEDS[0]}" ] || name+=_seed$seed
+    [ "$seed" = 0 ] || name+=_seed$seed
     unless "runs/$name/training_summary.json" train "$row" "$name" --seed "$seed" "$@"
     unless "samples/$name/metadata.csv" sample "$STUDY/runs/$name" "$name"
     [ "$JUDGE" = no ] || evaluate "$name"
