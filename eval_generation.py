@@ -1011,7 +1011,8 @@ class Results:
         """Add a row with its interval. The default floor is the real images' value, which must have been added."""
         low, high, name = None, None, metric + self.network + self.suffix
         if draws is not None and len(draws) > 1:
-            self.draws[f"{name}/{label}"] = np.asarray(draws, np.float64)
+            # Contiguous, because safetensors would write another column's values for a view of one.
+            self.draws[f"{name}/{label}"] = np.ascontiguousarray(draws, np.float64)
             bounds = BOUNDS.get(metric, (0.0, math.inf if units is None else 1.0))
             low, high = map(float, confidence_interval(value, draws, bounds, units))
         row = {"floor": self.find(f"{metric}{self.network}_real", label)} | row

@@ -425,7 +425,7 @@ def test_a_run_writes_everything_and_the_same_again(run, tmp_path, samples, monk
     for row in rows:
         key = f"{row['metric']}/{row['label']}"
         assert (key in draws) == (row["low"] is not None)
-        if row["metric"] in ("fid_half_n", "kid"):
+        if row["metric"] in ("fid_half_n", "kid", "vendi_ratio", "density"):
             half = stats.t.ppf(0.975, 2) * draws[key].std(ddof=1)
             assert row["high"] == pytest.approx(row["value"] + half)
     # Once more: nothing is computed, and the same bytes are written.

@@ -126,6 +126,31 @@ def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tables):
     assert len(before) > 100 and (study / "report" / "figure2.png").read_bytes() == figure
 
 
+@pytest.mark.parametrize(
+    ("variables", "prompts"),
+    [
+        ({"SAMPLING": "labels"}, "--labels Edema"),
+        ({"SAMPLING": "like_test"}, "--like_csv TEST.csv --uncertain ignore --"),
+        (
+            {"SAMPLING": "like_test", "TEST_CSV": ""},
+            "--like_csv TRAIN.csv --split test --split_seed 0 --uncertain ignore",
+        ),
+    ],
+)
+def test_seeds_and_prompts_are_passed_on(tmp_path, tables, variables, prompts):
+    given = {"LAUNCH": "echo", "REPORT": "no", "METHODS": "lora unet", "SEEDS": "3 0", "VALIDATION_CSV": ""}
+    given |= {"VALIDATION_CSV": tables["VALIDATION_CSV"]} if variables.get("TEST_CSV") != "" else {}
+    process = start(tmp_path, tables, **given | variables)
+    lines = process.communicate(timeout=60)[0].replace(f"{tables['TEST_CSV'].parent}/", "").splitlines()
+    assert process.returncode == 0
+    trained = [re.search(r"/runs/(\S+) .*--seed (\d)", line).groups() for line in lines if line.startswith("train_")]
+    assert trained == [("lora_seed3", "3"), ("unet_seed3", "3"), ("lora", "0"), ("unet", "0")]
+    sampled = [line for line in lines if line.startswith("sample.py")]
+    assert len(sampled) == 5 and all(prompts in line for line in sampled)
+    assert [line.split("/")[-1] for line in sampled] == ["base", "lora_seed3", "unet_seed3", "lora", "unet"]
+
+
+@pytest.mark.slow
 def test_a_seed_added_to_a_finished_study_is_trained_and_judged_and_the_report_has_means(study, tables):
     before = values(study).set_index(["table", "row", "metric", "label"])["value"]
     results = "training_summary.json", "metadata.csv", "generation_metrics.json", "downstream_metrics.json"
