@@ -93,8 +93,8 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 # KID takes thirds of at least 6 images; the cost of KID and the neighbour metrics grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
-# Pairs of images of a label for MS-SSIM, and the pixels per side that it is computed at (its five scales need 176).
-MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 100, 256
+# Pairs of images of a label for MS-SSIM, and the pixels per side that it is computed at, which its five scales need.
+MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 50, 176
 # Ranges that `Results.add` cannot infer; its defaults are (0, 1) with `units` and (0, inf) without.
 BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
 BOUNDS |= dict.fromkeys(["ms_ssim", "memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
