@@ -1158,7 +1158,8 @@ def weighted_auroc(scores, rows, other_rows):
 
 def add_consistency(results, source, heads, uncertain):
     """Add how often each head fires (probability above 0.5) for each label, and how well it separates the labels."""
-    rows_of, labels = source.rows_of, list(source.rows_of)
+    rows_of = {label: rows for label, rows in source.rows_of.items() if label != "all"}
+    labels = list(rows_of)
     may_have = positive_labels(source.table, labels, "zeros" if uncertain == "zeros" else "ones")
     scores = {head: source.probabilities[:, i] for i, head in enumerate(heads)}
     fires = {head: scores[head] > 0.5 for head in heads}
@@ -1174,6 +1175,9 @@ def add_consistency(results, source, heads, uncertain):
             ("class_consistency_auroc", label, weighted_auroc, scores.get(label), [own, others], auroc_note),
             *(("fires", f"{label} -> {head}", weighted_mean, fires.get(head), [own], None) for head in labels),
         ]
+        if label == "No Finding" and label in fires:
+            alone = fires[label] & ~np.any([fires[head] for head in fires if head in labels and head != label], axis=0)
+            metrics.append(("class_consistency_alone", label, weighted_mean, alone, [own], "no other head fires"))
         for metric, name, statistic, values, groups, note in metrics:
             if values is None:
                 results.add(metric, None, name, n=len(own), note=no_head)

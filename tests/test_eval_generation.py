@@ -264,12 +264,12 @@ def test_class_consistency_on_known_heads():
     edema, normal = [0.9, 0.8, 0.45, 0.1, 0.7, 0.2, 0.2, 0.2, 0.9], [0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.9, 0.1, 0.1]
     heads = np.array([edema, [0] * 9, normal], np.float32).T
     rows_of = {label: np.flatnonzero(table[label] == 1) for label in LABELS} | {"Fracture": np.array([], int)}
-    source = evaluation.Source("synthetic", table, rows_of, probabilities=heads)
+    source = evaluation.Source("synthetic", table, rows_of, None, probabilities=heads)
     results = evaluation.Results([], {}, "", evaluation.patient_weights(source.patients, range(51)))
     evaluation.add_consistency(results, source, ["Edema", "Cardiomegaly", "No Finding"], "ignore")
     expected = {"class_consistency/Edema": 0.6, "class_consistency/No Finding": 0.75, "class_consistency/all": 0.675}
     expected |= {"class_consistency_margin/Edema": 0.35, "class_consistency_auroc/Edema": 15 / 20}
-    expected |= {"fires/Edema -> No Finding": 0.2}
+    expected |= {"fires/Edema -> No Finding": 0.2, "class_consistency_alone/No Finding": 0.5}
     assert {key: results.find(*key.split("/")) for key in expected} == pytest.approx(expected)
     draws = [results.draws[f"class_consistency/{label}"] for label in LABELS]
     assert np.array_equal(results.draws["class_consistency/all"], np.mean(draws, axis=0))
@@ -522,6 +522,17 @@ def test_pools_match_below_the_cap_per_label():
     for label, rows in real.pool.items():
         assert Counter(real.codes[rows]) == Counter(synthetic.codes[synthetic.pool[label]]) and len(rows) > 20
     assert max(map(len, (real.rows_of[label] for label in LABELS))) == 50
+
+
+def test_tables_without_labels_are_compared_as_a_whole(run, tmp_path, samples):
+    table = pd.read_csv(samples / "metadata.csv").drop(columns=evaluation.LABELS)
+    table["file_name"] = [str(samples / name) for name in table["file_name"]]
+    for name, rows in {"real": table[:30], "synthetic": table[10:36]}.items():
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    flags = [f"--real_csv={tmp_path / 'real.csv'}", f"--synthetic={tmp_path / 'synthetic.csv'}", "--real_split=all"]
+    found = run("e", *flags)
+    assert find(found, "fid", key="n") == 26 and find(found, "ms_ssim") > 0
+    assert {row["label"] for row in found["results"]} == {"all"}
 
 
 def test_an_interrupted_pass_goes_on(run, tmp_path, monkeypatch):
