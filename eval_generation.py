@@ -93,8 +93,8 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 # KID takes thirds of at least 6 images; the cost of KID and the neighbour metrics grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
-# Pairs of images of a label for MS-SSIM, and the pixels per side that it is computed at, which its five scales need.
-MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 50, 176
+# Pairs of images for MS-SSIM, and the pixels per side that it is computed at, which its five scales need.
+MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 100, 176
 # Ranges that `Results.add` cannot infer; its defaults are (0, 1) with `units` and (0, inf) without.
 BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
 BOUNDS |= dict.fromkeys(["ms_ssim", "memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
@@ -1214,30 +1214,23 @@ def add_colour(results, source):
 
 def add_ms_ssim(results, source, plan, device, args):
     """Add the mean MS-SSIM of random pairs with the same labels (Odena et al., 2017, arXiv 1610.09585)."""
+    generator = np.random.default_rng(keyed_seed(args.seed, "pairs"))
+    rows = generator.permutation(source.pool["all"])
+    # One image of each patient makes pairs independent, so that draws may resample pairs.
+    rows = rows[np.unique(source.patients[rows], return_index=True)[1]]
+    rows = rows[np.argsort(source.codes[rows], kind="stable")]
+    one, two = rows[: len(rows) // 2 * 2].reshape(-1, 2).T
+    chosen = generator.permutation(np.flatnonzero(source.codes[one] == source.codes[two]))[:MAX_PAIRS]
+    count = len(chosen)
+    if count < MIN_PAIRS:
+        return results.add("ms_ssim", None, n=count, note="too few images, or of too few patients")
+    paths = source.table["image"].iloc[np.concatenate([one[chosen], two[chosen]])].tolist()
     decode = partial(load_image, resolution=PAIR_SIDE, resize_mode=plan.resize_mode)
-    for label in plan.labels or ["all"]:
-        generator = np.random.default_rng(keyed_seed(args.seed, "pairs"))
-        rows = generator.permutation(source.pool[label])
-        # One image of each patient makes pairs independent, so that draws may resample pairs.
-        rows = rows[np.unique(source.patients[rows], return_index=True)[1]]
-        rows = rows[np.argsort(source.codes[rows], kind="stable")]
-        one, two = rows[: len(rows) // 2 * 2].reshape(-1, 2).T
-        same = source.codes[one] == source.codes[two]
-        chosen = generator.permutation(np.flatnonzero(same))[:MAX_PAIRS]
-        count = len(chosen)
-        if count < MIN_PAIRS:
-            results.add("ms_ssim", None, label, n=count, note="too few images, or of too few patients")
-            continue
-        paths = source.table["image"].iloc[np.concatenate([one[chosen], two[chosen]])].tolist()
-        images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
-        gray = torch.from_numpy(images).to(device).float().mean(dim=3)[:, None] / 255
-        values = multiscale_structural_similarity_index_measure(*gray.split(count), reduction="none", data_range=1.0)
-        weights = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS))
-        value, *draws = weights @ values.cpu().numpy() / count
-        note = f"n pairs of {PAIR_SIDE} px with the same labels; lower is more varied"
-        results.add("ms_ssim", value, label, draws, n=count, note=note)
-    if plan.labels:
-        add_label_mean(results, "ms_ssim", plan.labels)
+    images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
+    gray = torch.from_numpy(images).to(device).float().mean(dim=3)[:, None] / 255
+    values = multiscale_structural_similarity_index_measure(*gray.split(count), reduction="none", data_range=1.0)
+    value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values.cpu().numpy() / count
+    results.add("ms_ssim", value, draws=draws, n=count, note="pairs with the same labels; lower is more varied")
 
 
 def nearest(queries, reference):

@@ -26,6 +26,12 @@ LABELS = ["Edema", "No Finding"]
 real_csv = functools.partial(phantoms, 160)
 
 
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch):
+    """MS-SSIM takes most of the time of a small run."""
+    monkeypatch.setattr(evaluation, "MAX_PAIRS", 8)
+
+
 @torch.no_grad()
 def set_batch_norms(model, inputs):
     """Without the statistics of some images, an untrained network returns nearly the same for every image."""
@@ -398,12 +404,10 @@ def test_ms_ssim_is_1_of_a_collapsed_model_and_sees_what_is_less_varied(run, tmp
     found = {}
     for name, own in {"varied": images, "alike": alike, "same": same}.items():
         found[name] = run(name, f"--synthetic={write_samples(tmp_path / 'samples' / name, own)}", "--real_split=all")
-    for label in ("all", *LABELS):
-        assert find(found["alike"], "ms_ssim", label, "low") > find(found["varied"], "ms_ssim", label, "high")
-        assert 0 < find(found["varied"], "ms_ssim_real", label) == find(found["alike"], "ms_ssim", label, "floor") < 1
-        assert find(found["same"], "ms_ssim", label) == pytest.approx(1)
-        key = f"ms_ssim/{label}"
-        assert load_arrays(tmp_path / "alike" / "generation_draws.safetensors")[key].std() > 0
+    assert find(found["alike"], "ms_ssim", key="low") > find(found["varied"], "ms_ssim", key="high")
+    assert 0 < find(found["varied"], "ms_ssim_real") == find(found["alike"], "ms_ssim", key="floor") < 1
+    assert find(found["same"], "ms_ssim") == pytest.approx(1)
+    assert load_arrays(tmp_path / "alike" / "generation_draws.safetensors")["ms_ssim/all"].std() > 0
     copies = sum(len(own) - 1 for own in images.values())
     assert any(f"synthetic: {copies} images are identical to another" in note for note in found["same"]["warnings"])
 
