@@ -388,12 +388,12 @@ def plan_evaluation(args, accelerator):
     counts = count_rows("test", tables["real"], args.uncertain)
     if labels:
         real, synthetic = (label_codes(tables[name], labels, args.uncertain) for name in ("real", "synthetic"))
-        unmatched = (real > 0) & ~np.isin(real, synthetic)
+        labelled = real > 0
+        unmatched = labelled & ~np.isin(real, synthetic)
+        text = f"real: {unmatched.sum():,} of {labelled.sum():,} images have labels that no generated image combines"
+        if synthetic.any() and labelled.any() and (unmatched == labelled).all():
+            fail(f"{text}; draw the real combinations with sample.py --like_csv")
         if unmatched.any():
-            counts_text = f"{unmatched.sum():,} of {(real > 0).sum():,} images"
-            text = f"real: {counts_text} have labels that no generated image combines"
-            if synthetic.any() and unmatched.sum() == (real > 0).sum():
-                fail(f"{text}; draw the real combinations with sample.py --like_csv")
             notes.append(f"{text}, and are left out")
         tables["real"] = tables["real"][~unmatched]
     # Drop what is not scored before reading and hashing files.

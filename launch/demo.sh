@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a small study, offline, in about 17 minutes on two CPU cores: draw chest phantoms, fine-tune the tiny base model
+# Run a small study, offline, in about 20 minutes on two CPU cores: draw chest phantoms, fine-tune the tiny base model
 # in launch/demo/base with LoRA, DoRA and the full U-Net, sample, evaluate, and write the report.
 #   bash launch/demo.sh
 #   STUDY=demo/long STEPS=2000 METHODS="lora bitfit" bash launch/demo.sh --seed 1
