@@ -363,9 +363,9 @@ def load_tables(args, spec, accelerator):
 def read_groups(csv, test):
     """Return {"Sex: Female": which rows of `test`, (n,) bool} from CheXpert's columns Sex, Age and AP/PA, if any."""
     columns = ["Sex", "Age", "AP/PA"]
-    options = {"dtype": str, "encoding": "utf-8-sig", "skipinitialspace": True, "na_values": "Unknown"}
-    options["index_col"] = False
-    table = pd.read_csv(csv, usecols=lambda name: name in columns, **options).reindex(test.index, columns=columns)
+    options = {"dtype": str, "encoding": "utf-8-sig", "skipinitialspace": True, "index_col": False}
+    table = pd.read_csv(csv, usecols=lambda name: name in columns, na_values="Unknown", **options)
+    table = table.reindex(test.index, columns=columns)
     years, ages = pd.to_numeric(table["Age"], errors="coerce"), ["0-17", "18-39", "40-59", "60-79", "80+"]
     table["Age"] = pd.cut(years, [0, 18, 40, 60, 80, math.inf], right=False, labels=ages).astype(object)
     groups = pd.get_dummies(table, prefix_sep=": ", columns=columns, dtype=bool)
@@ -620,7 +620,9 @@ def train_seed(args, accelerator, seed, images):
         return tensors["test"].numpy(), tensors["losses"].tolist()
     if args.shuffle_labels:
         key = keyed_seed(seed, "shuffled labels")
-        train, val = (Images(x.pixels, np.random.default_rng(key).permutation(x.targets)) for x in (train, val))
+        train, val = (
+            part._replace(targets=np.random.default_rng(key).permutation(part.targets)) for part in (train, val)
+        )
     torch.manual_seed(keyed_seed(seed, "initial weights"))
     model = build_classifier(args.arch, train.targets.shape[1])
     load_initial_weights(accelerator, model, args)

@@ -90,7 +90,7 @@ SUFFIXES = {"real": "_real", "synthetic": "", "base model": "_baseline", "throug
 XRV_NAMES = {"Pleural Effusion": "Effusion"}
 NEIGHBOURS = 5
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-# KID takes thirds of at least 6 images; the cost of KID and the neighbour metrics grows as n².
+# KID takes thirds of the images; the cost of KID and of the neighbour metrics grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
 # Pairs of images for MS-SSIM, and the pixels per side that it is computed at, which its five scales need.
@@ -126,9 +126,9 @@ def parse_args(argv=None):
     flag("--real_csv", help=f"table of radiographs (default: {' or '.join(DEFAULT_TABLES)})")
     flag("--image_root", help="folder that paths in --real_csv and --train_csv are relative to")
     splits = ["train", "val", "test", "all"]
-    flag("--real_split", choices=splits, default="test", help="patients of --real_csv; all if it is a test set")
+    flag("--real_split", choices=splits, default="test", help="patients of --real_csv; pass all for a test set")
     flag("--train_csv", help="table of the training images, to measure memorisation (default: not measured)")
-    flag("--train_split", choices=splits, default="train", help="patients of --train_csv; all if it is a training set")
+    flag("--train_split", choices=splits, default="train", help="patients of --train_csv; pass all for a training set")
     flag("--max_train_samples", type=int, help="as passed to the training script, to select the same images")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1 in real tables")
@@ -141,8 +141,8 @@ def parse_args(argv=None):
     flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
     flag("--mixed_geometry", action="store_true", help="allow tables of different --resolution or --resize_mode")
     flag = parser.add_argument_group("networks").add_argument
-    known = "feature networks: xrv, rad-dino, inception, a file or folder, or a hub id (default: xrv)"
-    flag("--features", nargs="+", default=["xrv"], help=known)
+    networks = "xrv, rad-dino, inception, a file or folder, or a hub id; several allowed (default: xrv)"
+    flag("--features", nargs="+", default=["xrv"], help=networks)
     flag("--classifier", help="classifier folder of eval_downstream.py (default: the heads of --features)")
     flag("--batch_size", type=int, default=32, help="images per process and forward pass")
     flag("--feature_cache_dir", help="cache that runs share (default: feature_cache beside --output_dir)")
@@ -1064,7 +1064,7 @@ def evaluate(function, samples):
 
 def add_set_metrics(results, real, other, label, common, args):
     """Add the rows of all set metrics. Floors from real halves are computed only with the synthetic images."""
-    n, count = min(len(real.features), len(other.features)), args.num_subsamples
+    n, num_draws = min(len(real.features), len(other.features)), args.num_subsamples
     splits, half = half_splits(real, n, args)
     sizes = {"n": n, "half": half, "common": min(common, half)}
     equal = [sample.subset(n, args.seed, "equal") for sample in (real, other)]
@@ -1072,8 +1072,8 @@ def add_set_metrics(results, real, other, label, common, args):
     for metric in set_metrics(args.seed):
         if metric.size == "common" and results.network:
             continue  # n is that of all labels
-        size, least = sizes[metric.size], MIN_PAIRWISE_IMAGES if metric.pairwise else 2
-        if half < 2 or size < least:
+        size, min_size = sizes[metric.size], MIN_PAIRWISE_IMAGES if metric.pairwise else 2
+        if half < 2 or size < min_size:
             for name in metric.names:
                 results.add(name, None, label, n=size, note="too few images, or of too few patients")
             continue
@@ -1081,7 +1081,7 @@ def add_set_metrics(results, real, other, label, common, args):
         if metric.pairwise:
             draw_size = min(draw_size, MAX_DRAW_IMAGES)
         if (function, draw_size) not in draws_of:
-            subsets = [[sample.subset(draw_size, args.seed, "fid", k) for sample in equal] for k in range(count)]
+            subsets = [[sample.subset(draw_size, args.seed, "fid", k) for sample in equal] for k in range(num_draws)]
             draws_of[function, draw_size] = np.array([evaluate(function, pair) for pair in subsets])
         draws = draws_of[function, draw_size]
         # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s), is
@@ -1089,7 +1089,7 @@ def add_set_metrics(results, real, other, label, common, args):
         factor = draw_size / (n - draw_size)
         if metric.mean_of_draws:
             # The mean of a few draws also varies with their choice.
-            values, factor = draws.mean(axis=0), factor + 1 / count
+            values, factor = draws.mean(axis=0), factor + 1 / num_draws
         else:
             sets = equal if size == n else [real.take(splits[0][0][:half]), other.subset(half, args.seed, "half")]
             values, factor = evaluate(metric.function, sets), factor * n / size
@@ -1097,7 +1097,7 @@ def add_set_metrics(results, real, other, label, common, args):
         floors = None
         if metric.floor == "itself":
             floors = np.array([evaluate(metric.function, [equal[0], equal[0]])])
-        elif metric.floor == "halves" and not results.suffix and half >= least:
+        elif metric.floor == "halves" and not results.suffix and half >= min_size:
             used = splits if metric.mean_of_draws else splits[:1]
             pairs = [(real.take(one[: min(size, half)]), real.take(two[: min(size, half)])) for one, two in used]
             floors = np.array([evaluate(metric.function, pair) for pair in pairs])
@@ -1469,8 +1469,9 @@ def main(args):
             listed = "; ".join(problems[:20])
             fail(f"{len(problems):,} images cannot be used: {listed}; repair them or remove their rows")
         sources = make_sources(plan, args)
+        appearance, first = networks[:2]
         for source in sources.values():
-            load_features(source, *networks[:2], classifier)
+            load_features(source, appearance, first, classifier)
         results, pairs = score_sources(sources, features, plan, classifier, args)
         identity = identify(args, plan, sources, features, classifier, vae)
         write_results(args, plan, sources, identity, results, pairs)

@@ -159,7 +159,7 @@ def parse_args(argv=None):
 
 
 class ResultFile:
-    """A JSON file, or the means of those of several `trainings`: rows by (metric, label) and draws; maybe missing."""
+    """A JSON file's rows by (metric, label) and its draws, or the means of several `trainings`. It may be missing."""
 
     def __init__(self, info=None, draws=None):
         self.exists, self.info, self.draws, self.trainings = info is not None, info or {}, draws or {}, [self]
@@ -426,7 +426,7 @@ def write_lead(deciding):
 
 
 def is_below_chance(found):
-    """Return whether an AUROC is below 0.5 with its whole interval, that of one training at least."""
+    """Return whether an AUROC and its interval are below 0.5; of several trainings, the mean and one's interval."""
     return found["low"] is not None and found["value"] < 0.5 and found.get("min_high", found["high"]) < 0.5
 
 
@@ -456,7 +456,8 @@ def check_strategy(study, row, deciding):
             constant.append(label)
     for comparison in deciding:
         labels = dict.fromkeys(pair.label for pair in comparison.pairs if pair.worse == row and pair.label != "all")
-        beaten += [f"{join_words(labels)} in {comparison.measure.name}"] if labels else []
+        if labels:
+            beaten.append(f"{join_words(labels)} in {comparison.measure.name}")
     return {
         "not shown to beat the base model": ", ".join(not_better) if with_base else None,
         "suspected copies": find_excess(study, row, "memorisation_suspects"),
@@ -489,7 +490,7 @@ def write_objections(study, leaders, deciding):
 
 
 def find_values(files, path):
-    """Return the values of a setting, as text, with the rows that have each, of (row, file)."""
+    """Return {value as text: the rows that have it} of a setting, from pairs of (row, file)."""
     found = {}
     for row, file in files:
         value = file.dig(path, "absent")
@@ -503,9 +504,9 @@ def find_differences(study, part):
     found = []
     for path in SHARED[part].split():
         name = path.removeprefix("arguments.").removeprefix("settings.")
-        # Skip the learning rates of components that do not train, and the classifier of real images.
-        component = name.removesuffix("_lr") if name.endswith("_lr") else ""
-        files = [(row, file) for row, file in study.files(part) if component in row and row != "real"]
+        files = [(row, file) for row, file in study.files(part) if row != "real"]
+        if name.endswith("_lr"):  # of a component, which other rows do not train
+            files = [(row, file) for row, file in files if name.removesuffix("_lr") in row]
         values = find_values(files, path)
         if len(values) > 1 and not (path == "arguments.seed" and study.num_trainings > 1):
             found.append(f"{name} {join_words(f'{value} ({join_names(rows)})' for value, rows in values.items())}")
