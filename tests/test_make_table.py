@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import test_copies
 import test_standalone
-from common import BASE, ROOT, picture
+from common import ROOT, picture, run_main, train
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -93,7 +93,10 @@ SHOWN = {
     "window": {"WindowCenter": 2000, "WindowWidth": 1500},
     "MONOCHROME1": {"WindowCenter": [1500, 9], "WindowWidth": [2000, 9], "PhotometricInterpretation": "MONOCHROME1"},
     "sigmoid": {"WindowCenter": 2000, "WindowWidth": 1500, "VOILUTFunction": "SIGMOID"},
-    "lookup": {"VOILUTSequence": lookup_table(np.arange(4096) ** 2 // 4095, 12), "PhotometricInterpretation": "MONOCHROME1"},
+    "lookup": {
+        "VOILUTSequence": lookup_table(np.arange(4096) ** 2 // 4095, 12),
+        "PhotometricInterpretation": "MONOCHROME1",
+    },
     "rescaled": {"WindowCenter": 300, "WindowWidth": 400, "RescaleSlope": 0.25, "RescaleIntercept": -100},
 }
 
@@ -168,7 +171,9 @@ def nih_data(folder):
 def test_nih(tmp_path, monkeypatch, capsys):
     table = make("nih", nih_data(tmp_path / "in"))
     assert list(table["file_name"])[0] == "../in/images_001/images/00000001_000.png"
-    columns = "patient_id Frontal/Lateral AP/PA Sex Age Cardiomegaly|Hernia|No Finding|Pleural Effusion|Pleural_Thickening"
+    columns = (
+        "patient_id Frontal/Lateral AP/PA Sex Age Cardiomegaly|Hernia|No Finding|Pleural Effusion|Pleural_Thickening"
+    )
     columns = [*columns.split()[:5], *columns.split(" ", 5)[5].split("|")]
     assert table[columns].to_numpy().tolist() == [
         "1 Frontal PA Male 57 1 0 0 1 0".split(),
@@ -185,3 +190,291 @@ def test_nih(tmp_path, monkeypatch, capsys):
     table = make("nih", tmp_path / "in", "--val_fraction", "0")
     assert list(table["split"]) == ["train", "train", "test"]
     assert set(load_as_the_scripts_do(tmp_path / "in", monkeypatch).train["patient"]) <= {"1", "2"}
+
+
+def mimic_data(folder):
+    """Write MIMIC-CXR-JPG's tables for one study of two views and two studies of one, and the images."""
+    studies = [("1", "11", "PA", "a"), ("1", "11", "LATERAL", "b"), ("2", "22", "AP", "c"), ("3", "33", "", "d")]
+    metadata = [f"{name},{subject},{study},{view},21800506" for subject, study, view, name in studies]
+    write(
+        folder / "mimic-cxr-2.0.0-metadata.csv.gz",
+        "\n".join(["dicom_id,subject_id,study_id,ViewPosition,StudyDate"] + metadata),
+    )
+    labels = "subject_id,study_id,Edema,No Finding,Pleural Effusion\n1,11,-1.0,,1.0\n2,22,,1.0,0.0\n"
+    write(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", labels)
+    splits = "dicom_id,study_id,subject_id,split\na,11,1,train\nb,11,1,train\nc,22,2,test\nd,33,3,validate\n"
+    write(folder / "mimic-cxr-2.0.0-split.csv.gz", splits)
+    write(folder / "patients.csv", "subject_id,gender,anchor_age,anchor_year\n1,F,52,2178\n2,M,90,2180\n")
+    for subject, study, _, name in studies:
+        picture(folder / f"files/p1{subject}/p{subject}/s{study}/{name}.jpg")
+    return folder
+
+
+def test_mimic(tmp_path, monkeypatch):
+    table = make("mimic", mimic_data(tmp_path / "in"))
+    assert list(table["file_name"])[3] == "../in/files/p13/p3/s33/d.jpg"
+    assert [
+        *table
+    ] == "file_name|patient_id|Frontal/Lateral|AP/PA|Sex|Age|split|No Finding|Edema|Pleural Effusion".split("|")
+    assert table.drop(columns="file_name").to_numpy().tolist() == [
+        ["1", "Frontal", "PA", "Female", "54", "train", "", "-1", "1"],
+        ["1", "Lateral", "", "Female", "54", "train", "", "-1", "1"],
+        ["2", "Frontal", "AP", "Male", "90", "test", "1", "", "0"],
+        ["3", "", "", "", "", "val", "", "", ""],
+    ]
+    monkeypatch.setattr(train_peft, "assign_splits", lambda patients, seed: pd.Series("train", patients.index))
+    data = load_as_the_scripts_do(tmp_path / "in", monkeypatch)
+    assert list(data.train["name"])[0] == "../in/files/p11/p1/s11/a.jpg" and data.left_out["not frontal"] == 2
+
+
+def test_padchest(tmp_path, capsys):
+    header = "ImageID,ImageDir,StudyDate_DICOM,PatientID,PatientBirth,PatientSex_DICOM,Projection,"
+    write(
+        tmp_path / "in/PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv",
+        f"""{header}PhotometricInterpretation_DICOM,Report,Labels
+a.png,0,20140915,P1,1930.0,F,PA,MONOCHROME2,informe uno,"['pulmonary mass', 'pleural effusion', ' cardiomegaly']"
+b.png,1,20140915,P2,1990.0,M,L,MONOCHROME2,dos,['normal']
+c.png,1,20140915,P3,,M,AP_horizontal,MONOCHROME2,tres,"['Unchanged', 'pneumonia']"
+d.png,1,20140915,P3,,M,PA,MONOCHROME2,x,"['exclude', 'normal']"
+e.png,1,20140915,P3,,M,PA,MONOCHROME1,x,['normal']
+f.png,1,20140915,P3,,M,PA,MONOCHROME2,x,
+""",
+    )
+    for name in "abcdef":
+        deep_picture(tmp_path / f"in/{int(name > 'a')}/{name}.png")
+    table = make("padchest", tmp_path / "in", "--prompt_column", "Report")
+    assert "1 marked exclude, 1 MONOCHROME1 as PNG, 1 without labels" in capsys.readouterr().out
+    columns = "patient_id,Frontal/Lateral,AP/PA,Sex,Age,prompt,No Finding,Cardiomegaly,Pneumonia,Pleural Effusion"
+    assert [*table][1:] == [*columns.split(","), "pulmonary mass", "unchanged"]
+    assert [",".join(row[1:]) for row in table.to_numpy()] == [
+        "P1,Frontal,PA,Female,84,informe uno,0,1,0,1,1,0",
+        "P2,Lateral,,Male,24,dos,1,0,0,0,0,0",
+        "P3,Frontal,AP,Male,,tres,,,1,,,1",  # unchanged: others may still be there
+    ]
+    assert pixels_of(tmp_path / "in", table).shape == RAMP.shape
+
+
+def test_vindr(tmp_path):
+    rows = ["a,R1,1,0,0", "a,R2,1,0,1", "a,R3,0,0,0", "b,R1,1,0,0", "b,R2,0,0,1"]
+    columns = "Pleural effusion,Nodule/Mass"
+    write(
+        tmp_path / "in/annotations/image_labels_train.csv", "\n".join([f"image_id,rad_id,{columns},No finding", *rows])
+    )
+    write(tmp_path / "in/annotations/image_labels_test.csv", f"image_id,{columns},Other disease\nc,0,1,1\n")
+    for name, split in (("a", "train"), ("b", "train"), ("c", "test")):
+        write_dicom(tmp_path / f"in/{split}/{name}.dicom", PatientSex="F", PatientAge="045Y")
+    table = make("vindr", tmp_path / "in", "--val_fraction", "0")
+    assert [*table][4:] == ["Age", "split", "No Finding", "Pleural Effusion", "Nodule/Mass", "Other diseases"]
+    assert [",".join(row[1:]) for row in table.to_numpy()] == [
+        "Frontal,PA,Female,45,train,0,1,0,",
+        "Frontal,PA,Female,45,train,-1,-1,0,",  # one for, one against
+        "Frontal,PA,Female,45,test,,0,1,1",
+    ]
+
+
+def test_rsna(tmp_path):
+    write(tmp_path / "in/stage_2_train_labels.csv", "patientId,x,y,Target\na,,,0\nb,1,2,1\nb,3,4,1\nc,,,0\n")
+    classes = "patientId,class\na,Normal\nb,Lung Opacity\nb,Lung Opacity\nc,No Lung Opacity / Not Normal\n"
+    write(tmp_path / "in/stage_2_detailed_class_info.csv", classes)
+    for name, view in zip("abc", ("PA", "AP", "LL")):
+        write_dicom(tmp_path / f"in/stage_2_train_images/{name}.dcm", PatientID=name, ViewPosition=view)
+    table = make("rsna", tmp_path / "in")
+    assert [*table][1:] == [
+        "patient_id",
+        "Frontal/Lateral",
+        "AP/PA",
+        "No Finding",
+        "Lung Opacity",
+        "No Lung Opacity / Not Normal",
+    ]
+    rows = ["a,Frontal,PA,1,0,0", "b,Frontal,AP,0,1,0", "c,Lateral,,0,0,1"]
+    assert [",".join(row[1:]) for row in table.to_numpy()] == rows
+
+
+def test_chexpert_batches_and_plus(tmp_path):
+    batch, columns = tmp_path / "in/CheXpert-v1.0 batch ", "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Edema"
+    names = ["train/patient00001/study1/view1_frontal", "train/patient30001/study1/view2_lateral"]
+    rows = [
+        f"CheXpert-v1.0/{names[0]}.jpg,Female,68,Frontal,AP,1.0,",
+        f"CheXpert-v1.0/{names[1]}.jpg,Male,8,Lateral,,,-1.0",
+    ]
+    write(Path(f"{batch}1 (validate & csv)/train.csv"), "\n".join([columns, *rows]))
+    picture(Path(f"{batch}2 (train 1)/patient00001/study1/view1_frontal.jpg"))
+    picture(Path(f"{batch}3 (train 2)/patient30001/study1/view2_lateral.jpg"))
+    table = make("chexpert", tmp_path / "in")
+    assert table["file_name"][1] == "../in/CheXpert-v1.0 batch 3 (train 2)/patient30001/study1/view2_lateral.jpg"
+    rows = ["patient00001,Frontal,AP,Female,68,1,", "patient30001,Lateral,,Male,8,,-1"]
+    assert [",".join(row[1:]) for row in table.to_numpy()] == rows
+
+    columns = "path_to_image,frontal_lateral,ap_pa,deid_patient_id,section_impression,age,sex,split"
+    row = f'{names[0]}.jpg,Frontal,AP,patient42142,"1. Edema,\n  new.",61.0,Male,train\n'
+    write(tmp_path / "plus/df_chexpert_plus_240401.csv", f"{columns}\n{row}")
+    labels = f'{{"path_to_image": "{names[0]}.jpg", "Edema": 1.0, "No Finding": null, "Pneumonia": -1.0}}\n'
+    write(tmp_path / "plus/chexbert_labels/impression_fixed.json", labels)
+    picture(tmp_path / f"plus/PNG/{names[0]}.png")
+    table = make("chexpert-plus", tmp_path / "plus", "--prompt_column", "section_impression")
+    assert [*table][6:] == ["prompt", "Edema", "Pneumonia"]
+    assert [*table.iloc[0]][1:] == ["patient42142", "Frontal", "AP", "Male", "61", "1. Edema, new.", "1", "-1"]
+
+
+def test_class_folders(tmp_path):
+    for name in (
+        "train/NORMAL/p1_a.jpeg",
+        "test/PNEUMONIA/p2_b.jpeg",
+        "val/COVID/images/p3_c.png",
+        "val/COVID/masks/c.png",
+    ):
+        picture(tmp_path / "in" / name)
+    table = make("folder", tmp_path / "in", "--patient_regex", r"(p\d)_")
+    assert [*table][1:] == ["patient_id", "split", "No Finding", "Pneumonia", "COVID"]
+    assert [",".join(row[1:]) for row in table.to_numpy()] == ["p2,test,0,1,0", "p1,train,1,0,0", "p3,val,0,0,1"]
+
+
+def test_hugging_face(tmp_path):
+    picture(tmp_path / "1.png")
+    deep_picture(tmp_path / "2.png")
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["NORMAL", "COVID-19"])}
+    kinds |= {
+        "findings": datasets.List(datasets.ClassLabel(names=["Effusion", "Mass"])),
+        "Sex": datasets.ClassLabel(names=["M", "F"]),
+    }
+    kinds |= {
+        "Edema": datasets.ClassLabel(names=["unlabeled", "uncertain", "absent", "present"]),
+        "Patient ID": datasets.Value("int64"),
+    }
+    rows = {"image": [str(tmp_path / "1.png"), str(tmp_path / "2.png")], "label": [0, 1], "findings": [[], [0, 1]]}
+    rows |= {"Edema": [0, 1], "Patient ID": [4, 5], "Sex": [0, 1]}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    for split in ("train", "test"):
+        dataset.to_parquet(tmp_path / f"in/data/{split}-00000-of-00001.parquet")
+    table = make("hf", tmp_path / "in")
+    assert [*table][1:] == [
+        "patient_id",
+        "Sex",
+        "split",
+        "No Finding",
+        "Edema",
+        "Pleural Effusion",
+        "COVID-19",
+        "Mass",
+    ]
+    expected = [
+        "4,Male,train,1,,0,0,0",
+        "5,Female,train,0,-1,1,1,1",
+        "4,Male,test,1,,0,0,0",
+        "5,Female,test,0,-1,1,1,1",
+    ]
+    assert [",".join(row[1:]) for row in table.to_numpy()] == expected
+    assert (pixels_of(tmp_path / "in", table) == np.asarray(Image.open(tmp_path / "1.png"))).all()
+
+
+def hospital(folder, patients=24):
+    """Write DICOM files of two views under names without suffix, a report file, and the table of findings."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(patients):
+        tags = {"PatientID": f"P{i}", "PatientSex": "MF"[i % 2], "PatientAge": "003M", "AccessionNumber": f"A{i}"}
+        for view in ("PA", "LL"):
+            pixels = rng.integers(0, 4096, (64, 80)).astype(np.uint16)
+            write_dicom(
+                folder / f"study{i}" / f"IM{view}",
+                pixels,
+                **tags,
+                ViewPosition=view,
+                WindowCenter=2048,
+                WindowWidth=4096,
+            )
+        rows.append(f"A{i};{i % 2};{(i + 1) % 2};{['train', 'val', 'test'][i // 2 % 3]};größer")
+    write_dicom(folder / "report", Modality="SR")
+    csv = folder.parent / "findings.csv"
+    csv.write_bytes(
+        "\n".join(["Accession Number;Pleural effusion;Normal;split;Note", *rows, "A99;0;0;train;"]).encode("cp1252")
+    )
+    return csv
+
+
+def test_hospital_through_all_scripts(tmp_path, monkeypatch, capsys):
+    csv = hospital(tmp_path / "in")
+    table = make("dicom", tmp_path / "in", "--labels_csv", csv)
+    shown = capsys.readouterr().out
+    assert "1 rows without an image; columns not used: Note" in shown and "1 not radiographs (SR)" in shown
+    assert len(table) == 48 and set(table["file_name"][:2]) == {
+        "converted-512/study0/IMLL.png",
+        "converted-512/study0/IMPA.png",
+    }
+    patient = table[table["patient_id"] == "P3"].set_index("Frontal/Lateral")
+    assert [*patient.loc["Frontal"]][2:] == ["PA", "Female", "0", "val", "0", "1"]
+    run, samples, output = tmp_path / "run", tmp_path / "samples", tmp_path / "in-table/table.csv"
+    assert train("bitfit", run, csv=output)["results"]
+    argv = "--labels=Pleural Effusion|No Finding|--images_per_label=4|--resolution=64|--num_inference_steps=2"
+    run_main(
+        sample, ["--model", str(run), *argv.replace("=Pleural", "|Pleural").split("|"), "--output_dir", str(samples)]
+    )
+    real = ["--synthetic", str(samples), "--real_csv", str(output)]
+    small = "--train_on=real --weights=none --resolution=32 --num_seeds=1 --num_train_epochs=1 --train_batch_size=8"
+    run_main(eval_downstream, [*real, *small.split(), "--bootstrap_samples=20", f"--output_dir={tmp_path}/downstream"])
+    features = [
+        f"--features={tmp_path}/downstream/classifier",
+        "--num_subsamples=3",
+        f"--output_dir={tmp_path}/evaluation",
+    ]
+    run_main(eval_generation, [*real, *features])
+    assert (tmp_path / "evaluation/generation_metrics.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everyday mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_and_finished_runs(tmp_path, capsys):
+    for name in ("a/1", "b/2"):
+        deep_picture(tmp_path / f"in/{name}.png")
+    write(tmp_path / "in/b/3.png", "not an image")
+    message = refusal("folder", tmp_path / "in", capsys)
+    assert "1 images cannot be read; repair them or pass --on_bad_image skip" in message and "b/3.png" in message
+    first = tmp_path / "in-table/converted-512/a/1.png"
+    first.write_bytes(b"kept")
+    assert len(make("folder", tmp_path / "in", "--on_bad_image", "skip")) == 2 and first.read_bytes() == b"kept"
+    assert [path.name for path in (tmp_path / "in-table").rglob("*.tmp")] == []
+    assert "table.csv exists already; delete it" in refusal("folder", tmp_path / "in", capsys)
+
+
+def refusal(source, folder, capsys, *more):
+    """Return the sentence with which the script ends, after checking that it is one and that no table was written."""
+    before = (folder.parent / f"{folder.name}-table/table.csv").exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        make(source, folder, *more)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and (folder.parent / f"{folder.name}-table/table.csv").exists() == before
+    return message
+
+
+def test_mistakes(tmp_path, capsys, monkeypatch):
+    assert "nowhere: no such file or folder" in refusal("nih", tmp_path / "nowhere", capsys)
+    picture(tmp_path / "in/NORMAL/1.png")
+    assert "no Data_Entry_2017*.csv* under" in refusal("nih", tmp_path / "in", capsys)
+    assert "only the class folder NORMAL under" in refusal("folder", tmp_path / "in", capsys)
+    assert "no DICOM files under" in refusal("dicom", tmp_path / "in", capsys)
+    csv = write(tmp_path / "labels.csv", "file_name,Edema\n2.png,1\n")
+    assert "no column names any of the 1 images" in refusal("folder", tmp_path / "in", capsys, "--labels_csv", csv)
+    write(csv, "file_name,Edema\n1.png,maybe\n")
+    assert "column 'Edema', row 1: 'maybe' is not" in refusal("folder", tmp_path / "in", capsys, "--labels_csv", csv)
+    write(tmp_path / "in/Data_Entry_2017.csv", NIH)
+    assert "none of the 4 images in the tables are under" in refusal("nih", tmp_path / "in", capsys)
+    write(tmp_path / "broken/a/1.dcm", "not DICOM")
+    write_dicom(tmp_path / "broken/b/2.dcm")
+    assert "1 images cannot be read" in refusal("dicom", tmp_path / "broken", capsys)
+    monkeypatch.setitem(sys.modules, "pydicom.pixels", None)
+    assert "pip install 'pydicom>=3'" in refusal("dicom", tmp_path / "broken", capsys)
+
+
+def test_header_and_copies(monkeypatch):
+    source = (ROOT / "launch/make_table.py").read_text()
+    listed = re.findall(r'"([a-z-]+)>=', re.match(r"# /// script\n.*?# ///\n", source, re.DOTALL)[0])
+    imported = {name.split(".")[0] for name in re.findall(r"^ *(?:import|from) ([\w.]+)", source, re.MULTILINE)}
+    packages = {test_standalone.PACKAGE_OF.get(name, name) for name in imported - set(sys.stdlib_module_names)}
+    assert {*listed} == packages | {"python-gdcm"}  # which pydicom decodes with
+    sources = {name: (ROOT / f"{name}.py").read_text() for name in test_copies.SCRIPTS}
+    assert test_copies.check({Path(name).stem: text for name, text in sources.items()} | {"make_table": source}) == []
+    assert all(len(text) <= 90 for text in re.findall(r'help="(.*)"\)', source))
