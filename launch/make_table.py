@@ -75,6 +75,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 READABLE = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]  # by the scripts
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", *DICOM_SUFFIXES)
 NOT_RADIOGRAPHS = ["CT", "MR", "MG", "NM", "PT", "US", "XA", "SR", "PR", "KO", "SEG"]  # DICOM modalities
+WRITTEN = "images-8bit-"  # folders of converted images start with this
 DICOM_IDS = ["SOPInstanceUID", "StudyInstanceUID", "AccessionNumber"]
 
 
@@ -98,12 +99,6 @@ def window(text):
     return low, high
 
 
-def regex_with_group(text):
-    if not re.compile(text).groups:
-        raise ValueError
-    return text
-
-
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
@@ -112,16 +107,12 @@ def parse_args(argv=None):
     flag("--data_dir", required=True, nargs="+", help="folders of images and tables; for hf a hub id or one folder")
     flag("--labels_csv", help="for dicom and folder: table of labels (default: the class folders' names)")
     flag("--prompt_column", help="column to use as prompt, such as section_impression or Report")
-    flag("--patient_regex", type=regex_with_group, help="finds the patient in each path, in (): 'person([0-9]+)_'")
-    flag(
-        "--val_fraction", type=float, default=0.1, help="training patients moved to val if a source has none; 0: none"
-    )
+    flag("--patient_regex", help="what names the patient in each image's path, such as 'person[0-9]+'")
+    flag("--val_fraction", type=float, default=0.1, help="part of train that is made val if there is none; 0: none")
 
     flag = parser.add_argument_group("images").add_argument
     flag("--size", type=int, default=512, help="shorter side of written images in pixels, at most; 0: no limit")
-    flag(
-        "--window", type=window, metavar="LOW,HIGH", help="grey values of black and white in all deep images and DICOM"
-    )
+    flag("--window", type=window, metavar="LOW,HIGH", help="grey values shown black and white (default: see above)")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
     flag("--num_workers", type=int, default=os.cpu_count(), help="processes")
 
@@ -172,18 +163,12 @@ def is_dicom(path):
 
 
 def list_files(args):
-    """Return {path: path below --data_dir} of all files but hidden ones and those this script wrote."""
-    files, seen, output = {}, set(), os.path.realpath(args.output_dir)
+    """Return {path: path below --data_dir} of all files but hidden ones and images that this script wrote."""
+    files = {}
     for root in args.data_dir:
         prefix = os.path.basename(os.path.abspath(root)) if len(args.data_dir) > 1 else ""
         for folder, subfolders, names in os.walk(root, followlinks=True):
-            real = os.path.realpath(folder)
-            written = os.path.dirname(real) == output and os.path.basename(real).startswith("converted-")
-            if real in seen or written:  # a link may lead back to a folder above it
-                subfolders.clear()
-                continue
-            seen.add(real)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", WRITTEN)))
             for name in sorted(name for name in names if not name.startswith(".")):
                 path = os.path.join(folder, name)
                 files[path] = os.path.join(prefix, os.path.relpath(path, root))
@@ -275,8 +260,8 @@ def one_hot(lists):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources. Each returns a table of the image table's columns (see COLUMNS) and labels, with `image`: a path, "" if there
-# is none, or (dataset, column, row); and optionally `left_out`: why a row is not used, "" if it is.
+# Sources. Each returns a table of COLUMNS and labels with `image`: a path, "" if there is none, or (dataset, column,
+# row); and, if some rows are not to be used, with `left_out`: the reason, or "".
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -327,10 +312,8 @@ def nih(files, args):
     """NIH ChestX-ray14: labels between pipes; images in images_0*/images, or anywhere; the official test list."""
     raw = need_table(files, args, "Data_Entry_2017*.csv*")
     frame = describe(raw, args, labels=[]).join(one_hot(raw["Finding Labels"].str.split("|")))
-    for split, path in (
-        ("train", find_table(files, "train_val_list.txt")),
-        ("test", find_table(files, "test_list.txt")),
-    ):
+    for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
+        path = find_table(files, name)
         if path:
             listed = raw["Image Index"].isin(Path(path).read_text().split())
             frame["split"] = frame.get("split", pd.Series("", frame.index)).mask(listed, split)
@@ -412,7 +395,7 @@ def add_labels(frame, files, args):
     reasons = frame.get("left_out", pd.Series("", frame.index)).mask(classes.map(len) == 0, "in no class folder")
     masks = folders.map(lambda parts: not {"mask", "masks"}.isdisjoint(map(str.lower, parts)))
     reasons = reasons.mask(masks, "segmentation masks")
-    names = classes[reasons == ""].explode().unique()
+    names = classes[~masks].explode().dropna().unique()
     if len(names) < 2:
         found = f"only the class folder {names[0]}" if len(names) else "no class folders"
         fail(f"{found} under {where}; pass the folder that class folders lie in, or the labels as --labels_csv")
@@ -433,19 +416,19 @@ def join_labels(frame, names, args):
     else:
         expected = "file_name, or for DICOM SOPInstanceUID, StudyInstanceUID, AccessionNumber or patient_id"
         fail(f"{args.labels_csv}: no column names any of the {len(frame):,} images; expected {expected}")
-    if ours[simplify(column)] is names and images.duplicated().any():
-        name = images[images.duplicated()].iloc[0]
-        fail(f"{args.labels_csv}: several images are named {name}; column {column!r} needs paths below --data_dir")
-    if listed.duplicated().any():
-        name = listed[listed.duplicated()].iloc[0]
-        fail(f"{args.labels_csv}: several rows have {name} in column {column!r}; leave one for each")
+    by_file = ours[simplify(column)] is names
+    for repeated, of, advice in (
+        (images, "images", "write their paths below --data_dir"),
+        (listed, "rows", "leave one"),
+    ):
+        if repeated.duplicated().any() and (by_file or of == "rows"):
+            name = repeated[repeated.duplicated()].iloc[0]
+            fail(f"{args.labels_csv}: column {column!r} names several {of} by {name}; {advice}")
     labels = describe(raw.drop(columns=[key for key in keys if simplify(key) != "patientid"]), args)
-    known = {*keys, *ALIASES}
+    known = {*keys, *ALIASES, args.prompt_column}
     unused = [name for name in raw if label_name(name) not in labels and not {name, simplify(name)} & known]
-    without = (~listed.isin(images)).sum()
-    print(
-        f"note: {args.labels_csv}: {without:,} rows without an image; columns not used: {', '.join(unused) or 'none'}"
-    )
+    print(f"note: {(~listed.isin(images)).sum():,} rows of {args.labels_csv} have no image")
+    print(f"note: columns of {args.labels_csv} that are not used: {', '.join(unused) or 'none'}")
     labels = labels.set_index(listed).reindex(images).set_index(frame.index).fillna("")
     reasons = frame.get("left_out", pd.Series("", frame.index))
     reasons = reasons.mask((reasons == "") & ~images.isin(listed), f"without a row in {args.labels_csv}")
@@ -474,12 +457,13 @@ def hf(files, args):
         parts.append(part.assign(split=split))
         encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
         images += [(encoded, column, row) for row in range(len(dataset))]
-        is_list = {column for column, kind in features.items() if kinds[column] is not kind}
         classes = {
-            column for column, kind in kinds.items() if not {*map(str.lower, getattr(kind, "names", []))} <= {*STATES}
+            column
+            for column, kind in kinds.items()
+            if kind is not features[column] or not {name.lower() for name in getattr(kind, "names", [])} <= {*STATES}
         }
     raw = pd.concat(parts, ignore_index=True)
-    classes |= is_list | {column for column in raw if simplify(column) in ("label", "labels", "findinglabels")}
+    classes |= {column for column in raw if simplify(column) in ("label", "labels", "findinglabels")}
     classes = [column for column in raw if column in classes and simplify(column) not in ALIASES]
     frame = describe(raw.drop(columns=classes), args).assign(image=images)
     names = [f"{split}/{row:07}" for split, (_, _, row) in zip(raw["split"], images)]
@@ -508,18 +492,14 @@ SOURCES |= {"vindr": vindr, "rsna": rsna, "folder": folder, "dicom": dicom, "hf"
 
 def run_parallel(function, items, total, label, args):
     """Yield function(item) in order, from --num_workers processes, with a progress bar."""
-    with tqdm(total=total, desc=label, unit="image", disable=not total) as bar:
-        if args.num_workers == 1:
-            for item in items:
-                yield function(item)
-                bar.update()
-            return
+    executor = ProcessPoolExecutor(args.num_workers, mp_context=get_context("spawn"))
+    with executor as pool, tqdm(total=total, desc=label, unit="image", disable=not total) as bar:
+        apply = map if args.num_workers == 1 else pool.map
         try:
-            with ProcessPoolExecutor(args.num_workers, mp_context=get_context("spawn")) as pool:
-                while chunk := list(itertools.islice(items, 16 * args.num_workers)):  # all would not fit in memory
-                    for result in pool.map(function, chunk):
-                        yield result
-                        bar.update()
+            while chunk := list(itertools.islice(items, 16 * args.num_workers)):  # all would not fit in memory
+                for result in apply(function, chunk):
+                    yield result
+                    bar.update()
         except BrokenProcessPool:
             fail("a process was killed, probably because it ran out of memory; pass a smaller --num_workers")
 
@@ -597,7 +577,7 @@ def read_dicom(path, limits):
 
 
 def read_image(file, limits):
-    """Return an image's pixels, (H, W) or (H, W, 3), from 0 to 255; or None if `file` is a path the scripts can read."""
+    """Return pixels from 0 to 255, (H, W) or (H, W, 3), or None if `file` is a path that the scripts can read."""
     with Image.open(file) as opened:
         tags = getattr(opened, "tag_v2", {})
         # As in the scripts' load_image.
@@ -616,7 +596,7 @@ def read_image(file, limits):
 
 
 def convert_image(job):
-    """Write an image as PNG, unless the scripts can read it. Return whether it was written, and what is wrong with it."""
+    """Write an image as PNG unless the scripts can read it. Return whether it was written, and any problem."""
     image, target, size, limits = job
     try:
         if isinstance(image, str) and is_dicom(image):
@@ -654,7 +634,7 @@ def encoded_image(image):
 def convert_images(frame, args):
     """Return the final paths of the images, those written, and what is wrong with each, "" if nothing."""
     limits = "".join(f"-{limit:g}" for limit in args.window or ())
-    folder = Path(args.output_dir) / f"converted-{args.size}{limits}"  # images made otherwise are not taken for these
+    folder = Path(args.output_dir) / f"{WRITTEN}{args.size}{limits}"  # images made otherwise are not taken for these
     names = frame["name"].map(without_suffix)
     names = names.where(~names.duplicated(keep=False), frame["name"])
     targets = [f"{folder / name}.png" for name in names]
@@ -681,7 +661,7 @@ def years(age):
 
 
 def drop_rows(frame, left_out, args):
-    """Drop the rows that have a reason in `left_out`, and count reasons in it; stop at unreadable images if asked to."""
+    """Drop and count the rows with a reason in `left_out`. Stop at unreadable images unless they may be skipped."""
     reasons = frame["left_out"]
     unreadable = reasons[reasons.str.startswith("unreadable: ")].str.removeprefix("unreadable: ")
     if len(unreadable) and args.on_bad_image == "stop":
@@ -694,7 +674,7 @@ def drop_rows(frame, left_out, args):
 
 
 def standardize(frame, args):
-    """Bring patient, view, sex, age and split to the form of the image table, drop blank columns and order the rest."""
+    """Return the image table: patient, view, sex, age and split in its form, labels in order, no blank columns."""
     text = frame.reindex(columns=list(COLUMNS), fill_value="").fillna("").astype(str)
     view = text.pop("view").map(simplify)
     from_view = view.map(dict.fromkeys(FRONTAL, "Frontal") | LATERAL).fillna("")
@@ -724,38 +704,34 @@ def relative_to(path, folder):
 def print_summary(table, frame, left_out, args):
     """Print rows, patients, splits, views, label counts, images, and what was left out."""
 
-    def values(column):
-        return ", ".join(f"{value or 'unknown'} {count:,}" for value, count in table[column].value_counts().items())
+    def values(column, missing):
+        counts = table[column].value_counts().items() if column in table else []
+        return ", ".join(f"{value or 'unknown'} {count:,}" for value, count in counts) or missing
 
     def label_counts(names):
-        counts = pd.Series({name: (table[name] == "1").sum() for name in names}).sort_values(ascending=False)
-        uncertain = {name: (table[name] == "-1").sum() for name in names}
-        named = [
-            f"{name} {n:,}" + f" (+{uncertain[name]:,} uncertain)" * bool(uncertain[name])
-            for name, n in counts.items()
-        ]
-        return ", ".join(named[:20]) + f" and {len(named) - 20:,} more" * (len(named) > 20)
+        counts = [((table[name] == "1").sum(), (table[name] == "-1").sum(), name) for name in names]
+        counts = sorted(counts, key=lambda entry: -entry[0])
+        named = [f"{name} {yes:,}" + (f" (+{maybe:,} uncertain)" if maybe else "") for yes, maybe, name in counts]
+        return ", ".join(named[:20]) + (f" and {len(named) - 20:,} more" if len(named) > 20 else "")
 
-    known = [name for name in table if name in LABELS]
     others = [name for name in table if name not in [*LABELS, *COLUMNS, "file_name"]]
-    patients = f"{table['patient_id'].nunique():,} patients" if "patient_id" in table else "patients not known"
-    splits = values("split") if "split" in table else "no test images marked; the scripts split by patient"
-    if "split" in table and "split" in frame and "val" not in frame["split"].str.lower().map(SPLITS).values:
-        splits += f" (val: {args.val_fraction:g} of the training patients, chosen here)"
-    print(f"     rows  {len(table):,} of {patients}")
-    print(f"   splits  {splits}")
-    print(
-        f"    views  {values('Frontal/Lateral') if 'Frontal/Lateral' in table else 'not known; all are taken as frontal'}"
-    )
-    print(f"   labels  {label_counts(known) or 'none of CheXpert' + chr(39) + 's 14'}")
-    if others:
-        print(f"   others  {label_counts(others)}; to use them, pass --labels")
-    if "prompt" in table:
-        print(f"  prompts  {(table['prompt'] != '').sum():,}")
     written = (frame["file_name"] != frame["image"]).sum()
-    print(f"   images  {written:,} written, {len(table) - written:,} used where they are")
-    print(f" left out  {', '.join(f'{count:,} {reason}' for reason, count in left_out.items()) or 'nothing'}")
-    print(f"    wrote  {Path(args.output_dir) / 'table.csv'}")
+    lines = {
+        "rows": f"{len(table):,}, patients: {table['patient_id'].nunique() if 'patient_id' in table else 'not known'}"
+    }
+    lines["splits"] = values("split", "no test images marked; the scripts split by patient")
+    if "split" in table and "val" not in set(frame["split"].str.lower().map(SPLITS)) and args.val_fraction:
+        lines["splits"] += f" (val is {args.val_fraction:g} of the training patients, chosen here)"
+    lines["views"] = values("Frontal/Lateral", "not known; the scripts take all as frontal")
+    lines["labels"] = label_counts([name for name in table if name in LABELS]) or "none of CheXpert's 14"
+    lines["others"] = others and f"{label_counts(others)}; to use them, pass --labels"
+    lines["prompts"] = "prompt" in table and f"{(table['prompt'] != '').sum():,}"
+    lines["images"] = f"{written:,} written, {len(table) - written:,} used where they are"
+    lines["left out"] = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "nothing"
+    lines["wrote"] = Path(args.output_dir) / "table.csv"
+    for name, text in lines.items():
+        if text:
+            print(f"{name:>9}  {text}")
 
 
 def main(args):
@@ -777,7 +753,7 @@ def main(args):
     if "name" not in frame:
         frame["name"] = frame["image"].map(files)
     if args.patient_regex:
-        frame["patient_id"] = frame["name"].str.extract(args.patient_regex)[0].fillna("")
+        frame["patient_id"] = frame["name"].str.extract(f"({args.patient_regex})")[0].fillna("")
         if (frame["patient_id"] == "").any():
             without = frame["name"][frame["patient_id"] == ""].iloc[0]
             fail(f"--patient_regex {args.patient_regex} finds no patient in {without}")

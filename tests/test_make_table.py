@@ -75,7 +75,9 @@ def load_as_the_scripts_do(folder, monkeypatch):
     """Read a table in the training's way, from a folder that has nothing to do with it, and return the split."""
     monkeypatch.chdir("/")
     csv = folder.parent / f"{folder.name}-table" / "table.csv"
-    return train_peft.load_training_data(train_peft.parse_args(["--method", "lora", "--data_csv", str(csv)]))
+    return train_peft.load_training_data(
+        train_peft.parse_args(["--method", "lora", "--split", "all", "--data_csv", str(csv)])
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,8 +184,8 @@ def test_nih(tmp_path, monkeypatch, capsys):
     ]
     assert "split" not in table
     shown = capsys.readouterr().out
-    assert "3 of 2 patients" in shown and "1 without an image file" in shown and "3 used where they are" in shown
-    assert "Hernia 0" in shown.split("others")[1] and not (tmp_path / "in-table/converted-512").exists()
+    assert "3, patients: 2" in shown and "1 without an image file" in shown and "3 used where they are" in shown
+    assert "Hernia 0" in shown.split("others")[1] and not (tmp_path / "in-table/images-8bit-512").exists()
     write(tmp_path / "in/train_val_list.txt", "00000001_000.png\n00000001_001.png\n")
     write(tmp_path / "in/test_list.txt", "00000002_000.png\n00000003_000.png\n")
     (tmp_path / "in-table/table.csv").unlink()
@@ -222,7 +224,6 @@ def test_mimic(tmp_path, monkeypatch):
         ["2", "Frontal", "AP", "Male", "90", "test", "1", "", "0"],
         ["3", "", "", "", "", "val", "", "", ""],
     ]
-    monkeypatch.setattr(train_peft, "assign_splits", lambda patients, seed: pd.Series("train", patients.index))
     data = load_as_the_scripts_do(tmp_path / "in", monkeypatch)
     assert list(data.train["name"])[0] == "../in/files/p11/p1/s11/a.jpg" and data.left_out["not frontal"] == 2
 
@@ -325,7 +326,7 @@ def test_class_folders(tmp_path):
         "val/COVID/masks/c.png",
     ):
         picture(tmp_path / "in" / name)
-    table = make("folder", tmp_path / "in", "--patient_regex", r"(p\d)_")
+    table = make("folder", tmp_path / "in", "--patient_regex", r"p\d")
     assert [*table][1:] == ["patient_id", "split", "No Finding", "Pneumonia", "COVID"]
     assert [",".join(row[1:]) for row in table.to_numpy()] == ["p2,test,0,1,0", "p1,train,1,0,0", "p3,val,0,0,1"]
 
@@ -396,16 +397,16 @@ def test_hospital_through_all_scripts(tmp_path, monkeypatch, capsys):
     csv = hospital(tmp_path / "in")
     table = make("dicom", tmp_path / "in", "--labels_csv", csv)
     shown = capsys.readouterr().out
-    assert "1 rows without an image; columns not used: Note" in shown and "1 not radiographs (SR)" in shown
+    assert "1 rows of" in shown and "not used: Note" in shown and "1 not radiographs (SR)" in shown
     assert len(table) == 48 and set(table["file_name"][:2]) == {
-        "converted-512/study0/IMLL.png",
-        "converted-512/study0/IMPA.png",
+        "images-8bit-512/study0/IMLL.png",
+        "images-8bit-512/study0/IMPA.png",
     }
     patient = table[table["patient_id"] == "P3"].set_index("Frontal/Lateral")
     assert [*patient.loc["Frontal"]][2:] == ["PA", "Female", "0", "val", "0", "1"]
     run, samples, output = tmp_path / "run", tmp_path / "samples", tmp_path / "in-table/table.csv"
     assert train("bitfit", run, csv=output)["results"]
-    argv = "--labels=Pleural Effusion|No Finding|--images_per_label=4|--resolution=64|--num_inference_steps=2"
+    argv = "--labels=Pleural Effusion|No Finding|--images_per_label=16|--resolution=64|--num_inference_steps=1"
     run_main(
         sample, ["--model", str(run), *argv.replace("=Pleural", "|Pleural").split("|"), "--output_dir", str(samples)]
     )
@@ -432,7 +433,7 @@ def test_interrupted_and_finished_runs(tmp_path, capsys):
     write(tmp_path / "in/b/3.png", "not an image")
     message = refusal("folder", tmp_path / "in", capsys)
     assert "1 images cannot be read; repair them or pass --on_bad_image skip" in message and "b/3.png" in message
-    first = tmp_path / "in-table/converted-512/a/1.png"
+    first = tmp_path / "in-table/images-8bit-512/a/1.png"
     first.write_bytes(b"kept")
     assert len(make("folder", tmp_path / "in", "--on_bad_image", "skip")) == 2 and first.read_bytes() == b"kept"
     assert [path.name for path in (tmp_path / "in-table").rglob("*.tmp")] == []
