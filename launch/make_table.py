@@ -175,18 +175,14 @@ def list_files(args):
     return files
 
 
-def find_table(files, *patterns):
-    """Return the file, nearest to the root, that matches the first pattern that has a match; None if none has."""
-    for pattern in patterns:
-        found = [path for path in files if fnmatch(os.path.basename(path).lower(), pattern.lower())]
-        if found:
-            return min(found, key=lambda path: (path.count(os.sep), path))
-    return None
-
-
 def read_table(path, **options):
     """Read a CSV, gzipped or not, as strings. In cp1252 is what spreadsheets write on many hospital computers."""
     options |= {"dtype": str, "keep_default_na": False, "index_col": False, "skipinitialspace": True}
+    if str(path).endswith("_list.txt"):  # NIH's, without a header
+        options["names"] = ["Image Index"]
+    if str(path).endswith(".json"):  # CheXpert Plus', one object a line
+        table = pd.read_json(path, lines=True)
+        return table.astype(object).where(table.notna(), "").astype(str)
     for encoding in ("utf-8-sig", "cp1252"):
         try:
             return pd.read_csv(path, encoding=encoding, **options).rename(columns=str.strip)
@@ -197,13 +193,16 @@ def read_table(path, **options):
     fail(f"{path}: neither in UTF-8 nor in cp1252")
 
 
-def need_table(files, args, *patterns):
-    """Read the table that a source cannot do without."""
-    path = find_table(files, *patterns)
-    if path is None:
+def find_table(files, args, *patterns, needed=True):
+    """Read the file that matches the first pattern that has a match, that nearest to the root if there are several."""
+    for pattern in patterns:
+        found = [path for path in files if fnmatch(os.path.basename(path).lower(), pattern.lower())]
+        if found:
+            return read_table(min(found, key=lambda path: (path.count(os.sep), path)))
+    if needed:
         missing = f"no {' or '.join(patterns)} under {' or '.join(args.data_dir)}, which --source {args.source} needs"
         fail(f"{missing}; if it lies elsewhere, pass both folders: --data_dir IMAGES TABLES")
-    return read_table(path)
+    return None
 
 
 def find_images(files, names, depth=1):
@@ -267,10 +266,11 @@ def one_hot(lists):
 
 def chexpert(files, args):
     """CheXpert, in one folder or as unpacked: "CheXpert-v1.0 batch 2 (train 1)/patient00001/…" and so on."""
-    tables = {"train": ["train.csv"], "val": ["valid.csv"], "test": ["test.csv", "test_labels.csv"]}
-    found = {split: find_table(files, *patterns) for split, patterns in tables.items()}
-    parts = [read_table(path).assign(split=split) for split, path in found.items() if path]
-    raw = pd.concat(parts, ignore_index=True).fillna("") if parts else need_table(files, args, "train.csv")
+    parts = [find_table(files, args, "train.csv").assign(split="train")]
+    for split, patterns in (("val", ["valid.csv"]), ("test", ["test.csv", "test_labels.csv"])):
+        part = find_table(files, args, *patterns, needed=False)
+        parts += [] if part is None else [part.assign(split=split)]
+    raw = pd.concat(parts, ignore_index=True).fillna("")
     frame = describe(raw, args)
     frame["view"] = raw["Path"].str.extract(r"_(frontal|lateral)\.\w+$", expand=False)
     frame["patient_id"] = raw["Path"].str.extract(r"(patient\d+)/", expand=False)
@@ -279,28 +279,25 @@ def chexpert(files, args):
 
 def chexpert_plus(files, args):
     """CheXpert Plus, with CheXbert's labels of the impressions, --prompt_column or both."""
-    raw = need_table(files, args, "df_chexpert_plus*.csv*")
-    frame = describe(raw, args, labels=[])
-    path = find_table(files, "impression_fixed.json", "report_fixed.json")
-    if path:
-        with open(path, encoding="utf-8") as file:
-            labels = pd.DataFrame([json.loads(line) for line in file if line.strip()])
-        labels = labels.drop_duplicates("path_to_image").set_index("path_to_image").reindex(raw["path_to_image"])
-        labels = labels.astype(object).where(labels.notna(), "").astype(str).set_index(raw.index)
-        frame = frame.join(describe(labels, args=argparse.Namespace(prompt_column=None)))
+    raw = find_table(files, args, "df_chexpert_plus*.csv*")
+    labels = find_table(files, args, "impression_fixed.json", "report_fixed.json", needed=False)
+    if labels is not None:
+        raw = raw.merge(labels.drop_duplicates("path_to_image"), on="path_to_image", how="left").fillna("")
+    frame = describe(raw, args, [] if labels is None else labels.columns.drop("path_to_image"))
     return frame.assign(image=find_images(files, raw["path_to_image"], depth=3))
 
 
 def mimic(files, args):
     """MIMIC-CXR-JPG, or MIMIC-CXR with its tables. Sex and age need MIMIC-IV's patients.csv."""
-    raw = need_table(files, args, "mimic-cxr-*-metadata.csv*")
-    labels = need_table(files, args, "mimic-cxr-*-chexpert.csv*", "mimic-cxr-*-negbio.csv*")
-    splits, patients = find_table(files, "mimic-cxr-*-split.csv*"), find_table(files, "patients.csv*")
+    raw = find_table(files, args, "mimic-cxr-*-metadata.csv*")
+    labels = find_table(files, args, "mimic-cxr-*-chexpert.csv*", "mimic-cxr-*-negbio.csv*")
+    splits = find_table(files, args, "mimic-cxr-*-split.csv*", needed=False)
+    patients = find_table(files, args, "patients.csv*", needed=False)
     raw = raw.merge(labels, on=["subject_id", "study_id"], how="left")
-    if splits:
-        raw = raw.merge(read_table(splits)[["dicom_id", "split"]], on="dicom_id", how="left")
-    if patients:
-        raw = raw.merge(read_table(patients), on="subject_id", how="left")
+    if splits is not None:
+        raw = raw.merge(splits[["dicom_id", "split"]], on="dicom_id", how="left")
+    if patients is not None:
+        raw = raw.merge(patients, on="subject_id", how="left")
         # anchor_age is the age in anchor_year; all of a patient's dates are shifted alike.
         years = pd.to_numeric(raw["StudyDate"].str[:4]) - pd.to_numeric(raw["anchor_year"])
         raw["age"] = (pd.to_numeric(raw["anchor_age"]) + years).astype(str)
@@ -310,26 +307,25 @@ def mimic(files, args):
 
 def nih(files, args):
     """NIH ChestX-ray14: labels between pipes; images in images_0*/images, or anywhere; the official test list."""
-    raw = need_table(files, args, "Data_Entry_2017*.csv*")
-    frame = describe(raw, args, labels=[]).join(one_hot(raw["Finding Labels"].str.split("|")))
+    raw = find_table(files, args, "Data_Entry_2017*.csv*")
+    frame = describe(raw, args, []).join(one_hot(raw["Finding Labels"].str.split("|"))).assign(split="")
     for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
-        path = find_table(files, name)
-        if path:
-            listed = raw["Image Index"].isin(Path(path).read_text().split())
-            frame["split"] = frame.get("split", pd.Series("", frame.index)).mask(listed, split)
+        listed = find_table(files, args, name, needed=False)
+        if listed is not None:
+            frame["split"] = frame["split"].mask(raw["Image Index"].isin(listed["Image Index"]), split)
     return frame.assign(image=find_images(files, raw["Image Index"]))
 
 
 def padchest(files, args):
     """PadChest: lists of labels, 16-bit PNG. Images that its table marks as unusable are left out."""
-    raw = need_table(files, args, "PADCHEST*.csv*")
+    raw = find_table(files, args, "PADCHEST*.csv*")
     lists = raw["Labels"].map(lambda text: ast.literal_eval(text) if text.startswith("[") else [])
     lists = lists.map(lambda names: [str(name).strip().lower() for name in names if str(name).strip()])
     labels = one_hot(lists)
     # "Unchanged" refers to an earlier report, so what is not named is not known to be absent.
     unchanged = labels.get("unchanged", pd.Series("0", raw.index)) == "1"
     labels = labels.mask(labels.eq("0") & unchanged.to_numpy()[:, None], "").drop(columns="exclude", errors="ignore")
-    frame = describe(raw, args, labels=[]).join(labels)
+    frame = describe(raw, args, []).join(labels)
     years = pd.to_numeric(raw["StudyDate_DICOM"].str[:4], "coerce") - pd.to_numeric(raw["PatientBirth"], "coerce")
     reasons = pd.Series("", raw.index).mask(lists.map(len) == 0, "without labels")
     unusable = lists.map(lambda names: "exclude" in names) | raw["Projection"].str.upper().eq("EXCLUDE")
@@ -344,10 +340,12 @@ def vindr(files, args):
 
     Kaggle's train.csv lists the readers' boxes instead.
     """
-    tables = {"train": find_table(files, "image_labels_train.csv"), "test": find_table(files, "image_labels_test.csv")}
-    parts = [read_table(path).assign(split=split) for split, path in tables.items() if path]
+    parts = []
+    for split in ("train", "test"):
+        part = find_table(files, args, f"image_labels_{split}.csv", needed=False)
+        parts += [] if part is None else [part.assign(split=split)]
     if not parts:
-        boxes = need_table(files, args, "image_labels_train.csv", "train.csv")
+        boxes = find_table(files, args, "image_labels_train.csv", "train.csv")
         parts = [pd.crosstab([boxes["image_id"], boxes["rad_id"]], boxes["class_name"]).clip(upper=1).reset_index()]
     votes = pd.concat([part.rename(columns=label_name) for part in parts]).set_index("image_id")
     splits = votes.groupby(level=0)["split"].first() if "split" in votes else ""
@@ -361,45 +359,35 @@ def vindr(files, args):
 
 def rsna(files, args):
     """RSNA Pneumonia Detection, stage 2: boxes, whose Target means Lung Opacity, and one class for each image."""
-    boxes = need_table(files, args, "stage_2_train_labels.csv").groupby("patientId")["Target"].max()
-    labels, path = boxes.to_frame("Lung Opacity"), find_table(files, "stage_2_detailed_class_info.csv")
-    if path:
-        classes = read_table(path).drop_duplicates("patientId").set_index("patientId")["class"]
+    labels = find_table(files, args, "stage_2_train_labels.csv").groupby("patientId")[["Target"]].max()
+    labels.columns = ["Lung Opacity"]
+    classes = find_table(files, args, "stage_2_detailed_class_info.csv", needed=False)
+    if classes is not None:
+        classes = classes.drop_duplicates("patientId").set_index("patientId")["class"]
         labels = labels.combine_first(one_hot(classes.map(lambda name: [name]))).fillna("")
     frame = labels.reset_index(names="patient_id")
     return frame.assign(image=find_images(files, frame["patient_id"]))
 
 
 def folder(files, args):
-    """Images in class folders, which may lie below folders train, val and test; or images with --labels_csv."""
-    paths = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
-    return add_labels(add_headers(pd.DataFrame({"image": paths}, dtype=str), args), files, args)
-
-
-def dicom(files, args):
-    """DICOM files of any name, in class folders or with --labels_csv."""
-    paths = [path for path in files if is_dicom(path)]
-    return add_labels(add_headers(pd.DataFrame({"image": paths}, dtype=str), args), files, args)
-
-
-def add_labels(frame, files, args):
-    """Add labels from --labels_csv, or from the names of class folders."""
-    where = " or ".join(args.data_dir)
+    """Images, or DICOM files of any name, with --labels_csv or in class folders, which may lie in train, val and test."""
+    where, kind = " or ".join(args.data_dir), "DICOM files" if args.source == "dicom" else "images"
+    wanted = is_dicom if args.source == "dicom" else lambda path: path.lower().endswith(IMAGE_SUFFIXES)
+    frame = add_headers(pd.DataFrame({"image": filter(wanted, files)}, dtype=str), args)
     if frame.empty:
-        fail(f"no {'DICOM files' if args.source == 'dicom' else 'images'} under {where}")
+        fail(f"no {kind} under {where}")
     if args.labels_csv:
         return join_labels(frame, frame["image"].map(files).map(without_suffix), args)
     folders = frame["image"].map(lambda image: Path(files[image]).parts[:-1])
     splits = folders.map(lambda parts: next((part for part in parts if part.lower() in SPLITS), ""))
     classes = folders.map(lambda parts: [part for part in parts if part.lower() not in {*SPLITS, "images"}][:1])
-    reasons = frame.get("left_out", pd.Series("", frame.index)).mask(classes.map(len) == 0, "in no class folder")
     masks = folders.map(lambda parts: not {"mask", "masks"}.isdisjoint(map(str.lower, parts)))
-    reasons = reasons.mask(masks, "segmentation masks")
+    reasons = frame.get("left_out", pd.Series("", frame.index)).mask(classes.map(len) == 0, "in no class folder")
     names = classes[~masks].explode().dropna().unique()
     if len(names) < 2:
         found = f"only the class folder {names[0]}" if len(names) else "no class folders"
         fail(f"{found} under {where}; pass the folder that class folders lie in, or the labels as --labels_csv")
-    return frame.assign(split=splits, left_out=reasons).join(one_hot(classes))
+    return frame.assign(split=splits, left_out=reasons.mask(masks, "segmentation masks")).join(one_hot(classes))
 
 
 def join_labels(frame, names, args):
@@ -482,7 +470,7 @@ def class_names(cell, kind):
 
 
 SOURCES = {"chexpert": chexpert, "chexpert-plus": chexpert_plus, "mimic": mimic, "nih": nih, "padchest": padchest}
-SOURCES |= {"vindr": vindr, "rsna": rsna, "folder": folder, "dicom": dicom, "hf": hf}
+SOURCES |= {"vindr": vindr, "rsna": rsna, "folder": folder, "dicom": folder, "hf": hf}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,7 +543,7 @@ def read_dicom(path, limits):
     if int(file.get("NumberOfFrames") or 1) > 1:
         raise ValueError("has more than one frame")
     if stored.ndim == 3 and stored.dtype == np.uint8:  # a screenshot in color
-        return np.asarray(Image.fromarray(stored).convert("L"), np.float32)
+        return np.asarray(Image.fromarray(stored).convert("L"))
     if file.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"has photometric interpretation {file.PhotometricInterpretation}")
     pixels = apply_modality_lut(stored, file)
@@ -577,7 +565,7 @@ def read_dicom(path, limits):
 
 
 def read_image(file, limits):
-    """Return pixels from 0 to 255, (H, W) or (H, W, 3), or None if `file` is a path that the scripts can read."""
+    """Return grey values from 0 to 255, (H, W), or None if `file` is a path that the scripts can read."""
     with Image.open(file) as opened:
         tags = getattr(opened, "tag_v2", {})
         # As in the scripts' load_image.
@@ -588,7 +576,7 @@ def read_image(file, limits):
             return None
         upright = ImageOps.exif_transpose(opened)
         if not deep:
-            return np.asarray(upright.convert("L" if opened.mode in ("1", "L", "LA") else "RGB"))
+            return np.asarray(upright.convert("L"))
         if opened.mode[0] not in "IF":
             raise ValueError("has more than 8 bits per channel in color")
         grey = to_grey(np.asarray(upright), limits)
@@ -605,21 +593,15 @@ def convert_image(job):
             pixels = read_image(image if isinstance(image, str) else io.BytesIO(image), limits)
         if pixels is None:
             return False, ""
-        channels = [resize(channel, size) for channel in np.atleast_3d(pixels).transpose(2, 0, 1)]
+        grey = Image.fromarray(pixels.astype(np.float32))
+        scale = min(1.0, size / min(grey.size)) if size else 1.0
+        grey = grey.resize([round(scale * side) for side in grey.size], Image.Resampling.LANCZOS)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        Image.merge("RGB" if len(channels) == 3 else "L", channels).save(f"{target}.tmp", format="PNG")
+        Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8)).save(f"{target}.tmp", format="PNG")
         os.replace(f"{target}.tmp", target)
     except Exception as error:  # Pillow and pydicom can raise anything on a malformed file
         return False, f"unreadable: {image if isinstance(image, str) else target}: {error}"
     return True, ""
-
-
-def resize(pixels, size):
-    """Return an 8-bit image of one channel whose shorter side is at most `size`. Values are rounded last."""
-    image = Image.fromarray(pixels.astype(np.float32))
-    scale = min(1.0, size / min(image.size)) if size else 1.0
-    image = image.resize([round(scale * side) for side in image.size], Image.Resampling.LANCZOS)
-    return Image.fromarray(np.rint(np.asarray(image)).clip(0, 255).astype(np.uint8))
 
 
 def encoded_image(image):
@@ -695,12 +677,6 @@ def standardize(frame, args):
     return table.loc[:, (table != "").any()]
 
 
-def relative_to(path, folder):
-    """Return a path relative to a folder, or absolute if the two share nothing but the root."""
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return path if os.path.commonpath([path, folder]) == os.sep else os.path.relpath(path, folder)
-
-
 def print_summary(table, frame, left_out, args):
     """Print rows, patients, splits, views, label counts, images, and what was left out."""
 
@@ -762,7 +738,8 @@ def main(args):
     table = standardize(frame, args)
     if {*table} <= {"file_name", *COLUMNS} - {"prompt"}:
         fail(f"no labels and no prompts in what --source {args.source} reads; pass --labels_csv or --prompt_column")
-    table["file_name"] = table["file_name"].map(lambda path: relative_to(path, args.output_dir))
+    here = os.path.realpath(args.output_dir)
+    table["file_name"] = [os.path.relpath(os.path.realpath(path), here) for path in table["file_name"]]
     output.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(output.with_suffix(".tmp"), index=False)
     os.replace(output.with_suffix(".tmp"), output)

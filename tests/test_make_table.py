@@ -1,4 +1,4 @@
-"""launch/make_table.py on made data of each kind: pixels as pydicom shows them, labels and patients worked out by hand."""
+"""launch/make_table.py on made data of each kind: pixels as pydicom shows them, labels and patients by hand."""
 
 import gzip
 import re
