@@ -26,7 +26,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import sys
@@ -212,13 +211,14 @@ def find_images(files, names, depth=1):
     """
 
     def key(path):
-        return "/".join(Path(without_suffix(path)).parts[-depth:])
+        return "/".join(without_suffix(path).split("/")[-depth:])
 
     found, repeated = {}, {}
     images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     for path in sorted(images, key=lambda path: path.lower().endswith(DICOM_SUFFIXES)):
-        if found.setdefault(key(path), path) != path:
-            repeated[found[key(path)]] = path
+        first = found.setdefault(key(path), path)
+        if first != path:
+            repeated[first] = path
     if repeated:
         taken, other = next(iter(repeated.items()))
         print(f"note: {len(repeated):,} images are there more than once; taking {taken}, not {other}")
@@ -370,7 +370,7 @@ def rsna(files, args):
 
 
 def folder(files, args):
-    """Images, or DICOM files of any name, with --labels_csv or in class folders, which may lie in train, val and test."""
+    """Images, or DICOM files of any name, with --labels_csv or in class folders (below train, val, test if split)."""
     where, kind = " or ".join(args.data_dir), "DICOM files" if args.source == "dicom" else "images"
     wanted = is_dicom if args.source == "dicom" else lambda path: path.lower().endswith(IMAGE_SUFFIXES)
     frame = add_headers(pd.DataFrame({"image": filter(wanted, files)}, dtype=str), args)
@@ -699,6 +699,8 @@ def print_summary(table, frame, left_out, args):
     if "split" in table and "val" not in set(frame["split"].str.lower().map(SPLITS)) and args.val_fraction:
         lines["splits"] += f" (val is {args.val_fraction:g} of the training patients, chosen here)"
     lines["views"] = values("Frontal/Lateral", "not known; the scripts take all as frontal")
+    if ", " in lines["views"]:
+        lines["views"] += "; the scripts use the frontal ones"
     lines["labels"] = label_counts([name for name in table if name in LABELS]) or "none of CheXpert's 14"
     lines["others"] = others and f"{label_counts(others)}; to use them, pass --labels"
     lines["prompts"] = "prompt" in table and f"{(table['prompt'] != '').sum():,}"
