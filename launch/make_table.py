@@ -162,15 +162,13 @@ def is_dicom(path):
 
 
 def list_files(args):
-    """Return {path: path below --data_dir} of all files but hidden ones and images that this script wrote."""
-    files = {}
-    for root in args.data_dir:
-        prefix = os.path.basename(os.path.abspath(root)) if len(args.data_dir) > 1 else ""
-        for folder, subfolders, names in os.walk(root, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", WRITTEN)))
-            for name in sorted(name for name in names if not name.startswith(".")):
-                path = os.path.join(folder, name)
-                files[path] = os.path.join(prefix, os.path.relpath(path, root))
+    """Return {path: path below what all of --data_dir share}, without hidden files and this script's own images."""
+    roots = [os.path.abspath(root) for root in args.data_dir]
+    shared, files = os.path.commonpath(roots), {}
+    for folder, subfolders, names in itertools.chain(*(os.walk(root, followlinks=True) for root in roots)):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", WRITTEN)))
+        paths = [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
+        files |= {path: os.path.relpath(path, shared) for path in paths}
     return files
 
 
@@ -502,7 +500,11 @@ def add_headers(frame, args):
     except ImportError:
         fail(f"{paths.iloc[0]} is DICOM, which needs two packages: pip install 'pydicom>=3' 'python-gdcm>=3.0.24'")
     headers = run_parallel(read_header, iter(paths), len(paths), "reading headers", args)
-    headers = pd.DataFrame(list(headers), index=paths.index).reindex(frame.index).fillna("")
+    headers = pd.DataFrame(list(headers), index=paths.index).fillna("")
+    if len(headers) > 1 and "patient_id" in headers and headers["patient_id"].nunique() == 1:
+        print("note: all DICOM files have the same PatientID, which is therefore not used")
+        headers["patient_id"] = ""
+    headers = headers.reindex(frame.index).fillna("")
     for name in headers:
         ours = frame.get(name, pd.Series("", frame.index)).fillna("")
         frame = frame.assign(**{name: ours.where(ours != "", headers[name])})

@@ -364,7 +364,7 @@ def test_hospital_through_all_scripts(tmp_path, capsys):
     table = make("dicom", tmp_path / "in", "--labels_csv", csv)
     shown = capsys.readouterr().out
     assert "1 rows of" in shown and "not used: Note" in shown and "1 not radiographs (SR)" in shown
-    assert "Frontal 24, Lateral 24; the scripts use the frontal ones" in shown
+    assert "Lateral 24, Frontal 24; the scripts use the frontal ones" in shown
     patient = [",".join(row) for row in table[table["patient_id"] == "P3"].to_numpy()]
     assert patient[1] == "images-8bit-512/study3/IMPA.png,P3,Frontal,PA,Female,0,val,0,1"
     run, samples, output = tmp_path / "run", tmp_path / "samples", tmp_path / "in-table/table.csv"
