@@ -202,6 +202,13 @@ def find_table(files, args, *patterns, needed=True):
     return None
 
 
+def find_splits(files, args, tables):
+    """Read the tables {split: patterns} that are there, of which train must be, as one with a column `split`."""
+    found = {split: find_table(files, args, *names, needed=split == "train") for split, names in tables.items()}
+    parts = [part.rename(columns=label_name).assign(split=split) for split, part in found.items() if part is not None]
+    return pd.concat(parts, ignore_index=True)
+
+
 def find_images(files, names, depth=1):
     """Return the file of each name, "" if there is none, by the last `depth` parts of its path without suffix.
 
@@ -264,11 +271,8 @@ def one_hot(lists):
 
 def chexpert(files, args):
     """CheXpert, in one folder or as unpacked: "CheXpert-v1.0 batch 2 (train 1)/patient00001/…" and so on."""
-    parts = [find_table(files, args, "train.csv").assign(split="train")]
-    for split, patterns in (("val", ["valid.csv"]), ("test", ["test.csv", "test_labels.csv"])):
-        part = find_table(files, args, *patterns, needed=False)
-        parts += [] if part is None else [part.assign(split=split)]
-    raw = pd.concat(parts, ignore_index=True).fillna("")
+    tables = {"train": ["train.csv"], "val": ["valid.csv"], "test": ["test.csv", "test_labels.csv"]}
+    raw = find_splits(files, args, tables).fillna("")
     frame = describe(raw, args)
     frame["view"] = raw["Path"].str.extract(r"_(frontal|lateral)\.\w+$", expand=False)
     frame["patient_id"] = raw["Path"].str.extract(r"(patient\d+)/", expand=False)
@@ -334,19 +338,10 @@ def padchest(files, args):
 
 
 def vindr(files, args):
-    """VinDr-CXR: three readers' labels, of which the majority decides and ties are uncertain, and the test set's one.
-
-    Kaggle's train.csv lists the readers' boxes instead.
-    """
-    parts = []
-    for split in ("train", "test"):
-        part = find_table(files, args, f"image_labels_{split}.csv", needed=False)
-        parts += [] if part is None else [part.assign(split=split)]
-    if not parts:
-        boxes = find_table(files, args, "image_labels_train.csv", "train.csv")
-        parts = [pd.crosstab([boxes["image_id"], boxes["rad_id"]], boxes["class_name"]).clip(upper=1).reset_index()]
-    votes = pd.concat([part.rename(columns=label_name) for part in parts]).set_index("image_id")
-    splits = votes.groupby(level=0)["split"].first() if "split" in votes else ""
+    """VinDr-CXR: the majority of three readers decides, ties are uncertain; the test set has one label each."""
+    tables = {"train": ["image_labels_train.csv"], "test": ["image_labels_test.csv"]}
+    votes = find_splits(files, args, tables).set_index("image_id")
+    splits = votes.groupby(level=0)["split"].first()
     votes = votes[[name for name in votes if name not in ("split", "rad_id", "rad_ID")]].apply(pd.to_numeric)
     # 1 is a vote for a label and 0 one against it. A label that a table lacks gets no votes, and a blank.
     balance = votes.replace(0, -1).groupby(level=0).sum(min_count=1)
