@@ -366,7 +366,7 @@ def folder(files, args):
     """Images, or DICOM files of any name, with --labels_csv or in class folders (below train, val, test if split)."""
     where, kind = " or ".join(args.data_dir), "DICOM files" if args.source == "dicom" else "images"
     wanted = is_dicom if args.source == "dicom" else lambda path: path.lower().endswith(IMAGE_SUFFIXES)
-    frame = add_headers(pd.DataFrame({"image": filter(wanted, files)}, dtype=str), args)
+    frame = add_headers(pd.DataFrame({"image": list(filter(wanted, files))}, dtype=str), args)
     if frame.empty:
         fail(f"no {kind} under {where}")
     if args.labels_csv:
@@ -652,6 +652,10 @@ def drop_rows(frame, left_out, args):
     return frame[reasons == ""].reset_index(drop=True)
 
 
+def label_columns(frame):
+    return frame.columns.difference([*COLUMNS, *DICOM_IDS, "image", "name", "left_out", "file_name"])
+
+
 def standardize(frame, args):
     """Return the image table: patient, view, sex, age and split in its form, labels in order, no blank columns."""
     text = frame.reindex(columns=list(COLUMNS), fill_value="").fillna("").astype(str)
@@ -661,14 +665,13 @@ def standardize(frame, args):
     text["AP/PA"] = text["AP/PA"].where(text["AP/PA"] != "", view.map(FRONTAL).fillna(""))
     text["Sex"] = text["Sex"].str.upper().str[:1].map({"M": "Male", "F": "Female"}).fillna("")
     text["Age"] = text["Age"].map(years)
-    text["split"] = text["split"].str.lower().map(SPLITS).fillna("")
     if not {"train", "test"} <= set(text["split"]):
         text["split"] = ""
     elif "val" not in set(text["split"]):
         patients = text["patient_id"].where(text["patient_id"] != "", frame["name"])
         place = patients.map(lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32)
         text["split"] = text["split"].mask((text["split"] == "train") & (place < args.val_fraction), "val")
-    labels = frame.columns.difference([*COLUMNS, *DICOM_IDS, "image", "name", "left_out", "file_name"])
+    labels = label_columns(frame)
     labels = [*(name for name in LABELS if name in labels), *(name for name in labels if name not in LABELS)]
     table = frame[["file_name"]].join(text).join(frame[labels].fillna(""))
     return table.loc[:, (table != "").any()]
@@ -693,7 +696,7 @@ def print_summary(table, frame, left_out, args):
         "rows": f"{len(table):,}, patients: {table['patient_id'].nunique() if 'patient_id' in table else 'not known'}"
     }
     lines["splits"] = values("split", "no test images marked; the scripts split by patient")
-    if "split" in table and "val" not in set(frame["split"].str.lower().map(SPLITS)) and args.val_fraction:
+    if "split" in table and "val" not in set(frame["split"]) and args.val_fraction:
         lines["splits"] += f" (val is {args.val_fraction:g} of the training patients, chosen here)"
     lines["views"] = values("Frontal/Lateral", "not known; the scripts take all as frontal")
     if ", " in lines["views"]:
@@ -722,9 +725,12 @@ def main(args):
         frame = add_headers(frame, args)
     reasons = frame.get("left_out", pd.Series("", frame.index)).fillna("")
     reasons = reasons.mask((reasons == "") & ~present, "without an image file")
-    if "split" in frame and (frame["split"] != "").any():
+    frame["split"] = frame.get("split", pd.Series("", frame.index)).fillna("").str.lower().map(SPLITS).fillna("")
+    if {"train", "test"} <= set(frame["split"]):
         reasons = reasons.mask((reasons == "") & (frame["split"] == ""), "in no split")
     frame = drop_rows(frame.assign(left_out=reasons), left_out, args)
+    if not (frame.reindex(columns=[*label_columns(frame), "prompt"], fill_value="").fillna("") != "").any(axis=None):
+        fail(f"no labels and no prompts in what --source {args.source} reads; pass --prompt_column or other labels")
     if "name" not in frame:
         frame["name"] = frame["image"].map(files)
     if args.patient_regex:
@@ -735,8 +741,6 @@ def main(args):
     frame["file_name"], frame["left_out"] = convert_images(frame, args)
     frame = drop_rows(frame, left_out, args)
     table = standardize(frame, args)
-    if {*table} <= {"file_name", *COLUMNS} - {"prompt"}:
-        fail(f"no labels and no prompts in what --source {args.source} reads; pass --labels_csv or --prompt_column")
     here = os.path.realpath(args.output_dir)
     table["file_name"] = [os.path.relpath(os.path.realpath(path), here) for path in table["file_name"]]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -417,6 +417,8 @@ def test_mistakes(tmp_path, capsys, monkeypatch):
     assert "no DICOM files under" in refusal("dicom", tmp_path / "in", capsys)
     csv = write(tmp_path / "labels.csv", "file_name,Edema\n2.png,1\n")
     assert "no column names any of the 1 images" in refusal("folder", tmp_path / "in", capsys, "--labels_csv", csv)
+    write(csv, "file_name,Note\n1.png,fine\n")
+    assert "no labels and no prompts in what" in refusal("folder", tmp_path / "in", capsys, "--labels_csv", csv)
     write(csv, "file_name,Edema\n1.png,maybe\n")
     assert "column 'Edema', row 1: 'maybe' is not" in refusal("folder", tmp_path / "in", capsys, "--labels_csv", csv)
     write(tmp_path / "in/Data_Entry_2017.csv", NIH)
