@@ -136,7 +136,8 @@ def parse_args(argv=None):
     flag("--vae", help="pipeline whose VAE encodes and decodes real images, scored as well (default: none)")
     flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="labels to score (default: --synthetic's)")
     flag("--max_per_label", type=int, default=5000, help="maximum images per label; a seeded choice if there are more")
-    flag("--pool", choices=["unique", "paper"], default="unique", help="paper: count an image once per label in 'all'")
+    pools = "paper: 'all' counts images once per label; equals unique for prompts of one label"
+    flag("--pool", choices=["unique", "paper"], default="unique", help=pools)
     flag("--resolution", type=int, help="pixels per side (default: as recorded in --synthetic, else 512)")
     flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
     flag("--mixed_geometry", action="store_true", help="allow tables of different --resolution or --resize_mode")

@@ -141,7 +141,7 @@ def test_the_slurm_job_passes_the_signal_on_and_queues_up_again(tmp_path):
     stubs.mkdir()
     shutil.copytree(ROOT / "launch", tree / "launch", ignore=shutil.ignore_patterns("demo", "__pycache__"))
     (tree / "CheXpert-v1.0").mkdir()
-    (tree / "CheXpert-v1.0" / "train.csv").touch()
+    (tree / "CheXpert-v1.0" / "train.csv").write_text("Path,Edema")
     # Not a shell script: shells cannot trap a signal that is ignored when they start.
     (tmp_path / "train.py").write_text(f"""
 import pathlib, signal, sys, time
@@ -155,7 +155,7 @@ time.sleep(300)
     for path in stubs.iterdir():
         path.chmod(0o755)
     environment = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "VIRTUAL_ENV": str(stubs), "ROWS": "lora"}
-    environment |= {"SLURM_SUBMIT_DIR": str(tree), "SLURM_JOB_ID": "17"}
+    environment |= {"LABELS": "Edema", "SLURM_SUBMIT_DIR": str(tree), "SLURM_JOB_ID": "17"}
     job = subprocess.Popen(
         ["bash", ROOT / "launch/slurm/sweep.sh"], env=environment, stdout=subprocess.PIPE, text=True
     )
