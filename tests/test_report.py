@@ -170,7 +170,7 @@ def test_holm_rejects_what_the_step_down_procedure_rejects():
 
 def test_the_answer_follows_from_the_pair_table_in_random_studies(study, tmp_path):
     generator, kinds = np.random.default_rng(3), set()
-    for seed in range(12):
+    for seed in range(16):
         rows = generator.choice([*report.STRATEGIES], generator.integers(2, 5), replace=False)
         qualities = dict(zip(rows, generator.uniform(-0.6, 0.6, size=len(rows)) * (1 + 3 * (seed % 2))))
         text, answer = make(make_study(tmp_path / str(seed), qualities, seed))
