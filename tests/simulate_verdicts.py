@@ -43,16 +43,12 @@ def check(text, share, low=0.0, high=1.0):
         failures.append(f"{text}: {share:.3f} is not within {low:.3f} and {high:.3f}")
 
 
-def check_coverage(text, pairs, truth):
+def check_coverage(text, pairs, truth, high_share=0.97):
     """Check that 93 to 97 % of the intervals cover the truth, give or take two standard errors of the share itself."""
     low, high = np.array(pairs)[:, 1:3].T
     slack = 2 * (0.95 * 0.05 / len(pairs)) ** 0.5
-    check(
-        f"{text}: interval covers (± {50 * slack:.1f})",
-        ((low <= truth) & (truth <= high)).mean(),
-        0.93 - slack,
-        0.97 + slack,
-    )
+    share = ((low <= truth) & (truth <= high)).mean()
+    check(f"{text}: interval covers (± {50 * slack:.1f})", share, 0.93 - slack, high_share + slack)
 
 
 def evaluate(sources, *names):
@@ -133,13 +129,15 @@ def simulate_differences(runs):
 def compare_classifiers(generator, shifts, seed_spread=0.15, draws=200):
     """Return the difference in AUROC of two strategies on 150 patients of two images.
 
-    Both see the same difficult patients. `seed_spread` is the standard deviation of what a classifier's seed changes.
+    All classifiers find the same patients difficult, and those of a strategy the same images. `seed_spread` is the
+    standard deviation of what a classifier's seed changes.
     """
     patients, targets = np.repeat(np.arange(150), 2), (generator.random((300, 1)) < 0.3).astype(np.float64)
     difficulty, found = generator.standard_normal((150, 1))[patients], []
     for shift in shifts:
         gains = shift + seed_spread * generator.standard_normal(3)
-        logits = [gain * targets + 0.5 * difficulty + generator.standard_normal((300, 1)) for gain in gains]
+        known = 0.5 * difficulty + generator.standard_normal((300, 1))
+        logits = [gain * targets + known + seed_spread * generator.standard_normal((300, 1)) for gain in gains]
         figures = downstream.score(targets, patients, [1 / (1 + np.exp(-logit)) for logit in logits], draws)
         noise = downstream.training_noise(3, draws, generator.integers(1 << 62))
         found.append(downstream.result_rows(["Edema"], {}, figures, noise, targets)[1]["auroc/Edema"])
@@ -151,7 +149,8 @@ def simulate_downstream(runs):
     for shift in (0.0, 0.4):
         differences = [compare_classifiers(generator, (1 + shift, 1)) for _ in tqdm(range(runs), leave=False)]
         mean = np.mean([difference for difference, *_ in differences])
-        check_coverage(f"difference in downstream AUROC of {mean:+.3f}", differences, mean)
+        # With so few seeds, the interval of a single run would be too narrow if that of a pair were narrower.
+        check_coverage(f"difference in downstream AUROC of {mean:+.3f}", differences, mean, 0.985)
         check("... seen", np.mean([p < report.ALPHA for _, _, _, p, _ in differences]), 0.0, 1.0 if shift else 0.07)
 
 
