@@ -79,9 +79,9 @@ one_of() { # a variable's name, the values it can have
   [[ " ${*:2} " == *" ${!1} "* ]] || refuse "$1=${!1} is none of: ${*:2}"
 }
 
-# Lower case without spaces or punctuation, since the scripts match the names of columns in the same way.
+# Write names of columns as the scripts compare them: without case, spaces and underscores.
 simplify() {
-  tr '[:upper:]' '[:lower:]' <<<"$1" | tr -cd '[:alnum:],\n'
+  tr ';|\t' ',,,' <<<"$1" | tr -d ' _"\r' | tr '[:upper:]' '[:lower:]'
 }
 
 # Check now what would otherwise fail after hours.
@@ -91,7 +91,7 @@ done
 for table in "$TRAIN_CSV" ${TEST_CSV:+"$TEST_CSV" "$VALIDATION_CSV"}; do
   [ -f "$table" ] ||
     refuse "no table '$table'; set TRAIN_CSV (with TEST_CSV also VALIDATION_CSV), or try bash launch/demo.sh"
-  columns=$(simplify "$(head -n 1 "$table")")
+  columns=$(simplify "$(zcat -f "$table" | head -n 1)")
   for label in "${LABELS[@]}"; do
     [[ ",$columns," == *",$(simplify "$label"),"* ]] ||
       refuse "$table has no column '$label'; set LABELS to columns of all tables, such as LABELS='Edema,No Finding'"
