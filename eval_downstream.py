@@ -44,7 +44,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 from torchvision.models import get_model
 from tqdm.auto import tqdm
 
@@ -869,7 +869,7 @@ def add_ratio(rows, draws, labels, reference, name):
 
 
 def plot_roc(labels, targets, probabilities, path):
-    """Plot ROC curves, with a panel per label and a line per seed."""
+    """Plot ROC curves, with a panel per label and a line per seed, whose AUROC is in the legend."""
     rows, columns = math.ceil(len(labels) / 3), min(3, len(labels))
     figure = Figure(figsize=(3.6 * columns, 3.7 * rows), layout="constrained")
     for i, label in enumerate(labels):
@@ -879,7 +879,9 @@ def plot_roc(labels, targets, probabilities, path):
         known = ~np.isnan(targets[:, i])
         if len(np.unique(targets[known, i])) == 2:
             for probability in probabilities:
-                axis.plot(*roc_curve(targets[known, i], probability[known, i])[:2])
+                target, score = targets[known, i], probability[known, i]
+                axis.plot(*roc_curve(target, score)[:2], label=f"AUROC {roc_auc_score(target, score):.3f}")
+            axis.legend(loc="lower right", fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

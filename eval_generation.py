@@ -136,7 +136,8 @@ def parse_args(argv=None):
     flag("--vae", help="pipeline whose VAE encodes and decodes real images, scored as well (default: none)")
     flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="labels to score (default: --synthetic's)")
     flag("--max_per_label", type=int, default=5000, help="maximum images per label; a seeded choice if there are more")
-    flag("--pool", choices=["unique", "paper"], default="unique", help="paper: count an image once per label in 'all'")
+    pools = "paper: 'all' counts images once per label; equals unique for prompts of one label"
+    flag("--pool", choices=["unique", "paper"], default="unique", help=pools)
     flag("--resolution", type=int, help="pixels per side (default: as recorded in --synthetic, else 512)")
     flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
     flag("--mixed_geometry", action="store_true", help="allow tables of different --resolution or --resize_mode")
@@ -438,9 +439,12 @@ class Sample(NamedTuple):
 
     def subset(self, size, *key):
         """Return `size` images of randomly chosen patients, or all if there are no more."""
-        if len(self.features) <= size:
-            return self
-        return self.take(shuffle_patients(self.patients, *key)[:size])
+        return self if len(self.features) <= size else self.halves(size, *key)[0]
+
+    def halves(self, size, *key):
+        """Return `size` images of randomly chosen patients, and `size` others."""
+        order = shuffle_patients(self.patients, *key)
+        return self.take(order[:size]), self.take(order[-size:])
 
 
 @dataclass
@@ -939,6 +943,7 @@ class SetMetric(NamedTuple):
     floor: str | None = None  # "halves": two halves of the real images that share no patient; "itself": real twice
     note: str | None = None
     mean_of_draws: bool = False  # report the mean of the draws instead of the value at `size`
+    mean_of_halves: bool = False  # report the mean of two halves that share no image
     draw: Callable | None = None  # a cheaper function for the draws
     pairwise: bool = False  # costs n²
 
@@ -947,12 +952,13 @@ def set_metrics(seed):
     """Return all set metrics; add new ones here."""
     expected = "interval of the expected FID at this n; for the floor see fid_half_n"
     mean, prdc_names = "mean of the draws", ["precision", "recall", "density", "coverage"]
+    halves_note = f"k={NEIGHBOURS}, mean of two halves of n"
     return [
         SetMetric(["fid"], fid, note=expected),
         SetMetric(["fid_half_n"], fid, "half", "halves", mean, mean_of_draws=True),
         SetMetric(["fid_common_n"], fid, "common", "halves", f"{mean}; one n for all labels", mean_of_draws=True),
         SetMetric(["kid"], partial(kid, seed=seed), "n", "halves", f"{KID_SUBSETS} subsets", draw=mmd, pairwise=True),
-        SetMetric(prdc_names, prdc, "half", "halves", f"k={NEIGHBOURS}, half of n", pairwise=True),
+        SetMetric(prdc_names, prdc, "half", "halves", halves_note, mean_of_halves=True, pairwise=True),
         SetMetric(["vendi", "vendi_ratio"], vendi, "n", "itself", "floor: the same number of real images"),
     ]
 
@@ -1062,6 +1068,12 @@ def evaluate(function, samples):
     return np.atleast_1d(function(*(sample.features for sample in samples)))
 
 
+def evaluate_halves(function, samples, size, *key):
+    """Return a metric of `size` random images of each sample, and of `size` others."""
+    halves = zip(*(sample.halves(size, *key) for sample in samples))
+    return [evaluate(function, pair) for pair in halves]
+
+
 def add_set_metrics(results, real, other, label, common, args):
     """Add the rows of all set metrics. Floors from real halves are computed only with the synthetic images."""
     n, num_draws = min(len(real.features), len(other.features)), args.num_subsamples
@@ -1080,19 +1092,24 @@ def add_set_metrics(results, real, other, label, common, args):
         function, draw_size = metric.draw or metric.function, min(half, size)
         if metric.pairwise:
             draw_size = min(draw_size, MAX_DRAW_IMAGES)
-        if (function, draw_size) not in draws_of:
-            subsets = [[sample.subset(draw_size, args.seed, "fid", k) for sample in equal] for k in range(num_draws)]
-            draws_of[function, draw_size] = np.array([evaluate(function, pair) for pair in subsets])
-        draws = draws_of[function, draw_size]
-        # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s), is
-        # the variance at n. A bootstrap with replacement would bias these metrics.
-        factor = draw_size / (n - draw_size)
-        if metric.mean_of_draws:
-            # The mean of a few draws also varies with their choice.
-            values, factor = draws.mean(axis=0), factor + 1 / num_draws
+        if metric.mean_of_halves:
+            # Leaving an image out changes the neighbours of others, so that the spread of subsets would be too wide.
+            # Two halves without common images are independent: their mean varies like half their difference.
+            values = np.mean(evaluate_halves(function, equal, size, args.seed, "half"), axis=0)
+            halves = [evaluate_halves(function, equal, draw_size, args.seed, "fid", k) for k in range(num_draws)]
+            draws, factor = np.array([(one - two) / 2 for one, two in halves]), draw_size / size
         else:
-            sets = equal if size == n else [real.take(splits[0][0][:half]), other.subset(half, args.seed, "half")]
-            values, factor = evaluate(metric.function, sets), factor * n / size
+            if (function, draw_size) not in draws_of:
+                subsets = [[s.subset(draw_size, args.seed, "fid", k) for s in equal] for k in range(num_draws)]
+                draws_of[function, draw_size] = np.array([evaluate(function, pair) for pair in subsets])
+            # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s), is
+            # the variance at n. A bootstrap with replacement would bias these metrics.
+            draws, factor = draws_of[function, draw_size], draw_size / (n - draw_size)
+            if metric.mean_of_draws:
+                # The mean of a few draws also varies with their choice.
+                values, factor = draws.mean(axis=0), factor + 1 / num_draws
+            else:
+                values = evaluate(metric.function, equal)
         draws = values + (draws - draws.mean(axis=0)) * math.sqrt(factor)
         floors = None
         if metric.floor == "itself":

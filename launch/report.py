@@ -307,17 +307,21 @@ def compare_draws(value, other, draws, other_draws):
 
     The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p
     are Student's t with n - 1 degrees of freedom. Draws without any spread say nothing: p is 1. Several trainings and
-    the draws of a single one (the base model's) are independent.
+    the draws of a single one (the base model's) are independent; their degrees of freedom are Welch's (1947).
     """
     if draws.shape == other_draws.shape:
         paired = (draws - other_draws)[np.isfinite(draws - other_draws)]
-        error, degrees = paired.std(ddof=1), len(paired) - 1
+        error, n = paired.std(ddof=1), len(paired)
+        degrees = n - 1
     else:
-        error, degrees = np.hypot(draws.std(ddof=1), np.nanstd(other_draws, ddof=1)), len(draws) - 1
+        variances, n = np.array([np.nanvar(values, ddof=1) for values in (draws, other_draws)]), len(draws)
+        error = variances.sum() ** 0.5
+        # With two trainings, Welch's intervals would cover 91 %.
+        degrees = error**4 / np.sum(variances**2 / [n - 1, len(other_draws) - 1]) if n > 2 else 1
     difference = value - other
     half = stats.t.ppf(0.975, degrees) * error
     p = 2 * stats.t.sf(abs(difference) / error, degrees) if error > 1e-9 * abs(difference) else 1.0
-    return difference, difference - half, difference + half, p, degrees + 1
+    return difference, difference - half, difference + half, p, n
 
 
 def correct_holm(pairs):
@@ -415,12 +419,17 @@ def write_lead(deciding):
         return "No strategies could be compared: no metric was measured for two of them in the same way.", []
     common = [row for row in STRATEGIES if all(row in rows for rows in leaders.values())]
     if len(common) == 1:
-        alone = join_words(name for name, rows in leaders.items() if rows == common)
+        alone = [name for name, rows in leaders.items() if rows == common]
+        if len(alone) == len(leaders):
+            return f"{join_names(common)} leads: it alone is unbeaten in {join_words(leaders)}.", common
         text = f"{join_names(common)} leads: no other strategy beats it in {join_words(leaders, 'or')}"
-        return (f"{text}; in {alone} it alone is unbeaten." if alone else f"{text}."), common
+        return (f"{text}; in {join_words(alone)} it alone is unbeaten." if alone else f"{text}."), common
     if common:
         return f"{join_names(common)} lead together: no strategy beats them in {join_words(leaders, 'or')}.", common
-    unbeaten = "; ".join(f"{join_names(rows) or 'only the base model'} in {name}" for name, rows in leaders.items())
+    unbeaten = {}
+    for name, rows in leaders.items():
+        unbeaten.setdefault(join_names(rows) or "only the base model", []).append(name)
+    unbeaten = "; ".join(f"{rows} in {join_words(names)}" for rows, names in unbeaten.items())
     named = [row for row in STRATEGIES if any(row in rows for rows in leaders.values())]
     return f"No strategy leads in every metric. Unbeaten: {unbeaten}.", named
 
@@ -446,31 +455,33 @@ def check_strategy(study, row, deciding):
     """Return what each check has against a strategy: a text, "" for nothing, None if it could not be checked."""
     with_base = [(c.measure.name, pair) for c in deciding for pair in c.of("all", row, "base")]
     not_better = [name for name, pair in with_base if pair.better != row]
-    below, constant, beaten = [], [], []
-    has_aurocs = study.evaluations[row].get("class_consistency_auroc")
+    below, constant = [], []
+    has_aurocs, has_accuracy = (
+        study.evaluations[row].get("class_consistency_auroc"),
+        study.downstream[row].get("accuracy"),
+    )
     for (metric, label), found in study.evaluations[row].rows.items():
         if metric == "class_consistency_auroc" and label != "all" and is_below_chance(found):
             below.append(f"{label} {found['value']:.2f}")
     for (metric, label), found in study.downstream[row].rows.items():
         if metric == "accuracy" and label != "all" and "CONSTANT" in (found["note"] or ""):
             constant.append(label)
-    for comparison in deciding:
-        labels = dict.fromkeys(pair.label for pair in comparison.pairs if pair.worse == row and pair.label != "all")
-        if labels:
-            beaten.append(f"{join_words(labels)} in {comparison.measure.name}")
+    beaten = [pair.label for c in deciding for pair in c.pairs if pair.worse == row and pair.label != "all"]
     return {
         "not shown to beat the base model": ", ".join(not_better) if with_base else None,
         "suspected copies": find_excess(study, row, "memorisation_suspects"),
         "suspected copies by pixels": find_excess(study, row, "memorisation_suspects_pixels"),
         "visible tint": find_excess(study, row, "colour_visible"),
         "prompts answered below chance": ", ".join(below) if has_aurocs else None,
-        "CONSTANT classifiers": ", ".join(constant) if study.downstream[row].get("accuracy") else None,
-        "beaten in a label": ", ".join(beaten),
+        "CONSTANT classifiers, which give all test images the same answer": ", ".join(constant)
+        if has_accuracy
+        else None,
+        "another strategy is better for some labels, see the table Label by label": ", ".join(dict.fromkeys(beaten)),
     }
 
 
 def write_objections(study, leaders, deciding):
-    """Return a sentence on what the checks have against the leaders or could not check."""
+    """Return what the checks have against the leaders, and what they could not check."""
     if not leaders:
         return []
     checks, objections, unknown = [check_strategy(study, row, deciding) for row in leaders], [], []
@@ -483,10 +494,10 @@ def write_objections(study, leaders, deciding):
         if texts:
             objections.append(f"{name} ({'; '.join(texts.values())})")
         if any(check[name] is None for check in checks):
-            unknown.append(name)
+            unknown.append(name.split(",")[0])
     if unknown:
         objections.append(f"not checked ({', '.join(unknown)})")
-    return [f"Reservations: {'; '.join(objections) or 'none'}."]
+    return objections or ["none"]
 
 
 def find_values(files, path):
@@ -775,6 +786,7 @@ def label_table(study, comparisons):
     return Table("Label by label", ["label", *(c.measure.heading for c in comparisons)], lines, LABELS_LEAD)
 
 
+SAMPLES_LEAD = "The first of each prompt. The study's folder has more in samples/ROW/.contact_sheets."
 FOREST_LEAD = (
     "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Grey: as good as "
     "real images, or no better than chance or a constant answer. Orange: the paper's value (arrow: beyond the axis). "
@@ -783,7 +795,8 @@ FOREST_LEAD = (
 )
 TABLES_LEAD = (
     "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above "
-    "chance, a constant answer or the images of other prompts. CONSTANT: the classifier always gives the same answer. "
+    "chance, a constant answer or the images of other prompts. CONSTANT: the classifier gives all test "
+    "images (99.5 % or more) the same answer. "
     f"{', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
 )
 PAIRS_LEAD = (
@@ -797,6 +810,7 @@ main { max-width: 1240px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { margin: 2rem 0 .5rem; font-size: 1.25rem; }
 h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; } summary { margin-top: .75rem; cursor: pointer; font-weight: 600; }
 p, li { max-width: 60rem; margin: .35rem 0; } .scroll { overflow-x: auto; }
+@media (max-width: 600px) { table { width: max-content; } }
 .answer { background: #eef4fb; border-left: 5px solid #2b6cb0; padding: .5rem 1rem; }
 .answer p:first-child { font-size: 1.15rem; font-weight: 600; }
 .warnings { background: #fdf0ee; border-left: 5px solid #b3261e; padding: .25rem 1rem; margin: 1rem 0; }
@@ -828,10 +842,13 @@ def html_table(table):
     return f"<h3>{title}</h3>{lead}{table_html}"
 
 
+def html_list(items):
+    return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
+
+
 def html_notes(title, items):
     """Return a collapsed list, or "" for no items."""
-    items = "".join(f"<li>{html.escape(item)}</li>" for item in items)
-    return f"<details><summary>{title}</summary><ul>{items}</ul></details>" if items else ""
+    return f"<details><summary>{title}</summary>{html_list(items)}</details>" if items else ""
 
 
 def html_images(title, text, images, style=""):
@@ -871,14 +888,16 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     table_1, *others = [metric_table(study, *table) for table in TABLES]
     verdicts = [pair_table(study, comparisons), label_table(study, comparisons[:NUM_DECIDING])]
     tables = [*verdicts, table_1, split_table(study), *others]
-    answer, problems = ("".join(f"<p>{html.escape(text)}</p>" for text in texts) for texts in (answer, warnings))
+    lead, *objections = answer
+    reservations = f"<p>Reservations:</p>{html_list(objections)}" if objections else ""
+    problems = "".join(f"<p>{html.escape(text)}</p>" for text in warnings)
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>',
-        f'<body><main><h1>{html.escape(title)}</h1><div class="answer">{answer}</div>',
+        f'<body><main><h1>{html.escape(title)}</h1><div class="answer"><p>{html.escape(lead)}</p>{reservations}</div>',
         f'<div class="warnings" role="alert">{problems}</div>' if problems else "",
         f"<p>Not run: {join_names(study.missing)}.</p>" if study.missing else "",
-        html_images("Figure 2. Samples", "The first samples of each prompt.", samples, "columns"),
+        html_images("Figure 2. Samples", SAMPLES_LEAD, samples, "columns"),
         html_images("Against the base model", FOREST_LEAD, forests),
         html_images("Quality against cost", "Squares: PEFT. Lines: 95 % intervals. Numbers: rows of Table 1.", costs),
         f"<h2>Tables</h2><p>{TABLES_LEAD}</p>",
@@ -930,7 +949,7 @@ def main(args):
     if pictures:
         figure = np.hstack([np.asarray(picture) for picture in pictures.values()])
         Image.fromarray(figure).save(output_dir / "figure2.png")
-    print("\n".join([*answer, *warnings]))
+    print("\n  - ".join(answer), *warnings, sep="\n")
     print(f"report: {output_dir / 'report.html'}")
 
 

@@ -2,7 +2,7 @@
 # Run the whole study: train every row of the paper's Table 1, sample from each, evaluate (Tables 3 and 4), and report.
 #   bash launch/sweep.sh
 #   METHODS="lora bitfit" STUDY=study/small RESOLUTION=256 bash launch/sweep.sh --max_train_steps 2000
-#   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=/data/xrays bash launch/sweep.sh
+#   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=xrays bash launch/sweep.sh
 #   BUDGET=authors bash launch/sweep.sh
 #   SEEDS="0 1 2" bash launch/sweep.sh
 # Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. The variables
@@ -29,7 +29,9 @@ TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv} # or CheXpert-v1.0-small/train.c
 VALIDATION_CSV=${VALIDATION_CSV:-}
 TEST_CSV=${TEST_CSV:-}
 IMAGE_ROOT=${IMAGE_ROOT:-}
+# Label columns that are sampled and evaluated. Prompts of trainings also name the other labels of the tables.
 IFS=, read -ra LABELS <<<"${LABELS:-Cardiomegaly,Lung Opacity,Edema,No Finding,Pneumothorax,Pleural Effusion}"
+LABELS=("${LABELS[@]# }")
 # Settings that all scripts must agree on.
 SPLIT_SEED=${SPLIT_SEED:-0}
 UNCERTAIN=${UNCERTAIN:-ignore}
@@ -73,18 +75,42 @@ refuse() {
   exit 2
 }
 
+one_of() { # a variable's name, the values it can have
+  [[ " ${*:2} " == *" ${!1} "* ]] || refuse "$1=${!1} is none of: ${*:2}"
+}
+
+# Write names of columns as the scripts compare them: without case, spaces and underscores.
+simplify() {
+  tr ';|\t' ',,,' <<<"$1" | tr -d ' _"\r' | tr '[:upper:]' '[:lower:]'
+}
+
 # Check now what would otherwise fail after hours.
+for name in METHOD SEED LABEL; do
+  [ -z "${!name:-}" ] || refuse "$name is set, but the variable is called ${name}S"
+done
 for table in "$TRAIN_CSV" ${TEST_CSV:+"$TEST_CSV" "$VALIDATION_CSV"}; do
   [ -f "$table" ] ||
     refuse "no table '$table'; set TRAIN_CSV (with TEST_CSV also VALIDATION_CSV), or try bash launch/demo.sh"
-done
-for row in "${METHODS[@]}"; do
-  [[ " $ALL_METHODS " == *" $row "* ]] || refuse "METHODS: '$row' is not one of $ALL_METHODS"
+  columns=$(simplify "$(zcat -f "$table" | head -n 1)")
+  for label in "${LABELS[@]}"; do
+    [[ ",$columns," == *",$(simplify "$label"),"* ]] ||
+      refuse "$table has no column '$label'; set LABELS to columns of all tables, such as LABELS='Edema,No Finding'"
+  done
 done
 [ -z "$VALIDATION_CSV" ] || [ -n "$TEST_CSV" ] ||
   refuse "VALIDATION_CSV is set and TEST_CSV is not; set both, for three ready-made tables, or neither"
-[[ $BUDGET == equal || $BUDGET == authors ]] || refuse "BUDGET=$BUDGET is neither equal nor authors"
-[[ $SAMPLING == labels || $SAMPLING == like_test ]] || refuse "SAMPLING=$SAMPLING is neither labels nor like_test"
+[ -z "$IMAGE_ROOT" ] || [ -d "$IMAGE_ROOT" ] || refuse "no folder IMAGE_ROOT=$IMAGE_ROOT"
+for row in "${METHODS[@]}"; do
+  [[ " $ALL_METHODS " == *" $row "* ]] || refuse "METHODS: '$row' is not one of $ALL_METHODS"
+done
+one_of BUDGET equal authors
+one_of SAMPLING labels like_test
+one_of UNCERTAIN ones ignore
+one_of RESIZE_MODE squash pad crop
+one_of VAE_LOSS anchored joint
+one_of MIXED_PRECISION no fp16 bf16
+one_of JUDGE yes no
+one_of REPORT yes no
 ((GLOBAL_BATCH % (BATCH * PROCESSES) == 0)) ||
   refuse "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of BATCH=$BATCH x PROCESSES=$PROCESSES; change one of them"
 [[ "${SEEDS[*]}" =~ ^[0-9\ ]+$ ]] || refuse "SEEDS='${SEEDS[*]}' is no list of numbers such as '0 1 2'"
@@ -95,6 +121,7 @@ for flag in "$@"; do
       --data_csv* | --validation_csv* | --dataset_name* | --image_root* | --output_dir* | \
       --pretrained_model_name_or_path* | --train_batch_size*)
       refuse "${flag%%=*} must be the same in all scripts; set the variable at the top of launch/sweep.sh instead" ;;
+    --*) grep -q "\"${flag%%=*}\"" train_*.py || refuse "no training script has a flag ${flag%%=*}" ;;
   esac
 done
 

@@ -1,10 +1,13 @@
-"""Check intervals, verdicts and floors on simulated features whose truth is known (about an hour on one core).
+"""Check intervals, verdicts and floors on simulated data whose truth is known (about an hour on one core).
 
     python tests/simulate_verdicts.py
     python tests/simulate_verdicts.py --what memorisation perfect --runs 100
 
 differences   Two strategies against the same real images: how often the interval of their difference covers the truth,
               and how often a difference is seen, by pairs and by intervals that do not overlap.
+downstream    Two strategies with classifiers of three seeds, tested on the same patients: how often the difference in
+              AUROC is covered.
+trainings     Several trainings of two strategies, and a base model with draws of its own: likewise.
 memorisation  Generators that copy nothing, a fifth or a half: how often each metric raises an alarm.
 perfect       Real images of other patients as generated ones: how often their FID is within the floor's interval.
 
@@ -26,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
 
 import report
 
+import eval_downstream as downstream
 import eval_generation as evaluation
 
 ARGS = evaluation.parse_args(["--synthetic", __file__, "--real_csv", __file__])
@@ -39,11 +43,12 @@ def check(text, share, low=0.0, high=1.0):
         failures.append(f"{text}: {share:.3f} is not within {low:.3f} and {high:.3f}")
 
 
-def check_coverage(text, pairs, truth):
+def check_coverage(text, pairs, truth, high_share=0.97):
     """Check that 93 to 97 % of the intervals cover the truth, give or take two standard errors of the share itself."""
     low, high = np.array(pairs)[:, 1:3].T
     slack = 2 * (0.95 * 0.05 / len(pairs)) ** 0.5
-    check(f"{text}: interval covers", ((low <= truth) & (truth <= high)).mean(), 0.93 - slack, 0.97 + slack)
+    share = ((low <= truth) & (truth <= high)).mean()
+    check(f"{text}: interval covers (± {50 * slack:.1f})", share, 0.93 - slack, high_share + slack)
 
 
 def evaluate(sources, *names):
@@ -114,6 +119,66 @@ def simulate_differences(runs):
         for name, pairs in found.items():
             mean = np.mean([difference for difference, *_ in pairs])
             check_coverage(f"difference in {name} of {mean:+.3f}, n = 500, 16 features", pairs, mean)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifiers and trainings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare_classifiers(generator, shifts, seed_spread=0.15, draws=200):
+    """Return the difference in AUROC of two strategies on 150 patients of two images.
+
+    All classifiers find the same patients difficult, and those of a strategy the same images. `seed_spread` is the
+    standard deviation of what a classifier's seed changes.
+    """
+    patients, targets = np.repeat(np.arange(150), 2), (generator.random((300, 1)) < 0.3).astype(np.float64)
+    difficulty, found = generator.standard_normal((150, 1))[patients], []
+    for shift in shifts:
+        gains = shift + seed_spread * generator.standard_normal(3)
+        known = 0.5 * difficulty + generator.standard_normal((300, 1))
+        logits = [gain * targets + known + seed_spread * generator.standard_normal((300, 1)) for gain in gains]
+        figures = downstream.score(targets, patients, [1 / (1 + np.exp(-logit)) for logit in logits], draws)
+        noise = downstream.training_noise(3, draws, generator.integers(1 << 62))
+        found.append(downstream.result_rows(["Edema"], {}, figures, noise, targets)[1]["auroc/Edema"])
+    return report.compare_draws(found[0][0], found[1][0], found[0][1:], found[1][1:])
+
+
+def simulate_downstream(runs):
+    generator = np.random.default_rng(3)
+    for shift in (0.0, 0.4):
+        differences = [compare_classifiers(generator, (1 + shift, 1)) for _ in tqdm(range(runs), leave=False)]
+        mean = np.mean([difference for difference, *_ in differences])
+        # With so few seeds, the interval of a single run would be too narrow if that of a pair were narrower.
+        check_coverage(f"difference in downstream AUROC of {mean:+.3f}", differences, mean, 0.985)
+        check("... seen", np.mean([p < report.ALPHA for _, _, _, p, _ in differences]), 0.0, 1.0 if shift else 0.07)
+
+
+def as_result(value, draws=None):
+    rows = [{"metric": "fid", "label": "all", "value": value, "low": value, "high": value, "note": None}]
+    return report.ResultFile({"results": rows}, {"fid/all": draws})
+
+
+def simulate_trainings(runs):
+    """Trainings vary by 1; the evaluation varies by 0.5, which strategies share and the base model's draws show."""
+    generator = np.random.default_rng(4)
+    for count in (2, 3, 5):
+        pairs, with_base = [], []
+        for _ in range(runs):
+            shared, (lora, unet) = (
+                0.5 * generator.standard_normal(),
+                generator.standard_normal((2, count)) + [[2], [0]],
+            )
+            files = [
+                report.merge_trainings([as_result(value + shared) for value in values]) for values in (lora, unet)
+            ]
+            files.append(as_result(0.5 * generator.standard_normal(), 0.5 * generator.standard_normal(30)))
+            values, draws = zip(*((file.get("fid")["value"], file.draws["fid/all"]) for file in files))
+            pairs.append(report.compare_draws(values[0], values[1], draws[0], draws[1]))
+            with_base.append(report.compare_draws(values[0] - shared, values[2], draws[0], draws[2]))
+        check_coverage(f"difference over {count} trainings", pairs, 2)
+        if count > 2:  # two have one degree of freedom whatever the base model's error: too wide
+            check_coverage(f"difference of {count} trainings and the base model", with_base, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +276,8 @@ def simulate_perfect(runs):
             check(f"perfect generator, --pool {pool}, {prompts}: FID within the floor's interval", within, 0.9)
 
 
-SIMULATIONS = {"differences": simulate_differences, "memorisation": simulate_memorisation, "perfect": simulate_perfect}
+SIMULATIONS = {"differences": simulate_differences, "downstream": simulate_downstream}
+SIMULATIONS |= {"trainings": simulate_trainings, "memorisation": simulate_memorisation, "perfect": simulate_perfect}
 
 
 def main(args):

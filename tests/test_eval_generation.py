@@ -282,16 +282,15 @@ def test_class_consistency_on_known_heads():
     assert results.find("class_consistency", "Fracture", "note") == "the classifier has no such head"
 
 
-def test_memorisation_sees_copies_and_hubs_raise_no_alarm():
-    generator, alarms = np.random.default_rng(0), []
-    for _ in range(30):
-        # A twentieth of the images is near the centre and so nearest to many others.
-        scales = [np.where(generator.random((n, 1)) < 0.05, 0.5, 1.8) for n in (150, 150, 300)]
-        seen, unseen, generated = (2 + scale * generator.standard_normal((len(scale), 16)) for scale in scales)
-        patients = np.repeat(np.arange(75), 2).astype(str), np.repeat(np.arange(75, 150), 2).astype(str)
-        share, draws = evaluation.nearer_to_training(generated, seen, unseen, patients)
-        alarms.append(evaluation.confidence_interval(share, draws, (0, 1))[0] > 0.5)
-    assert sum(alarms) <= 2
+def test_memorisation_sees_copies_and_allows_for_hubs():
+    """See simulate_verdicts.py for false alarms."""
+    generator = np.random.default_rng(0)
+    # A twentieth of the images is near the centre and so nearest to many others.
+    scales = [np.where(generator.random((n, 1)) < 0.05, 0.5, 1.8) for n in (150, 150, 300)]
+    seen, unseen, generated = (2 + scale * generator.standard_normal((len(scale), 16)) for scale in scales)
+    patients = np.repeat(np.arange(75), 2).astype(str), np.repeat(np.arange(75, 150), 2).astype(str)
+    share, draws = evaluation.nearer_to_training(generated, seen, unseen, patients)
+    assert evaluation.confidence_interval(share, draws, (0, 1))[0] < 0.5
     (seen_row, to_seen), (unseen_row, to_unseen) = (evaluation.nearest(generated, rows) for rows in (seen, unseen))
     times = np.bincount(np.where(to_seen > to_unseen, seen_row // 2, 75 + unseen_row // 2))
     assert draws.std() == pytest.approx(np.sqrt(np.square(times).sum()) / (2 * len(generated)), rel=0.15)

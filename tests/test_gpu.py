@@ -94,14 +94,8 @@ def images(tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setenv("ACCELERATE_USE_CPU", str(cpu).lower())
         folder = tmp_path / "-".join([*flags, str(cpu)]).replace("/", "")
-        fixed = [
-            "--images_per_label=3",
-            "--num_inference_steps=5",
-            "--resolution=128",
-            "--labels",
-            "Edema",
-            "No Finding",
-        ]
+        fixed = "--images_per_label=3 --num_inference_steps=5 --resolution=128 --labels Edema".split()
+        fixed.append("No Finding")
         sample.main(sample.parse_args([f"--model={BASE}", *fixed, f"--output_dir={folder}", *flags]))
         paths = [path for path in sorted(folder.glob("*/*.png")) if path.parent.name[0] != "."]
         assert len(paths) == 6

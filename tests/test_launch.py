@@ -71,9 +71,12 @@ def command_lines(shell, folder, name="commands.sh"):
         (stubs / program).chmod(0o755)
     shutil.copytree(LAUNCH, tree / "launch", ignore=shutil.ignore_patterns("base", "__pycache__"))
     shutil.copy(ROOT / "requirements.txt", tree)
+    for script in ROOT.glob("train_*.py"):
+        shutil.copy(script, tree)
     for table in TABLES:
         (tree / table).parent.mkdir(parents=True, exist_ok=True)
-        (tree / table).touch()
+        (tree / table).write_text(",".join(["Path", *load("sample.py").CONDITIONS]))
+    (tree / "xrays").mkdir()
     (tree / name).write_text(shell)
     # VIRTUAL_ENV: otherwise the scripts would make an environment.
     environment = {"PATH": f"{stubs}:{os.environ['PATH']}", "HOME": str(folder), "VIRTUAL_ENV": str(stubs)}
@@ -134,8 +137,7 @@ def test_variables_before_the_sweep_reach_the_scripts(tmp_path):
     small = [line for line in lines if "--output_dir study/small/runs/bitfit" in line]
     assert small and all("--resolution 256" in line and line.endswith("--max_train_steps 2000") for line in small)
     assert any(
-        "--data_csv train.csv --validation_csv val.csv" in line and "--image_root /data/xrays" in line
-        for line in lines
+        "--data_csv train.csv --validation_csv val.csv" in line and "--image_root xrays" in line for line in lines
     )
     assert any("--method lora" in line and "--train_batch_size 8" in line for line in lines)  # BUDGET=authors
 

@@ -43,7 +43,7 @@ def readme_commands(folder):
         script, argv = command
         if script.startswith("train"):
             return 2 if any("samples/" in word for word in argv) else 0
-        return 1 if script == "sample" else 3 if "downstream/real" in argv and "--train_on" in argv else 4
+        return 1 if script == "sample" else 3 if "--train_on" in argv else 4
 
     return sorted(commands, key=rank)
 

@@ -16,6 +16,8 @@ import train_full
 
 LABELS = ["Edema", "No Finding", "Pleural Effusion"]
 TIMES = ("seconds", "seconds_per_epoch", "peak_memory_gib")  # what two runs of the same study may differ in
+STEPS = {"runs": "training_summary.json", "samples": "metadata.csv"}
+STEPS |= {"evaluations": "generation_metrics.json", "downstream": "downstream_metrics.json"}
 CLASSIFIER = "--arch resnet18 --weights none --resolution 32 --num_train_epochs 3 --num_seeds 1 --train_batch_size 4"
 
 
@@ -75,10 +77,22 @@ def tables(tmp_path_factory):
     return paths | {"IMAGE_ROOT": source.parent.parent}
 
 
+def kill_at(progress, study, tables):
+    """Start the sweep, and kill it when a file or folder appears."""
+    process, began = start(study, tables), time.monotonic()
+    while not (study / progress).exists() and process.poll() is None and time.monotonic() - began < 600:
+        time.sleep(0.01)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 @pytest.fixture(scope="module")
 def study(tables, tmp_path_factory):
+    """A study that was killed in its training; what was finished before is not done again."""
     folder = tmp_path_factory.mktemp("study")
-    assert len(finish(start(folder, tables))[0]) == 8
+    kill_at("runs/bitfit/checkpoint-2", folder, tables)
+    assert finish(start(folder, tables))[0] == [f"{part}/bitfit/{name}" for part, name in STEPS.items()]
     return folder
 
 
@@ -104,24 +118,15 @@ def test_every_row_of_the_report_has_values(study):
     assert "<table>" in (study / "report" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_killed_on_the_way_ends_with_the_same_report(study, tables):
-    """A row is run anew and killed in its training and in its sampling; what the base model needed is not."""
+    """A row is run anew and killed in its sampling; what the base model needed is not."""
     before, figure = values(study), (study / "report" / "figure2.png").read_bytes()
     for folder in ("runs", "samples/bitfit", "evaluations/bitfit", "downstream/bitfit", "report"):
         shutil.rmtree(study / folder)
-    for progress in ("runs/bitfit/checkpoint-2", "samples/bitfit/edema/000000.png"):
-        process, began = start(study, tables), time.monotonic()
-        while not (study / progress).exists() and time.monotonic() - began < 300:
-            time.sleep(0.01)
-        assert process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    kill_at("samples/bitfit/edema/000000.png", study, tables)
     steps, _ = finish(start(study, tables))
-    assert steps == [
-        "samples/bitfit/metadata.csv",
-        "evaluations/bitfit/generation_metrics.json",
-        "downstream/bitfit/downstream_metrics.json",
-    ]
+    assert steps == [f"{part}/bitfit/{name}" for part, name in STEPS.items() if part != "runs"]
     pd.testing.assert_frame_equal(values(study), before)
     assert len(before) > 100 and (study / "report" / "figure2.png").read_bytes() == figure
 
@@ -153,11 +158,9 @@ def test_seeds_and_prompts_are_passed_on(tmp_path, tables, variables, prompts):
 @pytest.mark.slow
 def test_a_seed_added_to_a_finished_study_is_trained_and_judged_and_the_report_has_means(study, tables):
     before = values(study).set_index(["table", "row", "metric", "label"])["value"]
-    results = "training_summary.json", "metadata.csv", "generation_metrics.json", "downstream_metrics.json"
-    folders = "runs", "samples", "evaluations", "downstream"
     steps, _ = finish(start(study, tables, SEEDS="0 7"))
-    assert steps == [f"{folder}/bitfit_seed7/{name}" for folder, name in zip(folders, results)]
-    summaries = [json.loads((study / "runs" / name / results[0]).read_text()) for name in ("bitfit", "bitfit_seed7")]
+    assert steps == [f"{part}/bitfit_seed7/{name}" for part, name in STEPS.items()]
+    summaries = [json.loads((study / "runs" / row / STEPS["runs"]).read_text()) for row in ("bitfit", "bitfit_seed7")]
     assert [summary["arguments"]["seed"] for summary in summaries] == [0, 7]
     # The noise of the samples is the same.
     assert len({pd.read_csv(path)["seed"].unique().item() for path in study.glob("samples/*/metadata.csv")}) == 1
@@ -174,11 +177,14 @@ def test_a_seed_added_to_a_finished_study_is_trained_and_judged_and_the_report_h
     [
         ({"TRAIN_CSV": "nowhere.csv"}, [], "no table 'nowhere.csv'; set TRAIN_CSV"),
         ({"METHODS": "lora unet_vea"}, [], "METHODS: 'unet_vea'"),
-        ({"BUDGET": "author"}, [], "BUDGET=author is neither equal nor authors"),
+        ({"BUDGET": "author"}, [], "BUDGET=author is none of: equal authors"),
         ({"BATCH": 4, "GLOBAL_BATCH": 6}, [], "GLOBAL_BATCH=6"),
         ({"TEST_CSV": ""}, [], "VALIDATION_CSV is set and TEST_CSV is not"),
         ({}, ["--split_seed", "1"], "--split_seed"),
         ({}, ["--resize_mode=pad"], "--resize_mode"),
+        ({}, ["--max_train_step", "9"], "no training script has a flag --max_train_step"),
+        ({"LABELS": "Edema,Oedema"}, [], "has no column 'Oedema'; set LABELS"),
+        ({"METHOD": "lora"}, [], "METHOD is set, but the variable is called METHODS"),
         ({"SEEDS": "0,1"}, [], "SEEDS='0,1' is no list of numbers"),
         ({"SEEDS": "0 1"}, ["--seed", "2"], "--seed cannot be passed"),
     ],

@@ -141,7 +141,7 @@ def test_the_slurm_job_passes_the_signal_on_and_queues_up_again(tmp_path):
     stubs.mkdir()
     shutil.copytree(ROOT / "launch", tree / "launch", ignore=shutil.ignore_patterns("demo", "__pycache__"))
     (tree / "CheXpert-v1.0").mkdir()
-    (tree / "CheXpert-v1.0" / "train.csv").touch()
+    (tree / "CheXpert-v1.0" / "train.csv").write_text("Path,Edema")
     # Not a shell script: shells cannot trap a signal that is ignored when they start.
     (tmp_path / "train.py").write_text(f"""
 import pathlib, signal, sys, time
@@ -155,7 +155,7 @@ time.sleep(300)
     for path in stubs.iterdir():
         path.chmod(0o755)
     environment = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "VIRTUAL_ENV": str(stubs), "ROWS": "lora"}
-    environment |= {"SLURM_SUBMIT_DIR": str(tree), "SLURM_JOB_ID": "17"}
+    environment |= {"LABELS": "Edema", "SLURM_SUBMIT_DIR": str(tree), "SLURM_JOB_ID": "17"}
     job = subprocess.Popen(
         ["bash", ROOT / "launch/slurm/sweep.sh"], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -224,17 +224,9 @@ def test_a_run_that_diverges_writes_no_more_checkpoints(at_step, tmp_path, capsy
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def assert_survives(*flags):
-    done = subprocess.run([sys.executable, ROOT / "tests/faults/run.py", *flags], capture_output=True, text=True)
-    assert done.returncode == 0 and " 0 failures" in done.stdout, done.stdout + done.stderr
-
-
-def test_sampling_survives_kills():
-    # With this seed, SIGTERM and SIGKILL, each some images after the first new one.
-    assert_survives("--rounds=2", "--jobs", "sample", "--processes", "1", "--seed=1078")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all_scripts_survive_random_kills():
-    assert_survives("--rounds=40", "--kills=4")
+    command = [sys.executable, ROOT / "tests/faults/run.py", "--rounds=40", "--kills=4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and " 0 failures" in done.stdout, done.stdout + done.stderr
