@@ -9,7 +9,6 @@
 
     accelerate launch sample.py --model runs/bitfit                          # 5,000 images of each of six conditions
     python sample.py --model runs/lora --labels "Edema" "No Finding" --images_per_label 16
-    python sample.py --model runs/lora/checkpoint-2000 --images_per_label 16            # also before the run has ended
     python sample.py --model runs/unet --like_csv CheXpert-v1.0/train.csv --split train --num_images 20000
     python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --images_per_label 100        # the base model
 
@@ -134,8 +133,6 @@ def parse_args(argv=None):
         parser.error(f"--like_csv {args.like_csv}: no such file")
     if args.prompt_template and args.prompt_template.count("{}") != 1:
         parser.error("--prompt_template needs exactly one {}, where the findings go")
-    if args.negative_prompt and args.guidance_scale <= 1:
-        parser.error("--negative_prompt has no effect with a --guidance_scale of 1 or less; leave one of them out")
     model = Path(args.model).absolute()
     name = f"{model.parent.name}-{model.name}" if (model / "state.json").is_file() else model.name
     args.output_dir = Path(args.output_dir or Path("samples") / name)
@@ -384,17 +381,15 @@ def explain_model(name):
     if any((path / file).is_file() for file in ADAPTER_FILES):
         return "an adapter itself; pass the pipeline that it was trained on"
     if path.is_dir() and not (path / "model_index.json").is_file():
-        checkpoints = [str(file.parent) for file in path.glob("checkpoint-*/state.json")]
-        hint = f"not finished; pass a checkpoint: {', '.join(checkpoints)}"
-        return hint if checkpoints else "neither a run nor a pipeline (no model_index.json)"
+        checkpoints = ", ".join(str(file.parent) for file in path.glob("checkpoint-*/state.json"))
+        return f"not finished; pass a checkpoint: {checkpoints}" if checkpoints else "neither a run nor a pipeline"
     return None
 
 
 def load_model(args, summary):
     """Load --model in float32; merge an adapter or a checkpoint into its base model."""
     run, is_checkpoint = Path(args.model), (Path(args.model) / "state.json").is_file()
-    is_adapter = any((run / name).is_file() for name in ADAPTER_FILES)
-    needs_base = is_adapter or is_checkpoint
+    needs_base = is_checkpoint or any((run / name).is_file() for name in ADAPTER_FILES)
     if args.base_model and not needs_base:
         fail(f"--base_model is for adapters and checkpoints, and --model {run} is neither; leave it out")
     if args.lora_scale != 1 and not (needs_base and summary.get("method", "lora") in ("lora", "dora")):
@@ -418,7 +413,7 @@ def load_model(args, summary):
             raise ValueError("trained on a base model with other weights; pass --base_model to use these anyway")
         if is_checkpoint:
             merge_checkpoint(pipeline, run, summary, args.lora_scale)
-        elif is_adapter:
+        elif needs_base:
             merge_adapter(pipeline, run, args.lora_scale)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind = f"an adapter or checkpoint of {base} (see --base_model)" if needs_base else "a finished run or pipeline"
@@ -591,8 +586,8 @@ def main(args):
     resolution = args.resolution or summary.get("resolution") or sample_size * scale
     if resolution % scale:
         fail(f"--resolution {resolution}: this VAE takes multiples of {scale}")
-    if args.negative_prompt and pipeline.unet.config.time_cond_proj_dim:
-        fail(f"--negative_prompt has no effect on --model {args.model}, whose U-Net takes guidance as an input")
+    if args.negative_prompt and (args.guidance_scale <= 1 or pipeline.unet.config.time_cond_proj_dim):
+        fail("--negative_prompt has no effect with a --guidance_scale of 1 or less, nor on LCM-type models")
     set_up_pipeline(pipeline, state.device, args)
     # Let diffusers warn of a prompt that is truncated to the tokenizer's limit.
     diffusers.utils.logging.set_verbosity_warning()
@@ -601,12 +596,9 @@ def main(args):
     settings = {"model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"num_inference_steps": args.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__}
     settings |= {"resolution": resolution, "resize_mode": summary.get("resize_mode", "")}
-    if "step" in summary:
-        settings["step"] = summary["step"]
-    if args.negative_prompt:
-        settings["negative_prompt"] = args.negative_prompt
-    if args.lora_scale != 1:
-        settings["lora_scale"] = args.lora_scale
+    optional = {"step": summary.get("step"), "negative_prompt": args.negative_prompt or None}
+    optional["lora_scale"] = None if args.lora_scale == 1 else args.lora_scale
+    settings |= {name: value for name, value in optional.items() if value is not None}
     identity = settings | {"prompt_template": template, "dtype": str(pipeline.dtype), "weights": weights}
     with state.main_process_first():
         check_output_dir(args.output_dir, identity, samples)
