@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5",
-#   "transformers>=4.57", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
-#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
+#   "transformers>=4.57.1", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
+#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12", "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Compare generated chest radiographs with real ones: the paper's Table 3, with 95% intervals and floors.
@@ -134,6 +134,8 @@ def parse_args(argv=None):
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1 in real tables")
     flag("--baseline", help="samples of the base model before training, scored as well (default: none)")
     flag("--vae", help="pipeline whose VAE encodes and decodes real images, scored as well (default: none)")
+    flag("--revision", help="branch, tag or commit of --vae on the hub")
+    flag("--variant", help="variant of --vae's weight files, such as fp16")
     flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="labels to score (default: --synthetic's)")
     flag("--max_per_label", type=int, default=5000, help="maximum images per label; a seeded choice if there are more")
     pools = "paper: 'all' counts images once per label; equals unique for prompts of one label"
@@ -705,15 +707,15 @@ def load_networks(args, accelerator):
 class ThroughVAE:
     """Encode and decode an image, (R, R, 3) uint8: the VAE's error is part of every sample's."""
 
-    def __init__(self, name, device):
-        options = {"subfolder": "vae", "use_safetensors": True, "output_loading_info": True}
+    def __init__(self, args, device):
+        options = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "use_safetensors": True}
         try:
-            vae, report = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **options)
+            vae, report = AutoencoderKL.from_pretrained(args.vae, output_loading_info=True, **options)
             if report["missing_keys"] or not all(tensor.isfinite().all() for tensor in vae.parameters()):
                 raise ValueError("weights are missing or not finite")
         except (OSError, ValueError) as error:
-            fail(f"--vae {name}: cannot load a VAE in safetensors ({str(error)[:300]})")
-        self.vae, self.device, self.lock = vae.eval().to(device), device, threading.Lock()
+            fail(f"--vae {args.vae}: cannot load a VAE in safetensors ({str(error)[:300]})")
+        self.vae, self.device, self.lock = vae.eval().to(device, torch.float32), device, threading.Lock()
         self.key = hash_weights(self.vae)
 
     @torch.no_grad()
@@ -1466,7 +1468,7 @@ def main(args):
     features, classifier = load_networks(args, accelerator)
     plan = plan_evaluation(args, accelerator)
     plan.warnings += network_warnings(features, classifier, plan, args)
-    vae = ThroughVAE(args.vae, accelerator.device) if args.vae else None
+    vae = ThroughVAE(args, accelerator.device) if args.vae else None
     if vae:
         real = plan.tables["real"]
         hashes = [hashlib.sha256(f"{key}/{vae.key}".encode()).hexdigest() for key in real["hash"]]

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "diffusers>=0.36", "transformers>=4.57", "peft>=0.18", "accelerate>=1.10", "bitsandbytes>=0.48",
-#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "pillow>=10.3", "tqdm>=4.66",
+#   "torch>=2.6", "diffusers>=0.36", "transformers>=4.57.1", "peft>=0.18", "accelerate>=1.10", "bitsandbytes>=0.48",
+#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Sample chest radiographs from any run of the training scripts, or from any Stable Diffusion pipeline.
@@ -41,6 +41,7 @@ from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -62,7 +63,10 @@ SCHEDULERS = {
     "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
     "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
 }
+ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "unet_delta.safetensors")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Upper limits of --batch_size auto: images per batch, and on a CPU also pixels per batch (eight images of 256x256).
 MAX_BATCH_SIZE = 64
@@ -89,8 +93,11 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("model").add_argument
-    flag("--model", required=True, help="run folder, or a Stable Diffusion pipeline (folder or hub id)")
-    flag("--base_model", help="base model of an adapter (default: the one it was trained on)")
+    flag("--model", required=True, help="run, checkpoint-N of a run, or pipeline (folder or hub id)")
+    flag("--base_model", help="base model of an adapter or a checkpoint (default: the one it was trained on)")
+    flag("--revision", help="branch, tag or commit of the pipeline on the hub (default: the run's)")
+    flag("--variant", help="variant of the pipeline's weight files, such as fp16 (default: the run's)")
+    flag("--lora_scale", type=float, default=1.0, help="factor on the update of a LoRA or DoRA adapter")
     flag("--mixed_precision", choices=DTYPES, help="dtype of the weights (default: fp16 on a GPU, no on a CPU)")
     flag("--compile", action="store_true", help="torch.compile the U-Net; the first batch takes minutes")
 
@@ -107,6 +114,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("sampling").add_argument
     flag("--num_inference_steps", type=int, default=50, help="denoising steps")
     flag("--guidance_scale", type=float, default=7.5, help="classifier-free guidance; 1 or less turns it off")
+    flag("--negative_prompt", default="", help="what guidance leads away from (default: the empty prompt)")
     flag("--scheduler", choices=SCHEDULERS, help="sampler (default: the pipeline's own)")
     flag("--resolution", type=int, help="side of the images in pixels (default: the run's, else the U-Net's)")
     flag("--batch_size", type=batch_size, default="auto", help="images per process and forward pass, or auto")
@@ -125,7 +133,9 @@ def parse_args(argv=None):
         parser.error(f"--like_csv {args.like_csv}: no such file")
     if args.prompt_template and args.prompt_template.count("{}") != 1:
         parser.error("--prompt_template needs exactly one {}, where the findings go")
-    args.output_dir = Path(args.output_dir or Path("samples") / Path(args.model).name)
+    model = Path(args.model).absolute()
+    name = f"{model.parent.name}-{model.name}" if (model / "state.json").is_file() else model.name
+    args.output_dir = Path(args.output_dir or Path("samples") / name)
     return args
 
 
@@ -294,7 +304,8 @@ def load_pipeline(name, revision=None, variant=None):
 # Copied from train_peft.merge_delta
 def merge_delta(unet, path):
     """Merge the parameters of BitFit or DiffFit into a plain U-Net."""
-    weights, delta = unet.state_dict(), load_file(path)
+    weights = unet.state_dict()
+    delta = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
     # Scales come last: they multiply the trained biases.
     for name, tensor in sorted(delta.items(), key=lambda item: item[0].endswith(".gamma")):
         if name.endswith(".gamma"):
@@ -308,11 +319,11 @@ def merge_delta(unet, path):
 
 
 # Copied from train_peft.merge_adapter
-def merge_adapter(pipeline, run):
+def merge_adapter(pipeline, run, lora_scale=1.0):
     """Merge a run's adapter into the pipeline's U-Net, leaving no PEFT layers."""
     if (run / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
-        pipeline.fuse_lora(components=["unet"])
+        pipeline.fuse_lora(components=["unet"], lora_scale=lora_scale)
         pipeline.unload_lora_weights()
     else:
         merge_delta(pipeline.unet, run / "unet_delta.safetensors")
@@ -327,37 +338,89 @@ def pipeline_fingerprint(pipeline):
 
 
 def read_summary(model):
-    """Return the training summary of a run, given its folder or its merged/; {} for any other model."""
+    """Return the training summary of a run, given its folder, its merged/ or a checkpoint; {} for any other model."""
     folder = Path(model).parent if Path(model).name == "merged" else Path(model)
-    path = folder / "training_summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for path in (folder / "training_summary.json", folder / "state.json"):
+        if path.is_file():
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            settings = summary["arguments"]
+            return settings | {"base_model": settings["pretrained_model_name_or_path"]} | summary
+    return {}
+
+
+@torch.no_grad()
+def merge_checkpoint(pipeline, checkpoint, settings, lora_scale):
+    """Put a checkpoint's weights, or their moving average if it has one, into its base model."""
+    averaged = checkpoint / "ema.safetensors"
+    path = averaged if averaged.is_file() else checkpoint / "trainable.safetensors"
+    if settings["method"] in ("bitfit", "difffit"):
+        merge_delta(pipeline.unet, path)
+        return
+    # Version 5 of transformers has dropped `text_model.` from the names of parameters.
+    weights = {name.replace(".text_model.", "."): weight for name, weight in load_file(path).items()}
+    is_lora = settings["method"] in ("lora", "dora")
+    for part in settings["components"]:
+        module, prefix = getattr(pipeline, part), f"{part}."
+        if is_lora:
+            layers = {name.split(".lora_")[0].removeprefix(prefix) for name in weights if name.startswith(prefix)}
+            options = {"r": settings["rank"], "lora_alpha": settings["lora_alpha"], "target_modules": layers}
+            module.add_adapter(LoraConfig(**options, use_dora=settings["method"] == "dora"))
+        for name, parameter in module.named_parameters():
+            if "lora_" in name or not is_lora:
+                parameter.copy_(weights[f"{prefix}{name.removeprefix('text_model.')}"])
+    if is_lora:
+        pipeline.fuse_lora(components=settings["components"], lora_scale=lora_scale)
+        pipeline.unload_lora_weights()
+
+
+def explain_model(name):
+    """Return why a local model cannot be loaded and what to pass instead, as far as its files tell, else None."""
+    path = Path(name)
+    if path.name in ADAPTER_FILES:
+        return f"an adapter's file; pass its folder, {path.parent}"
+    if any((path / file).is_file() for file in ADAPTER_FILES):
+        return "an adapter itself; pass the pipeline that it was trained on"
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        checkpoints = ", ".join(str(file.parent) for file in path.glob("checkpoint-*/state.json"))
+        return f"not finished; pass a checkpoint: {checkpoints}" if checkpoints else "neither a run nor a pipeline"
+    return None
 
 
 def load_model(args, summary):
-    """Load --model in float32; merge an adapter into the U-Net of its base model."""
-    run = Path(args.model)
-    is_adapter = any((run / name).is_file() for name in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors"))
-    if args.base_model and not is_adapter:
-        fail(f"--base_model is for adapters, and --model {run} is none; leave it out")
-    uses_recorded_base = is_adapter and not args.base_model
-    base, options = args.base_model if is_adapter else args.model, {}
+    """Load --model in float32; merge an adapter or a checkpoint into its base model."""
+    run, is_checkpoint = Path(args.model), (Path(args.model) / "state.json").is_file()
+    needs_base = is_checkpoint or any((run / name).is_file() for name in ADAPTER_FILES)
+    if args.base_model and not needs_base:
+        fail(f"--base_model is for adapters and checkpoints, and --model {run} is neither; leave it out")
+    if args.lora_scale != 1 and not (needs_base and summary.get("method", "lora") in ("lora", "dora")):
+        fail(f"--lora_scale is for adapters of LoRA and DoRA, and --model {run} is none; leave it out")
+    uses_recorded_base = needs_base and not args.base_model
+    base, recorded = args.base_model if needs_base else args.model, {}
     if uses_recorded_base:
         if not summary:
             fail(f"--model {run}: no training_summary.json to read the adapter's base model from; pass --base_model")
-        base = summary["base_model"]
-        options = {name: summary["arguments"].get(name) for name in ("revision", "variant")}
+        base, recorded = summary["base_model"], summary["arguments"]
+    options = {name: getattr(args, name) or recorded.get(name) for name in ("revision", "variant")}
     try:
         pipeline = load_pipeline(base, **options)
         unet, vae, text_encoder = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
         if unet.in_channels != vae.latent_channels or unet.cross_attention_dim != text_encoder.hidden_size:
-            raise ValueError("not a text-to-image model of Stable Diffusion 1 or 2")
+            kind = "an inpainting model" if unet.in_channels == 9 else "another kind of model"
+            raise ValueError(f"{kind}; pass a text-to-image model of Stable Diffusion 1 or 2")
+        if not hasattr(pipeline.scheduler, "init_noise_sigma"):
+            raise ValueError(f"flow matching ({type(pipeline.scheduler).__name__}) is not supported")
         if uses_recorded_base and pipeline_fingerprint(pipeline) != summary["identity"]["base_fingerprint"]:
             raise ValueError("trained on a base model with other weights; pass --base_model to use these anyway")
-        if is_adapter:
-            merge_adapter(pipeline, run)
+        if is_checkpoint:
+            merge_checkpoint(pipeline, run, summary, args.lora_scale)
+        elif needs_base:
+            merge_adapter(pipeline, run, args.lora_scale)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        kind = f"an adapter of {base} (see --base_model)" if is_adapter else "a finished run or pipeline"
-        fail(f"--model {run}: cannot be loaded as {kind}: {str(error)[:300]}")
+        kind = f"an adapter or checkpoint of {base} (see --base_model)" if needs_base else "a finished run or pipeline"
+        reason = explain_model(base) or str(error)[:300]
+        if not Path(base).exists():
+            reason = f"no such folder or file, and the Hugging Face hub gives: {reason}"
+        fail(f"--model {run}: cannot be loaded as {kind}: {reason}")
     return pipeline
 
 
@@ -388,7 +451,7 @@ def draw(pipeline, embeddings, rows, resolution, args):
     noise = torch.stack([torch.randn(channels, side, side, generator=generator) for generator in generators])
     images = pipeline(
         prompt_embeds=torch.stack([embeddings[prompt] for prompt in rows["prompt"]]),
-        negative_prompt_embeds=torch.stack([embeddings[""]] * len(rows)),
+        negative_prompt_embeds=torch.stack([embeddings[args.negative_prompt]] * len(rows)),
         latents=noise.to(pipeline.dtype),
         generator=generators,  # ancestral samplers draw more noise
         height=resolution,
@@ -416,7 +479,7 @@ def sample(args, pipeline, samples, num_done, resolution, state):
     """Draw and save this process's share of the missing images, writing PNGs while the next batch is drawn."""
     mine = samples.iloc[state.process_index :: state.num_processes]
     embeddings = {}
-    for prompt in ["", *mine["prompt"].unique()]:
+    for prompt in [args.negative_prompt, *mine["prompt"].unique()]:
         batch, _ = pipeline.encode_prompt(prompt, pipeline.device, 1, do_classifier_free_guidance=False)
         embeddings[prompt] = batch[0]
     size = args.batch_size
@@ -481,7 +544,7 @@ def check_output_dir(output_dir, settings, samples):
     path = output_dir / "sampling.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in saved if settings.get(name) != saved[name]]
+        changed = [name for name in saved | settings if settings.get(name) != saved.get(name)]
         if changed:
             fail(f"{output_dir} holds images made with different {', '.join(changed)}; pass another --output_dir")
         found = {f"{image.parent.name}/{image.name}" for image in output_dir.glob("[!.]*/[!.]*.png")}
@@ -523,6 +586,8 @@ def main(args):
     resolution = args.resolution or summary.get("resolution") or sample_size * scale
     if resolution % scale:
         fail(f"--resolution {resolution}: this VAE takes multiples of {scale}")
+    if args.negative_prompt and (args.guidance_scale <= 1 or pipeline.unet.config.time_cond_proj_dim):
+        fail("--negative_prompt has no effect with a --guidance_scale of 1 or less, nor on LCM-type models")
     set_up_pipeline(pipeline, state.device, args)
     # Let diffusers warn of a prompt that is truncated to the tokenizer's limit.
     diffusers.utils.logging.set_verbosity_warning()
@@ -531,12 +596,17 @@ def main(args):
     settings = {"model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"num_inference_steps": args.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__}
     settings |= {"resolution": resolution, "resize_mode": summary.get("resize_mode", "")}
+    optional = {"step": summary.get("step"), "negative_prompt": args.negative_prompt or None}
+    optional["lora_scale"] = None if args.lora_scale == 1 else args.lora_scale
+    settings |= {name: value for name, value in optional.items() if value is not None}
     identity = settings | {"prompt_template": template, "dtype": str(pipeline.dtype), "weights": weights}
     with state.main_process_first():
         check_output_dir(args.output_dir, identity, samples)
     num_done = sum((args.output_dir / name).is_file() for name in samples["file_name"])
     if state.is_main_process:
         plan = f"{len(samples):,} images of {samples['prompt'].nunique():,} prompts at {resolution}x{resolution}"
+        if "step" in summary:
+            plan += f" with the {'averaged ' * summary['use_ema']}weights after step {summary['step']:,}"
         print(f"{plan} to {args.output_dir}, {num_done:,} of them already there", flush=True)
     if num_done < len(samples):
         sample(args, pipeline, samples, num_done, resolution, state)

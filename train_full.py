@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57", "peft>=0.18", "accelerate>=1.10",
+#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57.1", "peft>=0.18", "accelerate>=1.10",
 #   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2",
-#   "pillow>=10.3", "tqdm>=4.66", "tensorboard>=2.16",
+#   "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17",
 # ]
 # ///
 """Fine-tune any combination of Stable Diffusion v1.5's U-Net, VAE and text encoder on chest radiographs.
@@ -916,6 +916,7 @@ def save_checkpoint(accelerator, state, args):
     progress = {name: getattr(state, name) for name in ("identity", "step", "samples_seen", "seconds", "train_loss")}
     progress["optimizer"] = {name: value for name, value in optimizer.items() if name not in tensors}
     progress["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+    progress["arguments"] = vars(args)  # for sample.py
     (temporary / "state.json").write_text(json.dumps(progress, indent=2))
     for path in temporary.iterdir():
         with path.open("rb") as file:
@@ -1142,6 +1143,12 @@ def save_folder(pipeline, folder):
     temporary = folder / ".pipeline.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
+    # Version 4 of transformers needs vocab.json, merges.txt and `text_model.` in names; version 5 may write neither.
+    if hasattr(pipeline.tokenizer, "backend_tokenizer"):
+        pipeline.tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))
+    weights = pipeline.text_encoder.state_dict()
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+    pipeline.text_encoder.save_pretrained(temporary / "text_encoder", state_dict=weights)
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
         shutil.rmtree(folder / entry.name, ignore_errors=True)
         os.replace(entry, folder / entry.name)

@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57", "peft>=0.18", "accelerate>=1.10",
+#   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57.1", "peft>=0.18", "accelerate>=1.10",
 #   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2",
-#   "pillow>=10.3", "tqdm>=4.66", "tensorboard>=2.16",
+#   "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17",
 # ]
 # ///
 """Fine-tune the U-Net of Stable Diffusion v1.5 on chest radiographs with LoRA, DoRA, BitFit or DiffFit.
@@ -955,6 +955,7 @@ def save_checkpoint(accelerator, state, args):
     progress = {name: getattr(state, name) for name in ("identity", "step", "samples_seen", "seconds", "train_loss")}
     progress["optimizer"] = {name: value for name, value in optimizer.items() if name not in tensors}
     progress["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+    progress["arguments"] = vars(args)  # for sample.py
     (temporary / "state.json").write_text(json.dumps(progress, indent=2))
     for path in temporary.iterdir():
         with path.open("rb") as file:
@@ -1193,6 +1194,12 @@ def save_folder(pipeline, folder):
     temporary = folder / ".pipeline.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
+    # Version 4 of transformers needs vocab.json, merges.txt and `text_model.` in names; version 5 may write neither.
+    if hasattr(pipeline.tokenizer, "backend_tokenizer"):
+        pipeline.tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))
+    weights = pipeline.text_encoder.state_dict()
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+    pipeline.text_encoder.save_pretrained(temporary / "text_encoder", state_dict=weights)
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
         shutil.rmtree(folder / entry.name, ignore_errors=True)
         os.replace(entry, folder / entry.name)
@@ -1203,9 +1210,11 @@ def save_adapter(args, state, pipeline):
     """Save the trained weights under the names that diffusers and sample.py expect."""
     output_dir, temporary = Path(args.output_dir), Path(args.output_dir) / ".adapter.tmp"
     if args.method in ("lora", "dora"):
-        # Without metadata, diffusers assumes alpha = rank. Older versions of peft accept no further fields.
+        # Without metadata, diffusers assumes alpha = rank. Older versions of peft accept no further fields, and older
+        # ones of diffusers need the rank pattern.
         metadata = {"r": args.rank, "lora_alpha": args.lora_alpha, "use_dora": args.method == "dora"}
-        metadata |= {"target_modules": sorted(LORA_TARGETS), "lora_dropout": 0.0}  # loaders would leave dropout active
+        metadata |= {"target_modules": sorted(LORA_TARGETS), "rank_pattern": {}}
+        metadata["lora_dropout"] = 0.0  # loaders would leave dropout active
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(temporary, layers, unet_lora_adapter_metadata=metadata)
         os.replace(temporary / "pytorch_lora_weights.safetensors", output_dir / "pytorch_lora_weights.safetensors")
@@ -1219,7 +1228,8 @@ def save_adapter(args, state, pipeline):
 
 def merge_delta(unet, path):
     """Merge the parameters of BitFit or DiffFit into a plain U-Net."""
-    weights, delta = unet.state_dict(), load_file(path)
+    weights = unet.state_dict()
+    delta = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
     # Scales come last: they multiply the trained biases.
     for name, tensor in sorted(delta.items(), key=lambda item: item[0].endswith(".gamma")):
         if name.endswith(".gamma"):
@@ -1232,11 +1242,11 @@ def merge_delta(unet, path):
             weights[name].copy_(tensor)
 
 
-def merge_adapter(pipeline, run):
+def merge_adapter(pipeline, run, lora_scale=1.0):
     """Merge a run's adapter into the pipeline's U-Net, leaving no PEFT layers."""
     if (run / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
-        pipeline.fuse_lora(components=["unet"])
+        pipeline.fuse_lora(components=["unet"], lora_scale=lora_scale)
         pipeline.unload_lora_weights()
     else:
         merge_delta(pipeline.unet, run / "unet_delta.safetensors")

@@ -5,6 +5,7 @@
 #   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=xrays bash launch/sweep.sh
 #   BUDGET=authors bash launch/sweep.sh
 #   SEEDS="0 1 2" bash launch/sweep.sh
+#   MODEL=sd15-fp16 MODEL_FLAGS="--variant fp16" METHODS=lora bash launch/sweep.sh
 # Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. The variables
 # below can be set in the environment. Relative paths start from the repository's folder.
 set -euo pipefail
@@ -13,6 +14,7 @@ cd "$(dirname "$0")/.."
 # Folder of the results, base model, and rows to run.
 STUDY=${STUDY:-study}
 MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
+MODEL_FLAGS=(${MODEL_FLAGS:-}) # --variant and --revision of MODEL
 ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder"
 ALL_METHODS+=" lora dora bitfit difffit"
 METHODS=(${METHODS-$ALL_METHODS})
@@ -119,8 +121,8 @@ for flag in "$@"; do
     --seed | --seed=*) ((${#SEEDS[@]} == 1)) || refuse "--seed cannot be passed when SEEDS has several values" ;;
     --split* | --uncertain* | --prompt_template* | --resolution* | --resize_mode* | --max_train_samples* | \
       --data_csv* | --validation_csv* | --dataset_name* | --image_root* | --output_dir* | \
-      --pretrained_model_name_or_path* | --train_batch_size*)
-      refuse "${flag%%=*} must be the same in all scripts; set the variable at the top of launch/sweep.sh instead" ;;
+      --pretrained_model_name_or_path* | --train_batch_size* | --variant* | --revision*)
+      refuse "${flag%%=*} must be the same in all scripts; set a variable at the top of launch/sweep.sh instead" ;;
     --*) grep -q "\"${flag%%=*}\"" train_*.py || refuse "no training script has a flag ${flag%%=*}" ;;
   esac
 done
@@ -162,16 +164,16 @@ train() { # row, name, further flags
       ;;
   esac
   $LAUNCH "${command[@]}" "${training_data[@]}" "${shared[@]}" \
-    --pretrained_model_name_or_path "$MODEL" --output_dir "$STUDY/runs/$2" \
+    --pretrained_model_name_or_path "$MODEL" "${MODEL_FLAGS[@]}" --output_dir "$STUDY/runs/$2" \
     --prompt_template "$PROMPT_TEMPLATE" --resolution "$RESOLUTION" --max_train_samples "$TRAIN_IMAGES" \
     --num_train_epochs "$EPOCHS" --train_batch_size "$batch" \
     --gradient_accumulation_steps $((global_batch / (batch * PROCESSES))) --mixed_precision "$MIXED_PRECISION" \
     "${OPTIMIZER[@]}" --resume_from_checkpoint latest "${@:3}"
 }
 
-sample() { # model, name
+sample() { # model, name, further flags
   $LAUNCH sample.py --model "$1" "${prompts[@]}" --prompt_template "$PROMPT_TEMPLATE" \
-    --resolution "$RESOLUTION" "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2"
+    --resolution "$RESOLUTION" "${SAMPLE_FLAGS[@]}" --output_dir "$STUDY/samples/$2" "${@:3}"
 }
 
 classify() { # name, further flags
@@ -182,7 +184,7 @@ classify() { # name, further flags
 compare() { # name
   $LAUNCH eval_generation.py --synthetic "$STUDY/samples/$1" "${generation_data[@]}" "${shared[@]}" \
     --max_train_samples "$TRAIN_IMAGES" --labels "${LABELS[@]}" --classifier "$STUDY/downstream/real/classifier" \
-    --baseline "$STUDY/samples/base" --vae "$MODEL" "${EVALUATION_FLAGS[@]}" --output_dir "$STUDY/evaluations/$1"
+    --baseline "$STUDY/samples/base" --vae "$MODEL" "${MODEL_FLAGS[@]}" "${EVALUATION_FLAGS[@]}" --output_dir "$STUDY/evaluations/$1"
 }
 
 evaluate() { # name: base, a row, or a row with a seed
@@ -194,7 +196,7 @@ evaluate() { # name: base, a row, or a row with a seed
 # Every row is compared with the base model's samples. A classifier trained on as many real images is the reference for
 # those trained on synthetic ones (Table 4), and judges whether an image shows its prompt (Table 3).
 if [ "$JUDGE" != no ]; then
-  unless samples/base/metadata.csv sample "$MODEL" base
+  unless samples/base/metadata.csv sample "$MODEL" base "${MODEL_FLAGS[@]}"
   unless downstream/real/downstream_metrics.json classify real --synthetic "$STUDY/samples/base" --train_on real
   evaluate base
 fi

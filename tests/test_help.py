@@ -30,7 +30,8 @@ CONTRACT = {
     "train_peft": f"{TRAINING} method rank=8 lora_alpha=16 lora_dropout=0.0 learning_rate=0.0001 save_merged",
     "sample": """
         model labels like_csv images_per_label num_images num_inference_steps=50 guidance_scale=7.5 scheduler
-        resolution batch_size=auto seed=0 output_dir split=all split_seed=0 uncertain=ignore prompt_template""",
+        resolution batch_size=auto seed=0 output_dir split=all split_seed=0 uncertain=ignore prompt_template base_model
+        revision variant lora_scale=1.0 negative_prompt""",
     "eval_generation": """
         synthetic real_csv image_root real_split=test train_csv train_split=train split_seed=0 uncertain=ignore
         classifier features=['xrv'] baseline vae max_per_label=5000 pool=unique resolution resize_mode seed=0
@@ -45,7 +46,7 @@ CHOICES = {
     "resize_mode": ["squash", "pad", "crop"],
     "method": ["lora", "dora", "bitfit", "difffit"],
     "vae_loss": ["anchored", "joint"],
-    "scheduler": ["ddim", "pndm", "dpmsolver++", "unipc"],
+    "scheduler": ["ddim", "pndm", "dpmsolver++", "unipc", "euler", "euler_a"],
     "train_on": ["synthetic", "real", "both"],
 }
 OBVIOUS = """train_unet train_text_encoder train_vae unet_lr text_encoder_lr vae_lr learning_rate method lr_scheduler
@@ -83,7 +84,7 @@ def test_names_and_defaults_are_the_contract(script):
     for name, _, default in (word.partition("=") for word in CONTRACT[script].split()):
         assert name in flags, f"{script}.py lacks --{name}"
         value = flags[name].default
-        assert str(value) == default if default else value in (None, False), f"--{name}: default {value}"
+        assert str(value) == default if default else value in (None, False, ""), f"--{name}: default {value}"
     for name, choices in CHOICES.items():
         assert name not in flags or list(flags[name].choices) == choices
 

@@ -140,6 +140,9 @@ def test_variables_before_the_sweep_reach_the_scripts(tmp_path):
         "--data_csv train.csv --validation_csv val.csv" in line and "--image_root xrays" in line for line in lines
     )
     assert any("--method lora" in line and "--train_batch_size 8" in line for line in lines)  # BUDGET=authors
+    of_base = [line for line in lines if " sd15-fp16 " in line]
+    assert all("--variant fp16" in line for line in of_base)
+    assert all(any(f"{name}.py" in line for line in of_base) for name in ("train_peft", "sample", "eval_generation"))
 
 
 @pytest.mark.parametrize(

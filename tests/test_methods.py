@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from common import BASE, FULL_ROWS, PEFT_ROWS, ROOT, ROWS, draw, phantoms, pipeline_of, result, same, train, weights_of
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train_full
@@ -204,7 +205,7 @@ LOAD = """
 import json, re, sys
 sys.path[:0] = sys.argv[1:3]
 import numpy, common, train_peft
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 for method, run in json.loads(sys.argv[3]).items():
     pipe, delta = common.pipeline_of(common.BASE), f"{run}/unet_delta.safetensors"
     if method == "bitfit":
@@ -230,6 +231,20 @@ def test_adapters_load_in_a_fresh_process_and_equal_the_merged_pipelines(whole):
         assert abs(trained - base).max() > 1e-2
         assert abs(draw(pipeline_of(whole(method).saved)) - trained).max() < 1e-6, method
         assert abs(np.load(whole(method).folder / "images.npy") - trained).max() < 1e-6, method
+
+
+def test_pipelines_are_saved_with_the_names_and_files_that_transformers_4_reads(tmp_path):
+    """Also if the base model has those of version 5 alone."""
+    base, tokens = shutil.copytree(BASE, tmp_path / "base"), ("vocab.json", "merges.txt")
+    for name in tokens:
+        (base / "tokenizer" / name).unlink()
+    path = base / "text_encoder" / "model.safetensors"
+    save_file({name.removeprefix("text_model."): w for name, w in load_file(path).items()}, path, {"format": "pt"})
+    train_full.save_folder(pipeline_of(base), tmp_path)
+    weights = [load_file(folder / "text_encoder" / "model.safetensors") for folder in (tmp_path, BASE)]
+    assert same(*({name: weight.float() for name, weight in tensors.items()} for tensors in weights))
+    for name in tokens:
+        assert (tmp_path / "tokenizer" / name).read_text() == (BASE / "tokenizer" / name).read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ import train_full
 TEMPLATE = "Chest X-ray of a subject with {}"
 FAST = ["--num_inference_steps", "3", "--resolution", "64"]
 LABELS = ["--labels", "Edema", "No Finding", "--images_per_label"]
-SLOW_ROWS = [pytest.param(row, marks=pytest.mark.slow) for row in ("unet_vae", "dora", "bitfit")]
+ROWS = ["lora", "difffit", "vae_text_encoder"]
+ROWS += [pytest.param(row, marks=pytest.mark.slow) for row in ("unet_vae", "dora", "bitfit")]
 IMAGES = "[!.]*/[!.]*.png"
 MISTAKES = {
     "invalid choice: 'Oedema'": ["--labels", "Oedema"],
@@ -36,9 +37,12 @@ MISTAKES = {
     "--images_per_label must be at least 1": ["--images_per_label", "0"],
     "invalid batch_size value: 'all'": ["--batch_size", "all"],
     "multiples of 8": ["--resolution", "60"],
+    "--negative_prompt has no effect": ["--negative_prompt", "blurred", "--guidance_scale", "1"],
+    "--lora_scale is for adapters of LoRA and DoRA": ["--lora_scale", "0.5"],
     "fp16 needs a GPU": ["--mixed_precision", "fp16"],
-    "cannot be loaded as a finished run or pipeline": ["--model", "./absent"],
-    "--base_model is for adapters": ["--base_model", "./absent"],
+    "finished run or pipeline: no such folder or file": ["--model", "runs/nothing"],
+    "launch: cannot be loaded as a finished run or pipeline: neither a run nor": ["--model", str(ROOT / "launch")],
+    "--base_model is for adapters and checkpoints": ["--base_model", "./absent"],
 }
 
 
@@ -59,15 +63,20 @@ def difference(one, two):
     return max(abs(one[name] - two[name]).max() for name in one.keys() & two.keys())
 
 
-def own_calls(pipeline, table):
+def own_calls(pipeline, table, **options):
     """Return the images of a metadata.csv from diffusers' own call, one by one."""
     images = {}
     for _, row in table.iterrows():
-        options = {name: row[name] for name in ("num_inference_steps", "guidance_scale")}
+        names = ("num_inference_steps", "guidance_scale", "negative_prompt")
+        options |= {name: row[name] for name in names if name in row}
         generator = torch.Generator().manual_seed(sample.keyed_seed(row["seed"], row["prompt"], row["index"]))
         image = pipeline(row["prompt"], generator=generator, height=64, width=64, **options).images[0]
         images[row["file_name"]] = np.asarray(image).astype(int)
     return images
+
+
+def weights_hash(folder):
+    return json.loads((folder / "sampling.json").read_text())["weights"]
 
 
 def refused(capsys, fragment, output_dir, *flags, model=BASE):
@@ -83,6 +92,11 @@ def edit_weights(part, name, change):
     path = part / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     save_file(weights | {name: change(weights[name])}, path)
+
+
+def set_scheduler(base, name):
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
 
 
 @pytest.fixture
@@ -103,9 +117,19 @@ def test_images_are_those_of_the_pipelines_own_call(whole):
     assert min(abs(a - b).max() for i, a in enumerate(images.values()) for b in list(images.values())[:i]) > 10
 
 
-@pytest.mark.parametrize("scheduler, guidance", [("ddim", 1), ("dpmsolver++", 7.5), ("unipc", 0)])
-def test_schedulers_and_guidance_are_the_pipelines(scheduler, guidance, tmp_path):
-    flags = ["--scheduler", scheduler, "--guidance_scale", guidance, "--seed", 5, "--num_inference_steps", 6]
+@pytest.mark.parametrize(
+    "scheduler, flags",
+    [
+        ("ddim", [1]),
+        ("dpmsolver++", [7.5, "--negative_prompt=a circle"]),
+        ("unipc", [0]),
+        ("euler", [3]),
+        ("euler_a", [3]),
+    ],
+)
+def test_schedulers_and_guidance_are_the_pipelines(scheduler, flags, tmp_path):
+    """Also of an ancestral sampler, which draws its noise per image."""
+    flags = ["--scheduler", scheduler, "--seed", 5, "--num_inference_steps", 6, "--guidance_scale", *flags]
     table, pipeline = run(tmp_path, *LABELS, 1, *flags), pipeline_of(BASE)
     scheduler_class, options = sample.SCHEDULERS[scheduler]
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **options)
@@ -113,12 +137,18 @@ def test_schedulers_and_guidance_are_the_pipelines(scheduler, guidance, tmp_path
     assert difference(pixels(tmp_path), own_calls(pipeline, table)) <= 1
 
 
-def test_an_ancestral_sampler_draws_its_noise_per_image(base, tmp_path):
-    index = json.loads((base / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
-    (base / "model_index.json").write_text(json.dumps(index))
-    table = run(tmp_path / "s", *LABELS, 1, model=base)
-    assert difference(pixels(tmp_path / "s"), own_calls(pipeline_of(base), table)) <= 1
+@pytest.mark.parametrize("scheduler", ["LCMScheduler", "TCDScheduler"])
+def test_distilled_models_are_the_pipelines(scheduler, base, tmp_path, capsys):
+    """Their U-Net takes guidance as an input, so that there is no pass for an empty or negative prompt."""
+    config = UNet2DConditionModel.load_config(BASE, subfolder="unet")
+    unet = UNet2DConditionModel.from_config(config, time_cond_proj_dim=32)
+    unet.load_state_dict(pipeline_of(BASE).unet.state_dict(), strict=False)
+    unet.save_pretrained(base / "unet")
+    set_scheduler(base, scheduler)
+    tables = [run(tmp_path / name, *LABELS, 1, "--guidance_scale", name, model=base) for name in ("3", "9")]
+    assert difference(pixels(tmp_path / "3"), own_calls(pipeline_of(base), tables[0])) <= 1
+    assert difference(pixels(tmp_path / "3"), pixels(tmp_path / "9")) > 1
+    refused(capsys, "nor on LCM-type models", tmp_path / "s", "--negative_prompt=blurred", model=base)
 
 
 def test_images_depend_on_seed_prompt_and_index_alone(whole, tmp_path):
@@ -274,44 +304,82 @@ def test_like_csv_has_the_tables_label_combinations(uncertain, tmp_path):
     assert len(few) == 3 and set(few["prompt"]) <= set(plan["prompt"])
 
 
-@pytest.mark.parametrize("row", ["lora", "difffit", *SLOW_ROWS])
+@pytest.mark.parametrize("row", ROWS)
 def test_a_run_is_sampled_with_what_it_trained(row, tmp_path, capsys):
-    flags = ["--save_merged", "--learning_rate=1e-2"] if row in PEFT_ROWS else ["--unet_lr=1e-3"]
+    flags = ["--save_merged", "--learning_rate=1e-2"] if row in PEFT_ROWS else ["--unet_lr=1e-3", "--vae_lr=1e-3"]
+    flags += ["--checkpointing_steps=2", "--use_ema", "--ema_decay=0.5", "--prompt_template=A film with {}"]
     folder = tmp_path / "run"
-    summary = train(row, folder, *flags, "--prompt_template=A film with {}", steps=3)
+    summary = train(row, folder, *flags, steps=3)
     table = run(tmp_path / "s", *LABELS, 1, model=folder)
     assert set(table["prompt"]) == {"A film with Edema", "A film with No Finding"}
     assert set(table["resize_mode"]) == {"squash"}
     images, merged = pixels(tmp_path / "s"), folder / "merged" if row in PEFT_ROWS else folder
     assert difference(images, own_calls(pipeline_of(merged), table)) <= 1
     assert difference(images, own_calls(pipeline_of(BASE), table)) > 10
+    # The last checkpoint has the run's weights, and an earlier one can be sampled before the run has finished.
+    path = (folder / "training_summary.json").rename(tmp_path / "training_summary.json")
+    for step in (2, 3):
+        table = run(tmp_path / f"{step}", *LABELS, 1, model=folder / f"checkpoint-{step}")
+        assert set(table["prompt"]) == {"A film with Edema", "A film with No Finding"} and set(table["step"]) == {step}
+        assert (weights_hash(tmp_path / f"{step}") == weights_hash(tmp_path / "s")) == (step == 3)
+    assert "with the averaged weights after step 3 to" in capsys.readouterr().out
+    path = path.rename(folder / path.name)
     if row not in PEFT_ROWS:
+        (folder / "model_index.json").unlink()
+        refused(capsys, f"not finished; pass a checkpoint: {folder}/checkpoint-", tmp_path / "x", model=folder)
         return
-    assert sample.read_summary(str(merged)) == summary
+    assert sample.read_summary(str(merged)) == sample.read_summary(str(folder))
     # The base model was moved, or its weights have changed.
-    path = folder / "training_summary.json"
     path.write_text(json.dumps(summary | {"base_model": "./gone"}))
-    refused(capsys, "adapter of ./gone (see --base_model)", tmp_path / "x", model=folder)
+    refused(capsys, "of ./gone (see --base_model): no such folder or file", tmp_path / "x", model=folder)
     run(tmp_path / "b", *LABELS, 1, f"--base_model={BASE}", model=folder)
     assert difference(images, pixels(tmp_path / "b")) == 0
     path.write_text(json.dumps(summary | {"identity": {"base_fingerprint": "another"}}))
     refused(capsys, "base model with other weights", tmp_path / "x", model=folder)
+    # What is no pipeline.
+    refused(capsys, "an adapter itself; pass the pipeline", tmp_path / "x", f"--base_model={folder}", model=folder)
+    (file,) = folder.glob("*.safetensors")
+    refused(capsys, f"an adapter's file; pass its folder, {folder}", tmp_path / "x", model=file)
+    if row == "difffit":
+        refused(capsys, "--lora_scale is for adapters of LoRA", tmp_path / "x", "--lora_scale=0", model=folder)
 
 
-def test_an_adapters_base_is_loaded_in_the_runs_revision_and_variant(tmp_path, monkeypatch, capsys):
-    calls, summary = [], {"base_model": "x/y", "arguments": {"revision": "v2", "variant": "fp16"}}
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_lora_scale_is_that_of_diffusers(method, tmp_path):
+    train(method, tmp_path / "run", "--learning_rate=1e-2", "--checkpointing_steps=2")
+    pipeline = pipeline_of(BASE)
+    pipeline.load_lora_weights(tmp_path / "run")
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        table = run(tmp_path / folder.name / "s", *LABELS, 1, "--lora_scale=0.5", model=folder)
+        images = own_calls(pipeline, table, cross_attention_kwargs={"scale": 0.5})
+        assert set(table["lora_scale"]) == {0.5} and difference(pixels(tmp_path / folder.name / "s"), images) <= 1
+    assert difference(images, own_calls(pipeline, table)) > 3
+
+
+def test_an_adapters_base_is_loaded_in_the_runs_revision_and_variant(base, tmp_path, monkeypatch, capsys):
+    pipeline_of(BASE).save_pretrained(tmp_path / "half", variant="fp16")
+    train("bitfit", tmp_path / "run", f"--pretrained_model_name_or_path={tmp_path / 'half'}", "--variant=fp16")
+    run(tmp_path / "a", *LABELS, 1, model=tmp_path / "run")
+    refused(capsys, "finished run or pipeline", tmp_path / "s", model=tmp_path / "half")
+    run(tmp_path / "b", *LABELS, 1, "--variant=fp16", model=tmp_path / "half")
+    run(tmp_path / "c", *LABELS, 1)
+    assert weights_hash(tmp_path / "a") != weights_hash(tmp_path / "b") == weights_hash(tmp_path / "c")
+    calls = []
 
     def load_pipeline(*args, **kwargs):
         calls.append((args, kwargs))
         raise OSError("offline")
 
     monkeypatch.setattr(sample, "load_pipeline", load_pipeline)
-    (tmp_path / "unet_delta.safetensors").touch()
-    refused(capsys, "no training_summary.json", tmp_path / "x", model=tmp_path)
-    (tmp_path / "training_summary.json").write_text(json.dumps(summary))
-    refused(capsys, "adapter of x/y (see --base_model): offline", tmp_path / "x", model=tmp_path)
-    refused(capsys, "adapter of z (see --base_model): offline", tmp_path / "x", "--base_model=z", model=tmp_path)
-    assert calls == [(("x/y",), {"revision": "v2", "variant": "fp16"}), (("z",), {})]
+    path = tmp_path / "run" / "training_summary.json"
+    settings = {"revision": "v2", "variant": "fp16", "pretrained_model_name_or_path": "x/y"}
+    path.write_text(json.dumps({"base_model": "x/y", "arguments": settings}))
+    for flags in ([], ["--base_model=z"], ["--revision=v3"]):
+        refused(capsys, "hub gives: offline", tmp_path / "x", *flags, model=tmp_path / "run")
+    path.unlink()
+    refused(capsys, "no training_summary.json", tmp_path / "x", model=tmp_path / "run")
+    expected = [("x/y", "v2", "fp16"), ("z", None, None), ("x/y", "v3", "fp16")]
+    assert calls == [((name,), {"revision": revision, "variant": variant}) for name, revision, variant in expected]
 
 
 def test_everyday_mistakes(tmp_path, capsys):
@@ -320,16 +388,20 @@ def test_everyday_mistakes(tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
-def test_an_inpainting_model_is_refused(base, tmp_path, capsys):
+def test_other_kinds_of_models_are_refused(base, tmp_path, capsys):
     config = UNet2DConditionModel.load_config(BASE, subfolder="unet")
-    UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(base / "unet")
-    refused(capsys, "not a text-to-image model", tmp_path / "s", model=base)
+    set_scheduler(base, "FlowMatchEulerDiscreteScheduler")
+    refused(capsys, "flow matching (FlowMatchEulerDiscreteScheduler)", tmp_path / "s", "--scheduler=ddim", model=base)
+    for options, fragment in (({"in_channels": 9}, "an inpainting model"), ({"cross_attention_dim": 2048}, "model")):
+        UNet2DConditionModel.from_config(config, **options).save_pretrained(base / "unet")
+        refused(capsys, f"{fragment}; pass a text-to-image model", tmp_path / "s", model=base)
 
 
 def test_a_folder_of_other_images_is_refused(base, whole, tmp_path, capsys):
     folder = shutil.copytree(whole[0], tmp_path / "s")
     refused(capsys, "different seed, prompt_template", folder, *LABELS, 3, "--seed=5", "--prompt_template=Film of {}")
     refused(capsys, "holds 3 other images, such as no_finding/000000.png", folder, "--labels", "Edema")
+    refused(capsys, "different negative_prompt", folder, *LABELS, 3, "--negative_prompt=blurred")
     # The same path, trained again.
     saved = json.loads((folder / "sampling.json").read_text())
     (folder / "sampling.json").write_text(json.dumps(saved | {"model": str(base)}))

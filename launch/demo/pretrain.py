@@ -159,7 +159,12 @@ def save_pipeline(folder, **models):
     models |= {"tokenizer": CLIPTokenizer.from_pretrained(BASE / "tokenizer")}
     models |= {"scheduler": PNDMScheduler.from_pretrained(BASE / "scheduler")}
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(**models, **unused).save_pretrained(folder)
+    pipeline = StableDiffusionPipeline(**models, **unused)
+    pipeline.save_pretrained(folder)
+    # Version 4 of transformers needs these names and files.
+    weights = {f"text_model.{name}": weight for name, weight in pipeline.text_encoder.state_dict().items()}
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder", state_dict=weights)
+    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
     # Unless told otherwise, transformers loads a model in its configuration's dtype, diffusers in float32.
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
