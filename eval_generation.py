@@ -1508,9 +1508,8 @@ def main(args):
         real = plan.tables["real"]
         rows = choose_rows(real, np.arange(len(real)), MAX_VAE_IMAGES, args.seed)
         if len(rows) < len(real):
-            plan.warnings.append(
-                f"through the VAE: {len(rows):,} of {len(real):,} real images, so its FID is at less n"
-            )
+            share = f"{len(rows):,} of {len(real):,} real images"
+            plan.warnings.append(f"through the VAE: {share}; its FID is at a smaller n, so compare KID")
         hashes = [hashlib.sha256(f"{key}/{vae.key}".encode()).hexdigest() for key in real["hash"].iloc[rows]]
         plan.tables["through the VAE"] = real.iloc[rows].assign(hash=hashes).reset_index(drop=True)
 
