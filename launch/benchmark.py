@@ -597,18 +597,19 @@ def seconds_of_scores(script, args, samples):
     """Return the seconds of all set metrics of one model, on random features."""
     real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
     rows = script.label_rows(real, args.labels, args).values()
-    images, subsamples = len(np.unique(np.concatenate([*rows]))), args.num_subsamples
+    images = len(np.unique(np.concatenate([*rows])))
     computed = [path for path in script.cache_folder(args).glob("*/*/*.npy") if "appearance" not in str(path)]
     dim, seconds = np.load(computed[0]).size, [0.0, 0.0]
     for size in (min(samples, images), *(min(len(own), samples * len(own) // images) for own in rows)):
         sets = np.random.default_rng(0).standard_normal((2, size, dim), np.float32)
         pair = [script.Sample(features, np.arange(size).astype(str)) for features in sets]
-        for count in (1, 2):
-            args.num_subsamples, began = count, time.perf_counter()
-            script.add_set_metrics(script.Results([], {}, "_model", None), *pair, str(size), size // 2, args)
-            seconds[count - 1] += time.perf_counter() - began
-    args.num_subsamples = subsamples
-    return seconds[0] + (subsamples - 1) * (seconds[1] - seconds[0])
+        for i, subsamples in enumerate((1, 4)):
+            # In a folder that does not exist, no score is kept.
+            changed = {"num_subsamples": subsamples, "feature_cache_dir": os.devnull}
+            began, settings = time.perf_counter(), argparse.Namespace(**vars(args) | changed)
+            script.add_set_metrics(script.Results([], {}, "_model", None), *pair, str(size), size // 2, settings)
+            seconds[i] += time.perf_counter() - began
+    return seconds[0] + (args.num_subsamples - 1) * (seconds[1] - seconds[0]) / 3
 
 
 def measure_study(steps, args):

@@ -173,6 +173,7 @@ def test_the_forecast_of_a_tiny_study(tiny_study, tmp_path, monkeypatch):
     assert cost["empty"]["check_and_encode"] > 0 == cost["filled"]["check_and_encode"]
     assert found["costs"]["runs/vae"]["filled"]["check_and_encode"] > 0
     judged = found["costs"]["evaluations"]
+    assert judged["empty"]["add_set_metrics"] == 2.5 * judged["filled"]["add_set_metrics"] > 0
     assert judged["empty"]["ThroughVAE.__call__"] > 0 == judged["filled"]["ThroughVAE.__call__"]
     assert 1e8 < cost["peak_bytes"] < 1e10
 
