@@ -1092,28 +1092,39 @@ def half_splits(real, n, args):
 @cache
 def code_fingerprint():
     """Return a string that changes with this script and with the libraries that compute scores."""
-    packages = ("numpy", "scipy", "scikit-learn", "torch", "torchmetrics", "vendi-score")
+    packages = ("numpy", "scipy", "scikit-learn", "torch", "torchmetrics", "vendi-score", "pillow")
     return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {[version(name) for name in packages]}"
 
 
-def evaluate(function, pairs, args):
-    """Return the metrics of each pair of samples, (pairs, metrics), from the cache if another run has scored the same.
+def remember(identity, inputs, compute, args):
+    """Return the array compute(), from the cache if another run has had the same identity, inputs (bytes) and code.
 
-    In a sweep, all runs score the same images of the base model and of the VAE, and the same real halves.
+    In a sweep, all runs score the same images of the base model and of the VAE, and the same real images.
     """
-    folder, called = cache_folder(args) / "scores", getattr(function, "func", function)  # it may be a partial
-    identity = [code_fingerprint(), called.__name__, getattr(function, "keywords", None)]
-    digest = hashlib.sha256(json.dumps(identity).encode())
-    for sample in itertools.chain(*pairs):
-        digest.update(str(sample.features.shape).encode())
-        digest.update(np.ascontiguousarray(sample.features))
+    digest = hashlib.sha256(json.dumps([code_fingerprint(), *identity]).encode())
+    for values in inputs:
+        digest.update(values)
+    folder = cache_folder(args) / "scores"
     path = folder / f"{digest.hexdigest()[:32]}.npy"
     if path.exists():
         return np.load(path)
-    values = np.array([np.atleast_1d(function(*(sample.features for sample in pair))) for pair in pairs])
+    values = compute()
     if folder.is_dir():  # which main has made; tests and simulations keep nothing
         save_array(path, values)
     return values
+
+
+def evaluate(function, pairs, args):
+    """Return the metrics of each pair of samples, (pairs, metrics)."""
+
+    def compute():
+        return np.array([np.atleast_1d(function(*pair)) for pair in pairs])
+
+    pairs = [[np.ascontiguousarray(sample.features) for sample in pair] for pair in pairs]
+    called = getattr(function, "func", function)  # `function` may be a partial
+    shapes = [features.shape for pair in pairs for features in pair]
+    identity = [called.__name__, getattr(function, "keywords", None), shapes]
+    return remember(identity, itertools.chain(*pairs), compute, args)
 
 
 def add_set_metrics(results, real, other, label, common, args):
@@ -1278,12 +1289,19 @@ def add_ms_ssim(results, source, plan, device, args):
     count = len(chosen)
     if count < MIN_PAIRS:
         return results.add("ms_ssim", None, n=count, note="too few images, or of too few patients")
-    paths = source.table["image"].iloc[np.concatenate([one[chosen], two[chosen]])].tolist()
-    decode = partial(load_image, resolution=PAIR_SIDE, resize_mode=plan.resize_mode)
-    images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
-    gray = torch.from_numpy(images).to(device).float().mean(dim=3)[:, None] / 255
-    values = multiscale_structural_similarity_index_measure(*gray.split(count), reduction="none", data_range=1.0)
-    value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values.cpu().numpy() / count
+    rows = np.concatenate([one[chosen], two[chosen]])
+    hashes = source.table["hash"].iloc[rows].tolist()
+
+    def compute():
+        paths = source.table["image"].iloc[rows].tolist()
+        decode = partial(load_image, resolution=PAIR_SIDE, resize_mode=plan.resize_mode)
+        images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
+        gray = torch.from_numpy(images).to(device).float().mean(dim=3)[:, None] / 255
+        options = {"reduction": "none", "data_range": 1.0}
+        return multiscale_structural_similarity_index_measure(*gray.split(count), **options).cpu().numpy()
+
+    values = remember(["ms_ssim", plan.resize_mode, PAIR_SIDE, hashes], (), compute, args)
+    value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values / count
     results.add("ms_ssim", value, draws=draws, n=count, note="pairs with the same labels; lower is more varied")
 
 

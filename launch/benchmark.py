@@ -89,8 +89,8 @@ LOOPS = ("plain", "project")
 FEW = {
     "samples": "",
     "runs": "--max_train_samples=48 --max_validation_samples=8 --checkpointing_steps=0 --validation_steps=0",
-    "downstream": "--num_train_images=16 --train_batch_size=16 --num_train_epochs=1 --num_seeds=1 "
-    "--max_test_images=48 --bootstrap_samples=20",
+    "downstream": "--num_train_images=16 --train_batch_size=16 --num_train_epochs=4 --num_seeds=1 "
+    "--max_test_images=48 --bootstrap_samples=20 --patience=0",
     "evaluations": "--max_per_label=16 --max_train_samples=48 --num_subsamples=2",
 }
 PARTS = ["data", "VAE", "text encoder", "U-Net forward", "backward", "optimizer", "rest"]  # of a step's time
@@ -636,7 +636,7 @@ def measure_study(steps, args):
             sys.exit(f"{key}: {found['note']}")
         found["rest"] = time.perf_counter() - began - found.pop("after") - sum(found["few"].values())
         if kind == "samples":
-            samples = found["few_units"]["draw"], found["units, caches empty"]["draw"] * args.processes
+            samples = round(found["few_units"]["draw"]), round(found["units, caches empty"]["draw"] * args.processes)
     return costs
 
 

@@ -128,7 +128,7 @@ def tiny_study(tmp_path, monkeypatch):
     study = {"MODEL": BASE, "TRAIN_CSV": phantoms(60), "METHODS": "lora vae", "SEEDS": "0 3", "LAUNCH": "python"}
     study |= {"RESOLUTION": 64, "BATCH": 2, "GLOBAL_BATCH": 4, "EPOCHS": 3, "MIXED_PRECISION": "no", "PROCESSES": 1}
     study |= {"LABELS": "Edema,Pleural Effusion,No Finding", "STUDY": tmp_path, "IMAGE_ROOT": "", "TEST_CSV": ""}
-    study |= {"SAMPLE_FLAGS": "--images_per_label 20 --num_inference_steps 2", "VALIDATION_CSV": "", "JUDGE": "yes"}
+    study |= {"SAMPLE_FLAGS": "--images_per_label 6 --num_inference_steps 2", "VALIDATION_CSV": "", "JUDGE": "yes"}
     study |= {"EVALUATION_FLAGS": f"--features {tmp_path}/downstream/real/classifier --num_subsamples 4"}
     downstream = "--arch resnet18 --weights none --resolution 32 --num_train_epochs 2 --num_seeds 1"
     study |= {"DOWNSTREAM_FLAGS": downstream, "SAMPLING": "labels", "BUDGET": "equal", "TRAIN_IMAGES": 50}

@@ -457,15 +457,28 @@ def test_runs_on_the_same_real_images_share_their_draws(run, tmp_path, samples):
 def test_scores_of_the_base_model_and_of_real_images_are_kept(run, tmp_path, samples, monkeypatch):
     """A second model is scored alone; after a change of the script, everything is scored again."""
     monkeypatch.setattr(evaluation, "MAX_VAE_IMAGES", 30)
-    other, scored = write_samples(tmp_path / "other", changed(real_images("train"), lambda i: blur(i, 2))), []
-    score = evaluation.fid
-    monkeypatch.setattr(evaluation, "fid", lambda *sets: scored.append(sets) or score(*sets))
-    more, counts = ["--baseline", samples, "--vae", BASE, f"--feature_cache_dir={tmp_path / 'cache'}"], {}
+    other, calls, counts = (
+        write_samples(tmp_path / "other", changed(real_images("train"), lambda i: blur(i, 2))),
+        [],
+        {},
+    )
+
+    def count(name):
+        original = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *args, **more: calls.append(name) or original(*args, **more))
+
+    count("fid")
+    count("multiscale_structural_similarity_index_measure")
+    more = ["--baseline", samples, "--vae", BASE, f"--feature_cache_dir={tmp_path / 'cache'}"]
     for name, folder in {"base": samples, "one": other, "again": other}.items():
         if name == "again":
             monkeypatch.setattr(evaluation, "code_fingerprint", lambda: "changed")
-        summary, counts[name] = run(name, f"--synthetic={folder}", *more), len(scored)
-    assert counts["one"] - counts["base"] < 0.4 * (counts["again"] - counts["one"])
+        calls.clear()
+        summary = run(name, f"--synthetic={folder}", *more)
+        counts[name] = Counter(calls)
+    first, second = counts["again"], counts["one"]
+    assert 0 < second["fid"] < 0.4 * first["fid"]
+    assert [found["multiscale_structural_similarity_index_measure"] for found in (first, second)] == [3, 1]
     assert summary["results"] == json.loads((tmp_path / "one" / "generation_metrics.json").read_text())["results"]
     assert any(note.startswith("through the VAE: 30 of") for note in summary["warnings"])
 
