@@ -28,7 +28,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -123,7 +123,7 @@ def parse_args(argv=None):
     flag("--brightness", type=float, default=0.1, help="largest random change of brightness, as a fraction")
     flag("--horizontal_flip", action="store_true", help="flip half of the training images")
     flag("--shuffle_labels", action="store_true", help="control: train on permuted labels; AUROC should be at chance")
-    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type (default: accelerate's config)")
+    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type (default: bf16 on a GPU, else no)")
     flag = parser.add_argument_group("runs and output").add_argument
     flag("--seed", type=int, default=0, help="first seed, of initial weights, order and augmentation")
     flag("--num_seeds", type=int, default=3, help="number of classifiers to train, with consecutive seeds")
@@ -392,25 +392,24 @@ def load_image(image, resolution, resize_mode):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
             if getattr(opened, "n_frames", 1) > 1:
                 raise ValueError("more than one frame")
-            rgb = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = ImageOps.exif_transpose(opened)
+            # A gray picture stays one channel until it is resized: the same pixels, in a third of the time.
+            picture = picture if picture.mode == "L" else picture.convert("RGB")
     except Exception as error:  # Pillow can raise anything on a malformed file
         name = image if isinstance(image, str) else f"row {image[2]}"
         raise ValueError(f"{name}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
-    size = (resolution, resolution)
-    if resize_mode == "squash":
-        return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
-    resize = ImageOps.pad if resize_mode == "pad" else ImageOps.fit
-    return np.asarray(resize(rgb, size, Image.Resampling.LANCZOS))
+    resize = {"squash": Image.Image.resize, "pad": ImageOps.pad, "crop": ImageOps.fit}[resize_mode]
+    return np.asarray(resize(picture, (resolution, resolution), Image.Resampling.LANCZOS).convert("RGB"))
 
 
-def to_gray(rgb, resolution):
-    """Convert (H, W, 3) to (resolution, resolution), uint8, by the mean over channels, so that a tint is no cue."""
-    gray = Image.fromarray(np.rint(rgb.mean(axis=2)).astype(np.uint8))
-    return np.asarray(gray.resize((resolution, resolution), Image.Resampling.LANCZOS))
+def to_gray(rgb):
+    """Return the mean over channels, to the nearest integer, as a picture: a tint is then no cue."""
+    red, green, blue = np.moveaxis(rgb, 2, 0).astype(np.uint16, order="C")
+    return Image.fromarray(((red + green + blue + 1) // 3).astype(np.uint8))
 
 
 def decode_images(images, decode, problems, description="decoding images"):
-    """Yield (i, decode(images[i])) in order, using all cores and with at most 64 results in memory.
+    """Yield (i, decode(images[i])) in order, using all cores and working up to 64 images ahead of the caller.
 
     If `decode` raises ValueError, skip the image and set problems[i] to the message.
     """
@@ -423,12 +422,14 @@ def decode_images(images, decode, problems, description="decoding images"):
 
     progress = tqdm(total=len(images), desc=description, unit="image", leave=False)
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(images), 64):
-            chunk = range(start, min(start + 64, len(images)))
-            for i, decoded in zip(chunk, pool.map(attempt, chunk)):
-                progress.update()
-                if i not in problems:
-                    yield i, decoded
+        ahead = deque(pool.submit(attempt, i) for i in range(min(64, len(images))))
+        for i in range(len(images)):
+            decoded = ahead.popleft().result()
+            if i + 64 < len(images):
+                ahead.append(pool.submit(attempt, i + 64))
+            progress.update()
+            if i not in problems:
+                yield i, decoded
 
 
 def cache_path(args, images, *geometry):
@@ -467,7 +468,8 @@ def load_images(accelerator, tables, resolution, args):
     """Return training, validation and test images, decoded once by the main process and memory-mapped."""
 
     def decode(image):
-        return to_gray(load_image(image, *tables.geometry), resolution)
+        gray = to_gray(load_image(image, *tables.geometry))
+        return np.asarray(gray.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
     parts, bad = [], {}  # report the bad images of all parts together
     for table in (tables.train, tables.val, tables.test):
@@ -962,6 +964,9 @@ def main(args):
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
     # Without `cpu`, processes that torchrun starts on a machine without a GPU would each train for themselves.
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    if args.mixed_precision is None:
+        gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "no").lower() in ("no", "false", "0")
+        args.mixed_precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
     accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[timeout])
     # Make runs repeatable, and keep TF32 out of float32 scores.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

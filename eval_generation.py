@@ -3,7 +3,8 @@
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5",
 #   "transformers>=4.57.1", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
-#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12", "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.67",
+#   "scikit-image>=0.22", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12", "matplotlib>=3.8",
+#   "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Compare generated chest radiographs with real ones: the paper's Table 3, with 95% intervals and floors.
@@ -26,14 +27,13 @@ import logging
 import math
 import os
 import sys
-import threading
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +57,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from scipy import stats
+from skimage import transform
 from sklearn.metrics import ConfusionMatrixDisplay, pairwise_distances_argmin_min
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
@@ -93,6 +94,8 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 # KID takes thirds of the images; the cost of KID and of the neighbour metrics grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
+# Enough for the floor that the VAE sets; encoding and decoding takes much longer than the features.
+MAX_VAE_IMAGES = 5000
 # Pairs of images for MS-SSIM, and the pixels per side that it is computed at, which its five scales need.
 MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 100, 176
 # Ranges that `Results.add` cannot infer; its defaults are (0, 1) with `units` and (0, inf) without.
@@ -147,8 +150,8 @@ def parse_args(argv=None):
     networks = "xrv, rad-dino, inception, a file or folder, or a hub id; several allowed (default: xrv)"
     flag("--features", nargs="+", default=["xrv"], help=networks)
     flag("--classifier", help="classifier folder of eval_downstream.py (default: the heads of --features)")
-    flag("--batch_size", type=int, default=32, help="images per process and forward pass")
-    flag("--feature_cache_dir", help="cache that runs share (default: feature_cache beside --output_dir)")
+    flag("--batch_size", type=int, help="images per process and forward pass (default: GPU 32, CPU 8)")
+    flag("--feature_cache_dir", help="features and scores that runs share (default: beside --output_dir)")
     flag = parser.add_argument_group("results").add_argument
     flag("--num_subsamples", type=int, default=10, help="half-size subsets for intervals of FID etc.; 1 for none")
     flag("--seed", type=int, default=0, help="seed of every random choice")
@@ -180,6 +183,11 @@ def table_path(name):
 def network_name(source):
     """Return a network's name in its metrics, such as rad-dino in fid@rad-dino."""
     return Path(os.path.abspath(source)).name.removesuffix(".safetensors")
+
+
+def cache_folder(args):
+    """Return the folder of the features and scores that runs share."""
+    return Path(args.feature_cache_dir or Path(args.output_dir).parent / "feature_cache")
 
 
 def run_name(synthetic):
@@ -512,10 +520,10 @@ def make_sources(plan, args):
 
 
 # Copied from eval_downstream.to_gray
-def to_gray(rgb, resolution):
-    """Convert (H, W, 3) to (resolution, resolution), uint8, by the mean over channels, so that a tint is no cue."""
-    gray = Image.fromarray(np.rint(rgb.mean(axis=2)).astype(np.uint8))
-    return np.asarray(gray.resize((resolution, resolution), Image.Resampling.LANCZOS))
+def to_gray(rgb):
+    """Return the mean over channels, to the nearest integer, as a picture: a tint is then no cue."""
+    red, green, blue = np.moveaxis(rgb, 2, 0).astype(np.uint16, order="C")
+    return Image.fromarray(((red + green + blue + 1) // 3).astype(np.uint8))
 
 
 # Copied from eval_downstream.build_classifier
@@ -551,27 +559,34 @@ def load_classifier(folder):
 def hash_weights(model):
     """Return a SHA-256 over the names and values of a network's weights and buffers."""
     # Cloned: safetensors refuses tied weights.
-    return hashlib.sha256(
-        to_bytes({name: t.clone().contiguous() for name, t in model.state_dict().items()})
-    ).hexdigest()
+    tensors = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    return hashlib.sha256(to_bytes(tensors)).hexdigest()
 
 
 class Appearance:
     """Colour, and a thumbnail to find copies by their pixels, (n, 1 + THUMBNAIL²); computed and cached like features.
 
     Like a network, it has `prepare`, for one image in a decoding thread, `compute`, for a batch, and a cache `key`.
+    `prepare` takes the image's channels, (3, R, R) uint8, and `to_gray` of them.
     """
 
     key = f"appearance-{THUMBNAIL}"
 
     def prepare(self, channels, gray):
-        red, green, blue = channels
         # The mean absolute difference over the three pairs of channels, in grey levels of 255.
-        colour = np.mean([np.abs(one - two).mean() for one, two in ((red, green), (green, blue), (blue, red))])
-        return np.concatenate([[colour], to_gray(gray[..., None], THUMBNAIL).reshape(-1)])
+        pairs = itertools.combinations(channels, 2)
+        colour = np.mean([(np.maximum(one, two) - np.minimum(one, two)).mean() for one, two in pairs])
+        thumbnail = np.asarray(gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
+        return np.concatenate([[colour], thumbnail.reshape(-1)])
 
     def compute(self, prepared):
         return np.stack(prepared).astype(np.float32)
+
+
+@cache
+def xray_resizer(side):
+    """Return the matrix, (224, side), by which torchxrayvision's XRayResizer(224) resizes rows, and columns alike."""
+    return torch.from_numpy(transform.resize(np.eye(side), (224, side), mode="constant")).float()
 
 
 class XRVNetwork:
@@ -593,12 +608,19 @@ class XRVNetwork:
         self.columns = [heads.index(XRV_NAMES.get(label, label)) for label in self.labels]
 
     def prepare(self, channels, gray):
-        # The resizer and the range, [-1024, 1024], that the network was trained with.
-        return xrv.utils.normalize(xrv.datasets.XRayResizer(224)(gray[None]), 255)
+        return channels.mean(axis=0, dtype=np.float32)
+
+    def inputs(self, prepared):
+        """Resize as in the network's training, and scale to its range, [-1024, 1024]; (b, 1, 224, 224)."""
+        gray = torch.from_numpy(np.stack(prepared)).to(self.device)
+        matrix = xray_resizer(gray.shape[-1]).to(self.device)
+        # The resizer sees black beyond the edges, and clips to the image's own range.
+        resized = (matrix @ gray @ matrix.T).clamp(gray.amin((1, 2), keepdim=True), gray.amax((1, 2), keepdim=True))
+        return (2 * (resized / 255) - 1)[:, None] * 1024
 
     @torch.no_grad()
     def compute(self, prepared):
-        features = self.model.features2(torch.from_numpy(np.stack(prepared)).to(self.device))
+        features = self.model.features2(self.inputs(prepared))
         # The model's `forward` would rescale the probabilities by operating thresholds.
         probabilities = torch.sigmoid(self.model.classifier(features))[:, self.columns]
         return torch.cat([features, probabilities], dim=1).cpu().numpy()
@@ -617,7 +639,7 @@ class ClassifierNetwork:
         last.register_forward_pre_hook(lambda module, inputs: setattr(self, "features", inputs[0]))
 
     def prepare(self, channels, gray):
-        return to_gray(gray[..., None], self.spec["resolution"])
+        return np.asarray(gray.resize((self.spec["resolution"],) * 2, Image.Resampling.LANCZOS))
 
     @torch.no_grad()
     def compute(self, prepared):
@@ -639,7 +661,7 @@ class InceptionNetwork:
         self.model, self.device, self.key = model.to(device), device, f"inception-{hash_weights(model)}"
 
     def prepare(self, channels, gray):
-        return np.rint(gray).astype(np.uint8)
+        return np.asarray(gray)
 
     @torch.no_grad()
     def compute(self, prepared):
@@ -671,8 +693,7 @@ class VisionNetwork:
         self.key = f"vision-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}"
 
     def prepare(self, channels, gray):
-        image = Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
-        return self.processor(image, return_tensors="np")["pixel_values"][0]
+        return self.processor(gray.convert("RGB"), return_tensors="np")["pixel_values"][0]
 
     @torch.no_grad()
     def compute(self, prepared):
@@ -705,7 +726,7 @@ def load_networks(args, accelerator):
 
 
 class ThroughVAE:
-    """Encode and decode an image, (R, R, 3) uint8: the VAE's error is part of every sample's."""
+    """Encode and decode images, (b, R, R, 3) uint8: the VAE's error is part of every sample's."""
 
     def __init__(self, args, device):
         options = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "use_safetensors": True}
@@ -715,16 +736,14 @@ class ThroughVAE:
                 raise ValueError("weights are missing or not finite")
         except (OSError, ValueError) as error:
             fail(f"--vae {args.vae}: cannot load a VAE in safetensors ({str(error)[:300]})")
-        self.vae, self.device, self.lock = vae.eval().to(device, torch.float32), device, threading.Lock()
+        self.vae, self.device = vae.eval().to(device, torch.float32), device
         self.key = hash_weights(self.vae)
 
     @torch.no_grad()
     def __call__(self, rgb):
-        pixels = torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)[None].to(self.device)
-        # One image at a time, since all decoding threads share the device's memory.
-        with self.lock:
-            decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample[0]
-        return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        pixels = torch.from_numpy(rgb).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample
+        return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def network_warnings(features, classifier, plan, args):
@@ -778,20 +797,19 @@ def load_image(image, resolution, resize_mode):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
             if getattr(opened, "n_frames", 1) > 1:
                 raise ValueError("more than one frame")
-            rgb = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = ImageOps.exif_transpose(opened)
+            # A gray picture stays one channel until it is resized: the same pixels, in a third of the time.
+            picture = picture if picture.mode == "L" else picture.convert("RGB")
     except Exception as error:  # Pillow can raise anything on a malformed file
         name = image if isinstance(image, str) else f"row {image[2]}"
         raise ValueError(f"{name}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
-    size = (resolution, resolution)
-    if resize_mode == "squash":
-        return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
-    resize = ImageOps.pad if resize_mode == "pad" else ImageOps.fit
-    return np.asarray(resize(rgb, size, Image.Resampling.LANCZOS))
+    resize = {"squash": Image.Image.resize, "pad": ImageOps.pad, "crop": ImageOps.fit}[resize_mode]
+    return np.asarray(resize(picture, (resolution, resolution), Image.Resampling.LANCZOS).convert("RGB"))
 
 
 # Copied from eval_downstream.decode_images
 def decode_images(images, decode, problems, description="decoding images"):
-    """Yield (i, decode(images[i])) in order, using all cores and with at most 64 results in memory.
+    """Yield (i, decode(images[i])) in order, using all cores and working up to 64 images ahead of the caller.
 
     If `decode` raises ValueError, skip the image and set problems[i] to the message.
     """
@@ -804,48 +822,61 @@ def decode_images(images, decode, problems, description="decoding images"):
 
     progress = tqdm(total=len(images), desc=description, unit="image", leave=False)
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(images), 64):
-            chunk = range(start, min(start + 64, len(images)))
-            for i, decoded in zip(chunk, pool.map(attempt, chunk)):
-                progress.update()
-                if i not in problems:
-                    yield i, decoded
+        ahead = deque(pool.submit(attempt, i) for i in range(min(64, len(images))))
+        for i in range(len(images)):
+            decoded = ahead.popleft().result()
+            if i + 64 < len(images):
+                ahead.append(pool.submit(attempt, i + 64))
+            progress.update()
+            if i not in problems:
+                yield i, decoded
 
 
 def feature_path(network, key):
     return network.folder / key[:2] / f"{key[2:34]}.npy"
 
 
+def save_array(path, array):
+    """Write to a temporary file, then rename it, so that runs may share the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    np.save(temporary, array)
+    os.replace(temporary, path)
+
+
 def compute_features(accelerator, plan, networks, vae, args):
     """Compute features missing in the cache, decoding each image once; return messages about unusable images."""
-    images = {}
-    for name, table in plan.tables.items():
-        images |= {key: (path, name == "through the VAE") for key, path in zip(table["hash"], table["image"])}
-    mine = list(images)[accelerator.process_index :: accelerator.num_processes]
-    mine = [key for key in mine if not all(feature_path(network, key).exists() for network in networks)]
 
-    def prepare(key):
-        path, through_vae = images[key]
-        rgb = load_image(path, plan.resolution, plan.resize_mode)
-        channels = (vae(rgb) if through_vae else rgb).astype(np.int16).transpose(2, 0, 1)
-        gray = (channels[0] + channels[1] + channels[2]) / np.float32(3)
+    def load(key):
+        return load_image(images[key], plan.resolution, plan.resize_mode)
+
+    def prepare(key, rgb):
+        channels, gray = np.moveaxis(rgb, 2, 0).copy(), to_gray(rgb)
         missing = [network for network in networks if not feature_path(network, key).exists()]
         return {network: network.prepare(channels, gray) for network in missing}
 
-    problems = {}
-    decoded = decode_images(mine, prepare, problems, "computing features")
-    while batch := list(itertools.islice(decoded, args.batch_size)):
-        for network in networks:
-            prepared = {mine[i]: inputs[network] for i, inputs in batch if network in inputs}
-            outputs = network.compute(list(prepared.values())) if prepared else ()
-            for key, output in zip(prepared, outputs):
-                path = feature_path(network, key)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{os.getpid()}-{path.name}")
-                np.save(temporary, output)
-                os.replace(temporary, path)
+    messages, batch_size = [], args.batch_size or (8 if accelerator.device.type == "cpu" else 32)
+    for through_vae in (False, True):
+        tables = [table for name, table in plan.tables.items() if (name == "through the VAE") == through_vae]
+        images = {key: path for table in tables for key, path in zip(table["hash"], table["image"])}
+        mine = list(images)[accelerator.process_index :: accelerator.num_processes]
+        mine = [key for key in mine if not all(feature_path(network, key).exists() for network in networks)]
+        problems, decode = {}, load if through_vae else lambda key: prepare(key, load(key))
+        decoded = decode_images(mine, decode, problems, "computing features")
+        # The VAE needs several times the memory of the networks.
+        size = max(1, batch_size // 8) if through_vae else batch_size
+        while batch := list(itertools.islice(decoded, size)):
+            keys, inputs = [mine[i] for i, _ in batch], [found for _, found in batch]
+            if through_vae:
+                inputs = list(map(prepare, keys, vae(np.stack(inputs))))
+            for network in networks:
+                prepared = {key: found[network] for key, found in zip(keys, inputs) if network in found}
+                outputs = network.compute(list(prepared.values())) if prepared else ()
+                for key, output in zip(prepared, outputs):
+                    save_array(feature_path(network, key), output)
+        messages += problems.values()
     # With --vae, bad images are found twice.
-    return list(dict.fromkeys(gather_object(list(problems.values()))))
+    return list(dict.fromkeys(gather_object(messages)))
 
 
 def read_outputs(source, network):
@@ -1066,14 +1097,47 @@ def half_splits(real, n, args):
     return splits, min([n // 2, *(len(half) for split in splits for half in split)])
 
 
-def evaluate(function, samples):
-    return np.atleast_1d(function(*(sample.features for sample in samples)))
+@cache
+def code_fingerprint():
+    """Return a string that changes with this script and with the libraries that compute scores."""
+    packages = ("numpy", "scipy", "scikit-learn", "torch", "torchmetrics", "vendi-score", "pillow")
+    return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {[version(name) for name in packages]}"
 
 
-def evaluate_halves(function, samples, size, *key):
-    """Return a metric of `size` random images of each sample, and of `size` others."""
-    halves = zip(*(sample.halves(size, *key) for sample in samples))
-    return [evaluate(function, pair) for pair in halves]
+def remember(identity, inputs, compute, args):
+    """Return the array compute(), from the cache if another run has had the same identity, inputs (bytes) and code.
+
+    In a sweep, all runs score the same images of the base model and of the VAE, and the same real images.
+    """
+    digest = hashlib.sha256(json.dumps([code_fingerprint(), *identity]).encode())
+    for values in inputs:
+        digest.update(values)
+    folder = cache_folder(args) / "scores"
+    path = folder / f"{digest.hexdigest()[:32]}.npy"
+    if path.exists():
+        return np.load(path)
+    values = compute()
+    if folder.is_dir():  # which main has made; tests and simulations keep nothing
+        save_array(path, values)
+    return values
+
+
+def evaluate(function, pairs, args):
+    """Return the metrics of each pair of samples, (pairs, metrics)."""
+
+    def compute():
+        return np.array([np.atleast_1d(function(*pair)) for pair in pairs])
+
+    pairs = [[np.ascontiguousarray(sample.features) for sample in pair] for pair in pairs]
+    called = getattr(function, "func", function)  # `function` may be a partial
+    shapes = [features.shape for pair in pairs for features in pair]
+    identity = [called.__name__, getattr(function, "keywords", None), shapes]
+    return remember(identity, itertools.chain(*pairs), compute, args)
+
+
+def evaluate_halves(function, samples, size, args, *key):
+    """Return the metrics of `size` random images of each sample, and of `size` others, (2, metrics)."""
+    return evaluate(function, zip(*(sample.halves(size, args.seed, *key) for sample in samples)), args)
 
 
 def add_set_metrics(results, real, other, label, common, args):
@@ -1097,13 +1161,13 @@ def add_set_metrics(results, real, other, label, common, args):
         if metric.mean_of_halves:
             # Leaving an image out changes the neighbours of others, so that the spread of subsets would be too wide.
             # Two halves without common images are independent: their mean varies like half their difference.
-            values = np.mean(evaluate_halves(function, equal, size, args.seed, "half"), axis=0)
-            halves = [evaluate_halves(function, equal, draw_size, args.seed, "fid", k) for k in range(num_draws)]
+            values = evaluate_halves(function, equal, size, args, "half").mean(axis=0)
+            halves = [evaluate_halves(function, equal, draw_size, args, "fid", k) for k in range(num_draws)]
             draws, factor = np.array([(one - two) / 2 for one, two in halves]), draw_size / size
         else:
             if (function, draw_size) not in draws_of:
                 subsets = [[s.subset(draw_size, args.seed, "fid", k) for s in equal] for k in range(num_draws)]
-                draws_of[function, draw_size] = np.array([evaluate(function, pair) for pair in subsets])
+                draws_of[function, draw_size] = evaluate(function, subsets, args)
             # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s), is
             # the variance at n. A bootstrap with replacement would bias these metrics.
             draws, factor = draws_of[function, draw_size], draw_size / (n - draw_size)
@@ -1111,15 +1175,15 @@ def add_set_metrics(results, real, other, label, common, args):
                 # The mean of a few draws also varies with their choice.
                 values, factor = draws.mean(axis=0), factor + 1 / num_draws
             else:
-                values = evaluate(metric.function, equal)
+                values = evaluate(metric.function, [equal], args)[0]
         draws = values + (draws - draws.mean(axis=0)) * math.sqrt(factor)
         floors = None
         if metric.floor == "itself":
-            floors = np.array([evaluate(metric.function, [equal[0], equal[0]])])
+            floors = evaluate(metric.function, [[equal[0], equal[0]]], args)
         elif metric.floor == "halves" and not results.suffix and half >= min_size:
             used = splits if metric.mean_of_draws else splits[:1]
             pairs = [(real.take(one[: min(size, half)]), real.take(two[: min(size, half)])) for one, two in used]
-            floors = np.array([evaluate(metric.function, pair) for pair in pairs])
+            floors = evaluate(metric.function, pairs, args)
         for i, name in enumerate(metric.names):
             row = {"n": size, "note": metric.note, "floor": None if floors is None else floors[:, i].mean()}
             units = n if name in ("precision", "recall", "coverage") else None
@@ -1243,12 +1307,19 @@ def add_ms_ssim(results, source, plan, device, args):
     count = len(chosen)
     if count < MIN_PAIRS:
         return results.add("ms_ssim", None, n=count, note="too few images, or of too few patients")
-    paths = source.table["image"].iloc[np.concatenate([one[chosen], two[chosen]])].tolist()
-    decode = partial(load_image, resolution=PAIR_SIDE, resize_mode=plan.resize_mode)
-    images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
-    gray = torch.from_numpy(images).to(device).float().mean(dim=3)[:, None] / 255
-    values = multiscale_structural_similarity_index_measure(*gray.split(count), reduction="none", data_range=1.0)
-    value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values.cpu().numpy() / count
+    rows = np.concatenate([one[chosen], two[chosen]])
+    hashes = source.table["hash"].iloc[rows].tolist()
+
+    def compute():
+        paths = source.table["image"].iloc[rows].tolist()
+        decode = partial(load_image, resolution=PAIR_SIDE, resize_mode=plan.resize_mode)
+        images = np.stack([image for _, image in decode_images(paths, decode, {}, "MS-SSIM")])
+        gray = torch.from_numpy(images).to(device).float().mean(dim=3)[:, None] / 255
+        options = {"reduction": "none", "data_range": 1.0}
+        return multiscale_structural_similarity_index_measure(*gray.split(count), **options).cpu().numpy()
+
+    values = remember(["ms_ssim", plan.resize_mode, PAIR_SIDE, hashes], (), compute, args)
+    value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values / count
     results.add("ms_ssim", value, draws=draws, n=count, note="pairs with the same labels; lower is more varied")
 
 
@@ -1471,13 +1542,16 @@ def main(args):
     vae = ThroughVAE(args, accelerator.device) if args.vae else None
     if vae:
         real = plan.tables["real"]
-        hashes = [hashlib.sha256(f"{key}/{vae.key}".encode()).hexdigest() for key in real["hash"]]
-        plan.tables["through the VAE"] = real.assign(hash=hashes)
+        rows = choose_rows(real, np.arange(len(real)), MAX_VAE_IMAGES, args.seed)
+        if len(rows) < len(real):
+            share = f"{len(rows):,} of {len(real):,} real images"
+            plan.warnings.append(f"through the VAE: {share}; its FID is at a smaller n, so compare KID")
+        hashes = [hashlib.sha256(f"{key}/{vae.key}".encode()).hexdigest() for key in real["hash"].iloc[rows]]
+        plan.tables["through the VAE"] = real.iloc[rows].assign(hash=hashes).reset_index(drop=True)
 
-    cache_dir = Path(args.feature_cache_dir or Path(args.output_dir).parent / "feature_cache")
     networks = list(dict.fromkeys([Appearance(), *features.values(), classifier]))
     for network in networks:
-        network.folder = cache_dir / f"{network.key[:32]}-{plan.resolution}-{plan.resize_mode}"
+        network.folder = cache_folder(args) / f"{network.key[:32]}-{plan.resolution}-{plan.resize_mode}"
     try:
         problems = compute_features(accelerator, plan, networks, vae, args)
     except torch.OutOfMemoryError as error:
@@ -1487,6 +1561,7 @@ def main(args):
         if problems:
             listed = "; ".join(problems[:20])
             fail(f"{len(problems):,} images cannot be used: {listed}; repair them or remove their rows")
+        (cache_folder(args) / "scores").mkdir(parents=True, exist_ok=True)
         sources = make_sources(plan, args)
         appearance, first = networks[:2]
         for source in sources.values():

@@ -243,15 +243,14 @@ def load_image(image, resolution, resize_mode):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
             if getattr(opened, "n_frames", 1) > 1:
                 raise ValueError("more than one frame")
-            rgb = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = ImageOps.exif_transpose(opened)
+            # A gray picture stays one channel until it is resized: the same pixels, in a third of the time.
+            picture = picture if picture.mode == "L" else picture.convert("RGB")
     except Exception as error:  # Pillow can raise anything on a malformed file
         name = image if isinstance(image, str) else f"row {image[2]}"
         raise ValueError(f"{name}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
-    size = (resolution, resolution)
-    if resize_mode == "squash":
-        return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS))
-    resize = ImageOps.pad if resize_mode == "pad" else ImageOps.fit
-    return np.asarray(resize(rgb, size, Image.Resampling.LANCZOS))
+    resize = {"squash": Image.Image.resize, "pad": ImageOps.pad, "crop": ImageOps.fit}[resize_mode]
+    return np.asarray(resize(picture, (resolution, resolution), Image.Resampling.LANCZOS).convert("RGB"))
 
 
 def to_pixel_values(image):

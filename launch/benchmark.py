@@ -11,6 +11,8 @@
     python launch/benchmark.py                                                # all methods and sampling; for a GPU
     python launch/benchmark.py --device cpu --methods lora --repeats 3 --steps 2
     python launch/benchmark.py --device cpu --base launch/demo/base --resolution 64 --batch_size 4 --steps 200 --start
+    python launch/benchmark.py --peer train_text_to_image_lora.py             # diffusers' example, in turn with ours
+    METHODS="lora unet" python launch/benchmark.py --study                    # hours of launch/sweep.sh as it is set
 
 The model has its true size and random weights, and the images are noise, so nothing is downloaded. The plain training
 loop encodes every image and caption at every step, runs eagerly and reads the loss at every step. The plain sampling
@@ -26,9 +28,12 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
+import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,6 +85,14 @@ SCHEDULER |= {"skip_prk_steps": True, "steps_offset": 1}
 # Copied from sample.DTYPES
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOOPS = ("plain", "project")
+# Flags that make each kind of step of a study small.
+FEW = {
+    "samples": "",
+    "runs": "--max_train_samples=48 --max_validation_samples=8 --checkpointing_steps=0 --validation_steps=0",
+    "downstream": "--num_train_images=16 --train_batch_size=16 --num_train_epochs=4 --num_seeds=1 "
+    "--max_test_images=48 --bootstrap_samples=20 --patience=0",
+    "evaluations": "--max_per_label=16 --max_train_samples=48 --num_subsamples=2",
+}
 PARTS = ["data", "VAE", "text encoder", "U-Net forward", "backward", "optimizer", "rest"]  # of a step's time
 
 
@@ -94,6 +107,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("what to measure").add_argument
     flag("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD", help="default: all")
     flag("--start", action="store_true", help="also the time from accelerate launch to the end of the first step")
+    flag("--peer", type=Path, help="instead: this train_text_to_image_lora.py of diffusers beside ours")
+    flag("--study", nargs="...", help="instead: hours of launch/sweep.sh, run with the flags after this")
     flag("--base", type=Path, help="pipeline folder (default: Stable Diffusion v1.5 with random weights)")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU if there is one")
     flag("--resolution", type=int, default=512, help="side of the square images in pixels")
@@ -111,6 +126,8 @@ def parse_args(argv=None):
     for name in "resolution batch_size num_inference_steps steps warmup_steps repeats".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if args.peer and not args.peer.is_file():
+        parser.error(f"--peer {args.peer}: no such file")
     if args.base and not (args.base / "model_index.json").is_file():
         parser.error(f"--base {args.base}: no pipeline there (no model_index.json)")
     if args.start and args.methods == ["sample"]:
@@ -149,16 +166,17 @@ def make_base(folder):
 
 
 def make_images(folder, count):
-    """Write the missing noise images, of CheXpert-small's size (390 x 320), and return their table."""
+    """Write the missing noise images, of CheXpert-small's size (390 x 320), and return their imagefolder's table."""
+    folder /= str(count)
     folder.mkdir(parents=True, exist_ok=True)
-    lines, findings = ["Path,prompt"], ["Edema", "Cardiomegaly", "Pneumothorax", "No Finding"]
+    lines, findings = ["file_name,prompt"], ["Edema", "Cardiomegaly", "Pneumothorax", "No Finding"]
     for i in range(count):
         path = folder / f"{i:03d}.jpg"
         if not path.is_file():
             noise = np.random.default_rng(i).integers(0, 256, (40, 49), np.uint8)
             Image.fromarray(noise).resize((390, 320), Image.Resampling.BICUBIC).save(path, quality=90)
         lines.append(f"{path.name},Chest X-ray of a subject with {findings[i % 4]}")
-    table = folder / f"{count}.csv"
+    table = folder / "metadata.csv"
     table.write_text("\n".join(lines) + "\n")
     return table
 
@@ -222,24 +240,33 @@ class Clock:
             yield fetch()
         self.ended = self.now()
 
+    def parts(self):
+        """Return the seconds per step of each part."""
+        parts = Counter()
+        for part, caller, start, end in self.spans:
+            parts[part] += self.seconds(start, end)
+            parts[caller] -= self.seconds(start, end)  # the caller's own span includes it
+        return parts
+
     def figures(self, images):
         """Return what a loop with this many images per step cost; times are in seconds per step."""
         if self.cuda:
             torch.cuda.synchronize()
-        total, parts = self.seconds(self.began, self.ended), Counter()
-        for part, caller, start, end in self.spans:
-            parts[part] += self.seconds(start, end)
-            parts[caller] -= self.seconds(start, end)  # the caller's own span includes it
+        total, parts = self.seconds(self.began, self.ended), self.parts()
         parts["rest"] = total - sum(parts[part] for part in PARTS)
-        # ru_maxrss is in KiB, on macOS in bytes.
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "images_per_second": images / total,
             "seconds_per_step": total,
             "images_per_step": images,
             "parts": {part: parts[part] for part in PARTS},
-            "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else resident,
+            "peak_bytes": peak_bytes(self.cuda),
         }
+
+
+def peak_bytes(cuda):
+    # ru_maxrss is in KiB, on macOS in bytes.
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated() if cuda else resident
 
 
 def train_project(script, args, clock):
@@ -378,10 +405,14 @@ def script_flags(method, args, csv):
     return [*METHODS[method][1].split(), *(f"--{name}={value}" for name, value in flags.items())]
 
 
+def load_script(name):
+    sys.path.insert(0, str(ROOT))
+    return __import__(name)
+
+
 def measure(method, loop, args, csv):
     """Measure one loop in this process; return its figures, or a note if it runs out of memory."""
-    sys.path.insert(0, str(ROOT))
-    script, sampling = __import__(METHODS[method][0]), method == "sample"
+    script, sampling = load_script(METHODS[method][0]), method == "sample"
     clock = Clock(args.device, 1, 1) if sampling else Clock(args.device, args.warmup_steps, args.steps)
     loops = {"plain": (train_plain, sample_plain), "project": (train_project, sample_project)}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -443,6 +474,196 @@ def measure_start(args, csv):
             first_steps.append(saved.stat().st_mtime - began)
     ratio = statistics.median(first_steps) / statistics.median(imports)
     return {"method": method, "import_seconds": imports, "first_step_seconds": first_steps, "ratio": ratio}
+
+
+def run_training(command, folder):
+    """Run a training; return the seconds of the command, and per step after the second by its TensorBoard log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    began, flags = time.perf_counter(), ["--report_to=tensorboard", f"--output_dir={folder}"]
+    done = subprocess.run([sys.executable, *map(str, command), *flags], capture_output=True, text=True)
+    whole = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"{command[0]} failed:\n{done.stderr[-3000:]}")
+    for log in map(str, Path(folder).rglob("events.out.*")):
+        scalars = EventAccumulator(log).Reload()
+        for tag in {"loss", "train_loss"} & {*scalars.Tags()["scalars"]}:  # the names of ours and of diffusers' loss
+            times = [event.wall_time for event in scalars.Scalars(tag)][1:]
+            return {"command": whole, "step": (times[-1] - times[0]) / (len(times) - 1)}
+
+
+def compare_peer(args, csv):
+    """Run diffusers' script and train_peft.py in turn on the same base, images and steps; return the ratios."""
+    flags = {"pretrained_model_name_or_path": args.base, "resolution": args.resolution, "rank": 8, "seed": 0}
+    flags |= {"train_batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
+    flags |= {"max_train_steps": args.warmup_steps + args.steps + 2, "learning_rate": 1e-4}
+    flags |= {"gradient_accumulation_steps": 1, "lr_scheduler": "constant", "lr_warmup_steps": 0}
+    of_peer = {"train_data_dir": csv.parent, "caption_column": "prompt", "checkpointing_steps": 10**9}
+    ours = {"data_csv": csv, "split": "all", "logging_steps": 1, "checkpointing_steps": 0, "num_validation_images": 0}
+    commands = {"peer": [args.peer, flags | of_peer], "project": [ROOT / "train_peft.py", flags | ours]}
+    rounds = {name: [] for name in commands}
+    for _ in range(args.repeats):
+        for name, (script, options) in commands.items():
+            print(f"{name} ...", flush=True)
+            method = ["--method=lora"] * (name == "project")
+            command = [script, *method, *(f"--{key}={value}" for key, value in options.items())]
+            with tempfile.TemporaryDirectory() as folder:
+                rounds[name].append(run_training(command, f"{folder}/run"))
+    result = {"rounds": rounds}
+    for part in ("step", "command"):
+        ratios = [peer[part] / project[part] for peer, project in zip(*rounds.values())]
+        result[part] = statistics.median(ratios)
+        seconds = " and ".join(f"{statistics.median(run[part] for run in rounds[name]):.3g} s" for name in rounds)
+        print(f"{part}: {result[part]:.2f} times as fast as the peer ({seconds})")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forecast of a study
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan_study(flags):
+    """Return the script and flags of each step of launch/sweep.sh, by the file that the step writes last."""
+    with tempfile.TemporaryDirectory() as empty:
+        variables = {"STUDY": empty, "LAUNCH": r"printf %s\n", "REPORT": "no"}
+        command = ["bash", ROOT / "launch" / "sweep.sh", *flags]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr, end="")
+        sys.exit(2)
+    blocks = [block.splitlines() for block in re.split("^== ", done.stdout, flags=re.MULTILINE)[1:]]
+    return {name: (script.removesuffix(".py"), argv) for name, script, *argv in blocks}
+
+
+def count_units(script, args, samples, first, processes=1):
+    """Return how many steps, images etc. a script's functions handle; `first`: while the caches are empty."""
+    if script.__name__ == "sample":
+        return {"draw": len(script.plan_samples(args, args.prompt_template or script.PROMPT_TEMPLATE)) / processes}
+    if script.__name__.startswith("train"):
+        data = script.load_training_data(args)
+        size = args.train_batch_size * args.gradient_accumulation_steps * processes
+        steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / size)
+        validations = 2 + ((steps - 1) // args.validation_steps if args.validation_steps else 0)
+        images = (len(data.train) + len(data.heldout)) * (first or "vae" in args.components)
+        counts = {"train": steps, "check_and_encode": images / processes, "draw_validation": validations}
+        return counts | {"heldout_losses": validations * len(data.heldout) / processes}
+    if script.__name__ == "eval_downstream":
+        csv = args.test_csv or args.real_csv
+        table = script.load_image_table(csv, args.image_root)
+        splits = script.assign_splits(table["patient"], args.split_seed)
+        test = int((table["frontal"] & (splits.eq("test") | bool(args.test_csv))).sum())
+        test = min(test, args.max_test_images or test)
+        train, val = args.num_train_images or round(0.86 * samples), round(0.14 * samples)
+        epochs = args.num_seeds * args.num_train_epochs / processes
+        predicted = epochs * val + args.num_seeds * test / processes
+        counts = {"load_images": train + val + test * first, "train_epoch": epochs * train, "predict": predicted}
+        return counts | {"score": args.num_seeds * args.bootstrap_samples * test}
+    real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
+    rows = script.label_rows(real, args.labels, args).values()
+    images = first * len(np.unique(np.concatenate([*rows])))
+    through_vae = min(script.MAX_VAE_IMAGES, images)
+    judged = samples + images + through_vae + first * (len(script.load_training_images(args)) if args.train_csv else 0)
+    # The scores of a model; first also those of the VAE, and the floors, which take half of that.
+    counts = {"compute_features": judged / processes, "ThroughVAE.__call__": through_vae / processes}
+    return counts | {"add_set_metrics": 2.5 if first else 1}
+
+
+def measure_step(name, few, planned, samples, args):
+    """Run a script with the flags `few`; return the seconds of its functions, and those forecast for `planned` flags.
+
+    `samples` are the numbers of samples for each.
+    """
+    script, clock = load_script(name), Clock("cpu", 0, 1)
+    few, planned = script.parse_args(few), script.parse_args(planned)
+    units, found = count_units(script, few, samples[0], True), {}
+    for path in units:
+        owner, _, function = path.rpartition(".")
+        clock.patch(path, getattr(script, owner) if owner else script, function)
+    script.main(few)
+    ended, seconds = time.perf_counter(), {path: clock.parts()[path] for path in units}
+    scores = seconds_of_scores(script, planned, samples[1]) if name == "eval_generation" else 0
+    for caches, first in (("empty", True), ("filled", False)):
+        counts = count_units(script, planned, samples[1], first, args.processes)
+        found[caches] = {path: seconds[path] * counts[path] / max(units[path], 1) for path in units}
+        if scores:
+            found[caches]["add_set_metrics"] = counts["add_set_metrics"] * scores
+        found[f"units, caches {caches}"] = counts
+    found |= {"few": seconds, "few_units": units, "peak_bytes": peak_bytes(args.device == "cuda")}
+    return found | {"after": time.perf_counter() - ended}  # no part of the step
+
+
+def seconds_of_scores(script, args, samples):
+    """Return the seconds of all set metrics of one model, on random features."""
+    real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
+    rows = script.label_rows(real, args.labels, args).values()
+    images = len(np.unique(np.concatenate([*rows])))
+    computed = [path for path in script.cache_folder(args).glob("*/*/*.npy") if "appearance" not in str(path)]
+    dim, seconds = np.load(computed[0]).size, [0.0, 0.0]
+    for size in (min(samples, images), *(min(len(own), samples * len(own) // images) for own in rows)):
+        sets = np.random.default_rng(0).standard_normal((2, size, dim), np.float32)
+        pair = [script.Sample(features, np.arange(size).astype(str)) for features in sets]
+        for i, subsamples in enumerate((1, 4)):
+            # In a folder that does not exist, no score is kept.
+            changed = {"num_subsamples": subsamples, "feature_cache_dir": os.devnull}
+            began, settings = time.perf_counter(), argparse.Namespace(**vars(args) | changed)
+            script.add_set_metrics(script.Results([], {}, "_model", None), *pair, str(size), size // 2, settings)
+            seconds[i] += time.perf_counter() - began
+    return seconds[0] + (args.num_subsamples - 1) * (seconds[1] - seconds[0]) / 3
+
+
+def measure_study(steps, args):
+    """Return what `measure_step` finds for each kind of step and row, with the seconds that remain of each process."""
+    folder, costs, samples = args.output_dir / "study", {}, (0, 0)  # few and planned
+    shutil.rmtree(folder, ignore_errors=True)
+    classifier, drawn = folder / "downstream" / "classifier", folder / "samples"
+    shared = {"downstream": [f"--synthetic={drawn}"], "evaluations": [f"--synthetic={drawn}", f"--baseline={drawn}"]}
+    for name, (script, argv) in steps.items():
+        kind, key = name.split("/")[0], cost_key(name)
+        if key in costs:
+            continue
+        print(f"{key} ...", flush=True)
+        planned = [str(classifier) if word.endswith("downstream/real/classifier") else word for word in argv]
+        planned = [*planned, *shared.get(kind, []), f"--output_dir={folder / key}"]
+        few = [*planned, *FEW[kind].split()]
+        if kind == "runs":
+            few += [f"--max_train_steps={args.warmup_steps + 3 * args.steps}"]
+        elif kind == "samples":
+            few += ["--num_images=48" if "--like_csv" in argv else "--images_per_label=16"]
+        began = time.perf_counter()
+        found = costs[key] = in_new_process(measure_step, script, few, planned, samples, args)
+        if "note" in found:
+            sys.exit(f"{key}: {found['note']}")
+        found["rest"] = time.perf_counter() - began - found.pop("after") - sum(found["few"].values())
+        if kind == "samples":
+            samples = round(found["few_units"]["draw"]), round(found["units, caches empty"]["draw"] * args.processes)
+    return costs
+
+
+def cost_key(name):
+    """Return the kind of a step, or runs/row for a training, whatever its seed."""
+    return re.sub("_seed.*", "", os.path.dirname(name)) if name.startswith("runs/") else name.split("/")[0]
+
+
+def forecast_study(steps, args):
+    """Print hours and peak memory of each step, beside what the study's finished steps took; write study.json."""
+    costs, study, forecast, filled = measure_study(steps, args), Path(os.environ.get("STUDY", "study")), {}, set()
+    for name in steps:
+        cost, kind = costs[cost_key(name)], name.split("/")[0]
+        forecast[name] = cost["rest"] + sum(cost["filled" if kind in filled else "empty"].values())
+        filled |= set() if kind == "runs" and "vae" in name else {kind}  # rows that train the VAE cache no latents
+    # A step takes from the result before it to its own, as launch/sweep.sh runs one after the other.
+    times = sorted(((study / name).stat().st_mtime, name) for name in steps if (study / name).is_file())
+    taken = {name: end - start for (start, _), (end, name) in itertools.pairwise(times)}
+    groups = {name: [name] for name in steps}
+    groups |= {kind: [name for name in steps if name.startswith(kind)] for kind in FEW} | {"all": [*steps]}
+    print(f"{'hours':>9} {'measured':>9} {'peak GiB':>9}")
+    for group, names in (groups | {"all that were measured": [*taken]} if taken else groups).items():
+        hours = [sum(seconds.get(name, 0) for name in names) / 3600 for seconds in (forecast, taken)]
+        peak = max(costs[cost_key(name)]["peak_bytes"] for name in names) / 2**30
+        print(f"{hours[0]:9.3f} {f'{hours[1]:.3f}' if hours[1] else '':>9} {peak:9.1f}  {group}")
+    summary = {"arguments": vars(args), "forecast_seconds": forecast, "measured_seconds": taken, "costs": costs}
+    (args.output_dir / "study.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +741,13 @@ def main(args):
     os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     if args.device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    args.output_dir = args.output_dir.absolute()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.study is not None:
+        os.chdir(ROOT)  # where launch/sweep.sh runs
+        args.processes = int(os.environ.get("PROCESSES", "1"))
+        forecast_study(plan_study(args.study), args)
+        return
     if not args.base:
         args.base = args.output_dir / "base"
         if not (args.base / "model_index.json").is_file():
@@ -536,6 +763,10 @@ def main(args):
         "methods": {},
         "start": None,
     }
+    if args.peer:
+        summary["peer"] = compare_peer(args, csv)
+        (args.output_dir / "peer.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        return
     for method in args.methods:
         summary["methods"][method] = compare_loops(method, args, csv)
         write_benchmark(summary, args.output_dir)  # after each method, since all of them may take hours

@@ -45,6 +45,8 @@ use_environment requirements.txt
 echo "== phantoms"
 export TRAIN_CSV=$STUDY/phantoms/CheXpert-phantom/train.csv
 [ -f "$TRAIN_CSV" ] || python launch/demo/make_phantoms.py --output_dir "$STUDY/phantoms"
+# FORECAST=yes only says how long it would take, beside how long it took if it is finished.
+[ -z "${FORECAST:-}" ] || exec python launch/benchmark.py --study "${TRAINING[@]}" "$@"
 bash launch/sweep.sh "${TRAINING[@]}" "$@"
 
 echo "== gains over the base model"

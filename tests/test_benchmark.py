@@ -1,6 +1,7 @@
 """launch/benchmark.py: the model is Stable Diffusion v1.5, and the figures of a tiny run agree with each other."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -9,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from common import BASE, ROOT, pipeline_of
+from common import BASE, ROOT, phantoms, pipeline_of
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig
 
+import eval_downstream
+import eval_generation
 import sample
 import train_full
 import train_peft
@@ -114,8 +117,94 @@ def test_time_to_the_first_step(tmp_path):
     assert start["ratio"] == start["first_step_seconds"][0] / start["import_seconds"][0] > 0.5
 
 
+# Functions that a forecast wraps.
+MEASURED = {"draw", "train", "check_and_encode", "draw_validation", "heldout_losses", "load_images", "train_epoch"}
+MEASURED |= {"predict", "score", "compute_features", "__call__", "add_set_metrics"}
+
+
+@pytest.fixture
+def tiny_study(tmp_path, monkeypatch):
+    """The variables of launch/sweep.sh."""
+    study = {"MODEL": BASE, "TRAIN_CSV": phantoms(60), "METHODS": "lora vae", "SEEDS": "0 3", "LAUNCH": "python"}
+    study |= {"RESOLUTION": 64, "BATCH": 2, "GLOBAL_BATCH": 4, "EPOCHS": 3, "MIXED_PRECISION": "no", "PROCESSES": 1}
+    study |= {"LABELS": "Edema,Pleural Effusion,No Finding", "STUDY": tmp_path, "IMAGE_ROOT": "", "TEST_CSV": ""}
+    study |= {"SAMPLE_FLAGS": "--images_per_label 6 --num_inference_steps 2", "VALIDATION_CSV": "", "JUDGE": "yes"}
+    study |= {"EVALUATION_FLAGS": f"--features {tmp_path}/downstream/real/classifier --num_subsamples 4"}
+    downstream = "--arch resnet18 --weights none --resolution 32 --num_train_epochs 2 --num_seeds 1"
+    study |= {"DOWNSTREAM_FLAGS": downstream, "SAMPLING": "labels", "BUDGET": "equal", "TRAIN_IMAGES": 50}
+    for name, value in study.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_the_plan_of_a_study_is_that_of_sweep_sh(tiny_study):
+    steps = benchmark.plan_study(["--max_train_steps=7"])
+    kinds = [name.split("/")[0] for name in steps]
+    assert [kinds.count(kind) for kind in benchmark.FEW] == [5, 4, 6, 5]
+    script, argv = steps["runs/lora_seed3/training_summary.json"]
+    args = train_peft.parse_args(argv)
+    assert script == "train_peft" and (args.seed, args.max_train_steps, args.gradient_accumulation_steps) == (3, 7, 2)
+    labels = sample.parse_args(steps["samples/vae/metadata.csv"][1]).labels
+    assert labels == ["Edema", "Pleural Effusion", "No Finding"]
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.plan_study(["--resolution=128"])
+    argv.remove("--max_train_steps=7")
+    args = train_peft.parse_args(argv)
+    images = len(train_peft.load_training_data(args).train)
+    assert benchmark.count_units(train_peft, args, 0, True)["train"] == math.ceil(3 * images / 4)
+
+
+@pytest.mark.slow
+def test_the_forecast_of_a_tiny_study(tiny_study, tmp_path, monkeypatch):
+    """The sum of a step's parts, each as often as planned; caches that the first step fills cost nothing later."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(benchmark, "in_new_process", lambda function, *inputs: function(*inputs))
+    for owner in (train_full, train_peft, sample, eval_downstream, eval_generation, eval_generation.ThroughVAE):
+        for name in MEASURED & {*vars(owner)}:
+            monkeypatch.setattr(owner, name, getattr(owner, name))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    benchmark.main(benchmark.parse_args(["--device=cpu", f"--output_dir={tmp_path}/b", "--steps=1", "--study"]))
+    found = json.loads((tmp_path / "b" / "study.json").read_text())
+    cost, seconds = found["costs"]["runs/lora"], found["forecast_seconds"]
+    assert len(seconds) == 20 and min(seconds.values()) > 0
+    assert cost["empty"]["train"] == pytest.approx(
+        cost["few"]["train"] / cost["few_units"]["train"] * cost["units, caches empty"]["train"]
+    )
+    assert seconds["runs/lora/training_summary.json"] == pytest.approx(cost["rest"] + sum(cost["empty"].values()))
+    assert cost["empty"]["check_and_encode"] > 0 == cost["filled"]["check_and_encode"]
+    assert found["costs"]["runs/vae"]["filled"]["check_and_encode"] > 0
+    judged = found["costs"]["evaluations"]
+    assert judged["empty"]["add_set_metrics"] == 2.5 * judged["filled"]["add_set_metrics"] > 0
+    assert judged["empty"]["ThroughVAE.__call__"] > 0 == judged["filled"]["ThroughVAE.__call__"]
+    assert 1e8 < cost["peak_bytes"] < 1e10
+
+
+PEER = """
+import sys, time
+from pathlib import Path
+from torch.utils.tensorboard import SummaryWriter
+
+flags = dict(word.split("=", 1) for word in sys.argv[1:])
+assert (Path(flags["--train_data_dir"]) / "metadata.csv").is_file() and flags["--caption_column"] == "prompt"
+writer = SummaryWriter(flags["--output_dir"])
+for step in range(int(flags["--max_train_steps"])):
+    time.sleep(0.5)
+    writer.add_scalar("train_loss", 1.0, step, walltime=100 * step)
+writer.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_peer_is_timed_by_its_own_log(tmp_path, monkeypatch):
+    (tmp_path / "peer.py").write_text(PEER)
+    benchmark.main(benchmark.parse_args([*TINY, f"--output_dir={tmp_path}", f"--peer={tmp_path / 'peer.py'}"]))
+    found = json.loads((tmp_path / "peer.json").read_text())["peer"]
+    (peer,), (project,) = found["rounds"].values()
+    assert peer["step"] == 100 and 0 < project["step"] < 100 and found["step"] == 100 / project["step"]
+    assert peer["command"] > 6 * 0.5 and found["command"] == peer["command"] / project["command"]
+
+
 def test_wrong_flags(capsys):
-    for flag, message in {"--steps=0": "at least 1", "--base=x": "no pipeline", "--methods=x": "invalid"}.items():
+    for flag, message in {"--steps=0": "at least 1", "--base=x": "no pipeline", "--peer=x": "no such file"}.items():
         with pytest.raises(SystemExit, match="2"):
             benchmark.parse_args([flag])
         assert message in capsys.readouterr().err

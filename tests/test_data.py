@@ -45,6 +45,14 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path):
     assert list(ones.train["prompt"]) == [f"A film: {text}." for text in findings]
 
 
+@pytest.mark.parametrize("resize_mode", ["squash", "pad", "crop"])
+def test_a_gray_image_gives_the_pixels_of_a_color_one(resize_mode, tmp_path):
+    gray = picture(tmp_path / "gray.png", (70, 50))
+    Image.open(gray).convert("RGB").save(tmp_path / "color.png")
+    one, two = (load_image(str(path), 32, resize_mode) for path in (gray, tmp_path / "color.png"))
+    assert one.shape == (32, 32, 3) and one.std() > 1 and np.array_equal(one, two)
+
+
 def test_the_split_is_by_patient_stable_and_of_the_papers_sizes():
     patients = pd.Series([f"patient{i:05d}" for i in range(64_540)])
     splits = train_full.assign_splits(patients, 0)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 
 import numpy as np
 import pandas as pd
@@ -281,7 +282,8 @@ def test_the_saved_classifier_is_the_one_that_was_scored(tmp_path):
     model, spec = eval_downstream.load_classifier(tmp_path / "out" / "classifier")
     assert spec["labels"] == eval_downstream.CONDITIONS and not model.training
     image = train_full.load_image(of_split("test")["Path"].iloc[3], 64, "squash")
-    gray = torch.tensor(eval_downstream.to_gray(image, 32))[None, None].float() / 255
+    gray = eval_downstream.to_gray(image).resize((32, 32), Image.Resampling.LANCZOS)
+    gray = torch.from_numpy(np.array(gray))[None, None].float() / 255
     saved = load_file(tmp_path / "out" / "seeds" / "seed-0" / "predictions.safetensors")["test"]
     logits = model(eval_downstream.classifier_inputs(gray, spec["normalisation"]))
     assert torch.allclose(logits[0], saved[3], atol=1e-4)
@@ -339,6 +341,28 @@ def test_images_are_decoded_once_and_bad_ones_stop_or_are_left_out(samples, tmp_
     assert found[0]["images"]["train"] == found[1]["images"]["train"]
     monkeypatch.setattr(eval_downstream, "load_image", None)
     assert run(tmp_path / "again", **options)["results"] == found[0]["results"]
+
+
+def test_gray_is_the_rounded_mean_over_channels():
+    rgb = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    assert np.array_equal(eval_downstream.to_gray(rgb), np.rint(rgb.mean(axis=2)))
+
+
+def test_images_are_decoded_ahead_of_the_caller():
+    """The workers go on while the caller computes, but not far enough to fill the memory."""
+    started, problems, ahead = [], {}, threading.Semaphore(0)
+
+    def decode(i):
+        started.append(i)
+        ahead.release()
+        if i == 3:
+            raise ValueError("bad")
+        return 2 * i
+
+    decoded = eval_downstream.decode_images(range(200), decode, problems)
+    assert next(decoded) == (0, 0) and all(ahead.acquire(timeout=20) for _ in range(64))
+    assert len(started) <= 65
+    assert list(decoded) == [(i, 2 * i) for i in range(1, 200) if i != 3] and problems == {3: "bad"}
 
 
 ERRORS = {

@@ -42,9 +42,10 @@ def set_batch_norms(model, inputs):
     model.eval()
 
 
-def xrv_inputs(paths):
+def xrv_inputs(paths, side=64):
     """Return torchxrayvision's own inputs for gray images, (n, 1, 224, 224)."""
-    grays = [np.asarray(Image.open(path).convert("L").resize((64, 64), Image.Resampling.LANCZOS)) for path in paths]
+    images = [Image.open(path).convert("L").resize((side, side), Image.Resampling.LANCZOS) for path in paths]
+    grays = [np.asarray(image) for image in images]
     resize = evaluation.xrv.datasets.XRayResizer(224)
     return np.stack([evaluation.xrv.utils.normalize(resize(gray.astype(np.float32)[None]), 255) for gray in grays])
 
@@ -301,14 +302,15 @@ def test_memorisation_sees_copies_and_allows_for_hubs():
 
 def test_inputs_and_outputs_are_those_of_torchxrayvision(xrv_file, monkeypatch):
     network = evaluation.XRVNetwork(str(xrv_file), torch.device("cpu"))
-    paths, prepared = list(evaluation.load_image_table(str(real_csv()))["image"][:3]), []
-    for path in paths:
-        channels = evaluation.load_image(path, 64, "squash").astype(np.int16).transpose(2, 0, 1)
-        prepared.append(network.prepare(channels, channels.sum(axis=0) / np.float32(3)))
-    assert np.array_equal(prepared, xrv_inputs(paths)) and np.abs(prepared).max() <= 1024
+    paths = list(evaluation.load_image_table(str(real_csv()))["image"][:3])
+    for side in (64, 512):
+        prepared = [network.prepare(*one) for one in gray_inputs(paths, side)[0]]
+        inputs = network.inputs(prepared)
+        # Two matrix products in the place of its resizer: at most four float32 steps, 6e-5 of 255 grey levels, apart.
+        assert np.abs(inputs.numpy() - xrv_inputs(paths, side)).max() <= 4 * np.spacing(np.float32(1024))
+        assert inputs.std() > 100 and inputs.abs().max() <= 1024
     model = evaluation.xrv.models.DenseNet(weights=None).eval()
     model.load_state_dict({name: tensor for name, tensor in load_file(xrv_file).items() if name != "op_threshs"})
-    inputs = torch.from_numpy(np.stack(prepared))
     with torch.no_grad():
         features, probabilities = model.features2(inputs).numpy(), torch.sigmoid(model(inputs)).numpy()
     heads = [model.targets.index(evaluation.XRV_NAMES.get(label, label)) for label in network.labels]
@@ -320,11 +322,11 @@ def test_inputs_and_outputs_are_those_of_torchxrayvision(xrv_file, monkeypatch):
     assert evaluation.XRVNetwork("xrv", torch.device("cpu")).key == network.key
 
 
-def gray_inputs(paths):
+def gray_inputs(paths, side=64):
     """Return what a network prepares from, and the gray images for a reference."""
-    decoded = [evaluation.load_image(path, 64, "squash").astype(np.int16).transpose(2, 0, 1) for path in paths]
-    prepared = [(channels, channels.sum(axis=0) / np.float32(3)) for channels in decoded]
-    return prepared, [Image.open(path).convert("L").resize((64, 64), Image.Resampling.LANCZOS) for path in paths]
+    decoded = [evaluation.load_image(path, side, "squash") for path in paths]
+    prepared = [(np.moveaxis(rgb, 2, 0), evaluation.to_gray(rgb)) for rgb in decoded]
+    return prepared, [Image.open(path).convert("L").resize((side, side), Image.Resampling.LANCZOS) for path in paths]
 
 
 def test_vision_features_are_transformers_own_pooled_output(vision, tmp_path):
@@ -433,7 +435,7 @@ def test_a_run_writes_everything_and_the_same_again(run, tmp_path, samples, monk
             assert row["high"] == pytest.approx(row["value"] + half)
     # Once more: nothing is computed, and the same bytes are written.
     first = (tmp_path / "one" / "generation_metrics.json").read_bytes()
-    monkeypatch.setattr(evaluation.ClassifierNetwork, "compute", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(evaluation, "save_array", lambda path, array: pytest.fail(f"computed again: {path}"))
     run("one", *more)
     assert (tmp_path / "one" / "generation_metrics.json").read_bytes() == first
 
@@ -449,6 +451,35 @@ def test_runs_on_the_same_real_images_share_their_draws(run, tmp_path, samples):
     assert all(np.array_equal(draws["one"][key], draws["twin"][key]) for key in draws["one"])
     assert np.array_equal(draws["one"]["class_consistency_real/all"], draws["other"]["class_consistency_real/all"])
     assert not np.array_equal(draws["one"]["fid/all"], draws["other"]["fid/all"])
+
+
+def test_scores_of_the_base_model_and_of_real_images_are_kept(run, tmp_path, samples, monkeypatch):
+    """A second model is scored alone; after a change of the script, everything is scored again."""
+    monkeypatch.setattr(evaluation, "MAX_VAE_IMAGES", 30)
+    other, calls, counts = (
+        write_samples(tmp_path / "other", changed(real_images("train"), lambda i: blur(i, 2))),
+        [],
+        {},
+    )
+
+    def count(name):
+        original = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *args, **more: calls.append(name) or original(*args, **more))
+
+    count("fid")
+    count("multiscale_structural_similarity_index_measure")
+    more = ["--baseline", samples, "--vae", BASE, f"--feature_cache_dir={tmp_path / 'cache'}"]
+    for name, folder in {"base": samples, "one": other, "again": other}.items():
+        if name == "again":
+            monkeypatch.setattr(evaluation, "code_fingerprint", lambda: "changed")
+        calls.clear()
+        summary = run(name, f"--synthetic={folder}", *more)
+        counts[name] = Counter(calls)
+    first, second = counts["again"], counts["one"]
+    assert 0 < second["fid"] < 0.4 * first["fid"]
+    assert [found["multiscale_structural_similarity_index_measure"] for found in (first, second)] == [3, 1]
+    assert summary["results"] == json.loads((tmp_path / "one" / "generation_metrics.json").read_text())["results"]
+    assert any(note.startswith("through the VAE: 30 of") for note in summary["warnings"])
 
 
 def test_tints_blurs_and_copies_are_each_seen_by_their_own_figure(run, tmp_path):

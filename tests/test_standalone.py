@@ -20,6 +20,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE_OF = {
     "PIL": "pillow",
     "huggingface_hub": "huggingface-hub",
+    "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "vendi_score": "vendi-score",
 }
