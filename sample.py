@@ -163,16 +163,17 @@ def keyed_seed(*key):
 
 # Copied from train_full.read_csv
 def read_csv(path):
-    """Read a CSV, also .csv.gz, as strings. Return the table, its separator and its encoding."""
-    data, encoding = Path(path).read_bytes(), "UTF-8"
+    """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
+    data = Path(path).read_bytes()
     data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     try:
-        text = data.decode("utf-8-sig")
+        text, encoding = data.decode("utf-8-sig"), "UTF-8"
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
-    separator, options = ",", {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+    separator = ","
     with contextlib.suppress(Exception):  # csv.Error, of a single column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
         with warnings.catch_warnings():
             # pandas only warns about a row longer than the header, and shifts or drops its cells.
@@ -180,24 +181,23 @@ def read_csv(path):
             raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{path}: not a readable CSV ({error})")
-    return raw, separator, encoding
-
-
-# Copied from train_full.plain_name
-def plain_name(name):
-    """Return what spellings of a name have in common: neither case nor spaces nor underscores matter."""
-    return re.sub(r"[\s_]", "", str(name)).lower()
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
 
 
 # Copied from train_full.match_columns
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Return the table, and what its columns are used for as lines to print, each a heading and a text.
+    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
+    lines to print, each a heading and a text.
     """
-    found, used = {plain_name(name): name for name in reversed(raw.columns)}, {}
+
+    def plain(name):
+        return re.sub(r"[\s_]", "", str(name)).lower()
+
+    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
     for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else found.get(plain_name(column)) for column in (name, *others)]
+        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
@@ -215,7 +215,7 @@ def match_columns(raw, labels, source):
             fail(f"{source}: row {row + 1}, column {label!r}: {unknown[0]!r} is not 1, 0, -1 or blank")
         raw[label] = raw[label].map(values).astype(float)
     texts = [name if name == column else f"{name} (from {column!r})" for column, name in used.items()]
-    lines = [("table", f"{source}, {len(raw):,} rows"), ("columns", ", ".join(texts))]
+    lines = [("columns", ", ".join(texts))]
     if unused:
         hint = "name them with --labels, or map them with launch/make_table.py"
         lines.append(("not used", f"0/1 columns {', '.join(unused)}; {hint}"))
@@ -246,21 +246,16 @@ def make_table(raw, names, images, lines):
     `split` if every row has one, the labels, and what the evaluations check and group by. `attrs["block"]` has
     `lines`, and more. Images without a patient are treated as separate patients.
     """
-    table, lines = pd.DataFrame({"image": images, "name": names}), [*lines]
+    table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])
     patient = path.str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    if "Frontal/Lateral" in raw:
-        view = raw["Frontal/Lateral"].str.strip()
-        table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
-        views = [f"{count:,} {name!r}" for name, count in view[~table["frontal"]].value_counts()[:5].items()]
-        lines.append(("view", f"not frontal: {', '.join(views) or 'none'}"))
-    else:
-        table["frontal"] = ~path.str.contains("(?i)_lateral")
-        count = (~table["frontal"]).sum()
-        lines.append(("view", f"no view column: all taken as frontal, but for {count:,} with _lateral in the path"))
+    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
+    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
+    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
         table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
@@ -281,9 +276,8 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    raw, separator, encoding = read_csv(csv)
+    raw, form = read_csv(csv)
     raw, lines = match_columns(raw, labels, csv)
-    lines[0] = ("table", f"{csv}, {len(raw):,} rows, separated by {separator!r}, {encoding}")
     if "Path" not in raw:
         hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
         fail(f"{csv}: no image column; {hint}")
@@ -292,7 +286,8 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
         fail(f"{csv}: no rows below the header")
     if (names == "").any():
         fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
-    return make_table(raw, names, resolve_paths(names, csv, image_root) if with_images else names, lines)
+    images = resolve_paths(names, csv, image_root) if with_images else names
+    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
 
 
 # Copied from train_full.assign_splits

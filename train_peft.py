@@ -460,16 +460,17 @@ def apply_method(unet, args):
 
 # Copied from train_full.read_csv
 def read_csv(path):
-    """Read a CSV, also .csv.gz, as strings. Return the table, its separator and its encoding."""
-    data, encoding = Path(path).read_bytes(), "UTF-8"
+    """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
+    data = Path(path).read_bytes()
     data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     try:
-        text = data.decode("utf-8-sig")
+        text, encoding = data.decode("utf-8-sig"), "UTF-8"
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
-    separator, options = ",", {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+    separator = ","
     with contextlib.suppress(Exception):  # csv.Error, of a single column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
         with warnings.catch_warnings():
             # pandas only warns about a row longer than the header, and shifts or drops its cells.
@@ -477,24 +478,23 @@ def read_csv(path):
             raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{path}: not a readable CSV ({error})")
-    return raw, separator, encoding
-
-
-# Copied from train_full.plain_name
-def plain_name(name):
-    """Return what spellings of a name have in common: neither case nor spaces nor underscores matter."""
-    return re.sub(r"[\s_]", "", str(name)).lower()
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
 
 
 # Copied from train_full.match_columns
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Return the table, and what its columns are used for as lines to print, each a heading and a text.
+    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
+    lines to print, each a heading and a text.
     """
-    found, used = {plain_name(name): name for name in reversed(raw.columns)}, {}
+
+    def plain(name):
+        return re.sub(r"[\s_]", "", str(name)).lower()
+
+    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
     for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else found.get(plain_name(column)) for column in (name, *others)]
+        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
@@ -512,7 +512,7 @@ def match_columns(raw, labels, source):
             fail(f"{source}: row {row + 1}, column {label!r}: {unknown[0]!r} is not 1, 0, -1 or blank")
         raw[label] = raw[label].map(values).astype(float)
     texts = [name if name == column else f"{name} (from {column!r})" for column, name in used.items()]
-    lines = [("table", f"{source}, {len(raw):,} rows"), ("columns", ", ".join(texts))]
+    lines = [("columns", ", ".join(texts))]
     if unused:
         hint = "name them with --labels, or map them with launch/make_table.py"
         lines.append(("not used", f"0/1 columns {', '.join(unused)}; {hint}"))
@@ -543,21 +543,16 @@ def make_table(raw, names, images, lines):
     `split` if every row has one, the labels, and what the evaluations check and group by. `attrs["block"]` has
     `lines`, and more. Images without a patient are treated as separate patients.
     """
-    table, lines = pd.DataFrame({"image": images, "name": names}), [*lines]
+    table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])
     patient = path.str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    if "Frontal/Lateral" in raw:
-        view = raw["Frontal/Lateral"].str.strip()
-        table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
-        views = [f"{count:,} {name!r}" for name, count in view[~table["frontal"]].value_counts()[:5].items()]
-        lines.append(("view", f"not frontal: {', '.join(views) or 'none'}"))
-    else:
-        table["frontal"] = ~path.str.contains("(?i)_lateral")
-        count = (~table["frontal"]).sum()
-        lines.append(("view", f"no view column: all taken as frontal, but for {count:,} with _lateral in the path"))
+    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
+    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
+    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
         table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
@@ -578,9 +573,8 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    raw, separator, encoding = read_csv(csv)
+    raw, form = read_csv(csv)
     raw, lines = match_columns(raw, labels, csv)
-    lines[0] = ("table", f"{csv}, {len(raw):,} rows, separated by {separator!r}, {encoding}")
     if "Path" not in raw:
         hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
         fail(f"{csv}: no image column; {hint}")
@@ -589,20 +583,21 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
         fail(f"{csv}: no rows below the header")
     if (names == "").any():
         fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
-    return make_table(raw, names, resolve_paths(names, csv, image_root) if with_images else names, lines)
+    images = resolve_paths(names, csv, image_root) if with_images else names
+    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
 
 
 # Copied from train_full.read_classes
-def read_classes(raw, features, labels):
-    """Replace codes of classes by their names, in place; a class that is one of the labels becomes a column, too."""
+def read_classes(raw, features):
+    """Replace codes of classes by their names, in place, and add a 0/1 column for each class."""
     for column in [*raw]:
         classes = getattr(getattr(features[column], "feature", features[column]), "names", None)  # also lists of them
         if classes:
             codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
             rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
             raw[column] = [", ".join(row) for row in rows]
-            for name in {*map(plain_name, labels)} & {*map(plain_name, classes)}:
-                raw[name] = [str(int(name in map(plain_name, row))) for row in rows]
+            for name in {*classes} - {*raw, *LABEL_VALUES}:
+                raw[name] = [str(int(name in row)) for row in rows]
 
 
 # Copied from train_full.load_dataset_table
@@ -622,7 +617,7 @@ def load_dataset_table(name, image_column, caption_column, labels):
     if caption_column and caption_column not in columns:
         fail(f"--dataset_name {name}: no column {caption_column!r}; pass --caption_column, one of {columns}")
     raw = dataset.remove_columns(image_column).to_pandas()
-    read_classes(raw, dataset.features, labels)
+    read_classes(raw, dataset.features)
     raw = raw.astype(object).where(raw.notna(), "").astype(str)
     if caption_column:
         raw["prompt"] = raw[caption_column]
@@ -630,10 +625,11 @@ def load_dataset_table(name, image_column, caption_column, labels):
         raw["split"] = [split for split, part in parts.items() for _ in range(len(part))]
     dataset = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     if not {"Path", "file_name"} & {*raw}:
-        raw["file_name"] = [path or "" for path in dataset.flatten()[f"{image_column}.path"]]
+        _, paths = dataset.with_format("arrow")[:][image_column].flatten()  # without reading the images' bytes
+        raw["file_name"] = [path or "" for path in paths.to_pylist()]
     images, names = [(dataset, image_column, row) for row in raw.index], [f"{name}[{row}]" for row in raw.index]
     raw, lines = match_columns(raw, labels, f"--dataset_name {name}")
-    return make_table(raw, names, images, lines)
+    return make_table(raw, names, images, [("table", f"{name}, {len(raw):,} rows"), *lines])
 
 
 # Copied from train_full.assign_splits
