@@ -161,7 +161,7 @@ def parse_args(argv=None):
         parser.error("--validation_csv needs --real_csv and --test_csv")
     if args.real_csv and args.dataset_name:
         parser.error("pass either --real_csv or --dataset_name")
-    for name in ("real_csv", "validation_csv", "test_csv", "image_root"):
+    for name in ("synthetic", "real_csv", "validation_csv", "test_csv", "image_root"):
         if getattr(args, name) and not os.path.exists(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)}: not found")
     args.real_csv = args.real_csv or args.dataset_name or next(filter(os.path.isfile, DEFAULT_TABLES), None)

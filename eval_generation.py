@@ -184,7 +184,7 @@ def parse_args(argv=None):
     for name in ("real_csv", "train_csv", "synthetic", "baseline"):
         path = getattr(args, name)
         if path and path != args.dataset_name and not os.path.exists(path):
-            parser.error(f"--{name} {path}: neither an image table nor a finished folder of sample.py (metadata.csv)")
+            parser.error(f"--{name} {path}: neither an image table nor a folder of images")
     args.output_dir = args.output_dir or str(Path("evaluations") / run_name(args.synthetic))
     return args
 
