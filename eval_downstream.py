@@ -271,8 +271,8 @@ def make_table(raw, names, images, lines):
     """Convert a table of `match_columns` to the image table that all scripts share.
 
     Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
-    `split` if every row has one, the labels, and what the evaluations check and group by. `attrs["block"]` has
-    `lines`, and more. Images without a patient are treated as separate patients.
+    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
+    to print about them. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])
@@ -389,8 +389,9 @@ def save_dataset_image(image, folder):
     path = folder / hashlib.sha256(encoded["bytes"]).hexdigest()
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(encoded["bytes"])
+        temporary = folder / f".{path.name}.{os.getpid()}"  # each process writes them
+        temporary.write_bytes(encoded["bytes"])
+        os.replace(temporary, path)
     return str(path)
 
 
@@ -527,7 +528,7 @@ def load_tables(args, spec, accelerator):
     sides = {*made["resolution"], args.source_resolution} - {None}
     if len(sides) > 1 and not args.mixed_geometry:
         sizes = ", ".join(map(str, sorted(sides)[:5]))
-        fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow it with --mixed_geometry")
+        fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow them by --mixed_geometry")
     geometry = args.source_resolution or max(made["resolution"], default=512), modes[0] if modes else "squash"
 
     test, split = tables[test_csv], args.split or ("all" if args.test_csv else "test")

@@ -293,8 +293,8 @@ def make_table(raw, names, images, lines):
     """Convert a table of `match_columns` to the image table that all scripts share.
 
     Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
-    `split` if every row has one, the labels, and what the evaluations check and group by. `attrs["block"]` has
-    `lines`, and more. Images without a patient are treated as separate patients.
+    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
+    to print about them. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])
@@ -413,8 +413,9 @@ def save_dataset_image(image, folder):
     path = folder / hashlib.sha256(encoded["bytes"]).hexdigest()
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(encoded["bytes"])
+        temporary = folder / f".{path.name}.{os.getpid()}"  # each process writes them
+        temporary.write_bytes(encoded["bytes"])
+        os.replace(temporary, path)
     return str(path)
 
 

@@ -540,8 +540,8 @@ def make_table(raw, names, images, lines):
     """Convert a table of `match_columns` to the image table that all scripts share.
 
     Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
-    `split` if every row has one, the labels, and what the evaluations check and group by. `attrs["block"]` has
-    `lines`, and more. Images without a patient are treated as separate patients.
+    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
+    to print about them. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])

@@ -177,6 +177,16 @@ def test_class_folders_are_captions_or_labels_and_parts_of_a_dataset_its_split(t
     assert sorted(load_dataset(tmp_path / "data", *flags).train["prompt"]) == ["COVID-19", "normal"]
 
 
+def test_the_model_card_says_that_captions_were_texts():
+    args = train_full.parse_args(["--train_unet", f"--data_csv={phantoms()}"])
+    summary = {"trainable_parameters": {}, "results": [], "method": "unet", "images": 3, "steps": 1}
+    summary |= {"global_batch_size": 1, "example_prompt": "Small effusion.", "own_prompts": 2}
+    assert "2 images were trained on texts of their own, such as reports" in str(
+        train_full.model_card(args, summary, "")
+    )
+    assert "own" not in str(train_full.model_card(args, summary | {"own_prompts": 0}, ""))
+
+
 def test_imagefolder_datasets_load_like_tables(tmp_path):
     direct = [load_image(picture(tmp_path / "data" / name), 16, "squash") for name in ("a.png", "b.png")]
     content = "file_name,patient_id,Edema,Cardiomegaly\na.png,p1,1.0,\nb.png,p2,-1.0,1.0\n"
@@ -244,7 +254,10 @@ def test_other_images_are_refused(tmp_path):
     whole = Path(picture(tmp_path / "cut.jpg", (200, 200)))
     whole.write_bytes(whole.read_bytes()[:5000])
     (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "scan.dcm").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    (tmp_path / "more.img").write_bytes(bytes(128) + b"DICM" + bytes(100))
     expected = {"moving": "more than one frame", "cut": "truncated", "text": "identify", "absent": "no such file"}
+    expected |= dict.fromkeys(["scan", "more"], "a DICOM file; convert it with launch/make_table.py")
     for name in [*os.listdir(tmp_path), "absent.jpg"]:
         with pytest.raises(ValueError, match=expected.get(name[:-4], "more than 8 bits")) as error:
             load_image(str(tmp_path / name), 8, "squash")
