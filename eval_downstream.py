@@ -229,7 +229,7 @@ def match_columns(raw, labels, source):
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
-        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels"
+        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
     others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index

@@ -201,7 +201,7 @@ def match_columns(raw, labels, source):
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
-        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels"
+        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
     others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
@@ -352,7 +352,7 @@ def plan_samples(args, template, trained_labels=LABELS, quiet=True):
             table = table.sample(n=args.num_images, random_state=args.seed % 2**32)
         labels = [label for label in labels if not {*labels}.isdisjoint(table)]  # all of them, or none
         positive = positive_labels(table, labels, args.uncertain)
-        findings = [tuple(positive.columns[row]) for row in positive.to_numpy()]
+        findings = [tuple(positive.columns[row]) for row in positive.to_numpy(bool)]
         wanted = zip(table["prompt"], findings, own_prompt[table.index])
     elif args.prompts:
         labels, wanted = [], [(prompt, (), True) for prompt in args.prompts for _ in range(number)]

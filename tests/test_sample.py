@@ -272,6 +272,8 @@ def test_free_prompts_and_those_of_a_table_of_reports(tmp_path, capsys):
     assert list(drawn["Edema"]) == [0, 1, 1] and list(drawn["index"]) == [0, 0, 1]
     assert drawn["file_name"][0].rpartition("/")[0] == drawn["file_name"][2].rpartition("/")[0]
     assert "prompt (from 'text')" in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("file_name,text\na.png,Clear lungs.\n")  # no labels at all
+    assert plan(f"--like_csv={tmp_path / 't.csv'}")[["prompt", "index"]].to_numpy().tolist() == [["Clear lungs.", 0]]
 
 
 def test_labels_of_any_name(capsys):
