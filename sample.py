@@ -336,9 +336,9 @@ def folder_name(prompt, labels):
 
 def plan_samples(args, template, trained_labels=LABELS, quiet=True):
     """Return a row per image: file_name, prompt, index among the images of its prompt, and labels as 1 or 0."""
-    labels, number = known_labels(args.labels, trained_labels), args.images_per_label or 5000
-    lines = []
+    labels, number, lines = known_labels(args.labels, trained_labels), args.images_per_label or 5000, []
     if args.like_csv:
+        labels = args.labels or trained_labels
         table = load_image_table(args.like_csv, with_images=False, labels=labels)
         lines += table.attrs["block"]
         own_prompt, table = table["prompt"] != "", add_prompts(table, labels, template, args.uncertain)

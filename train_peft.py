@@ -210,6 +210,7 @@ def check_arguments(parser, args):
         parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant; use constant_with_warmup")
     if args.prompt_template.count("{}") != 1:
         parser.error("--prompt_template needs exactly one {}, where the findings go")
+    args.labels = list(dict.fromkeys(args.labels))
     if args.data_csv and args.dataset_name:
         parser.error("pass either --data_csv or --dataset_name")
     if not args.data_csv and not args.dataset_name:
