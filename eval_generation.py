@@ -2,8 +2,9 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5",
-#   "transformers>=4.57", "datasets>=4.0", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
-#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.66",
+#   "transformers>=4.57", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
+#   "datasets>=4.0", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.11", "matplotlib>=3.8",
+#   "pillow>=10.3", "tqdm>=4.66",
 # ]
 # ///
 """Compare generated chest radiographs with real ones: the paper's Table 3, with 95% intervals and floors.
