@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "accelerate>=1.10", "safetensors>=0.5", "scikit-learn>=1.5", "matplotlib>=3.8",
-#   "numpy>=1.26", "pandas>=2.2", "scipy>=1.12", "pillow>=10.3", "tqdm>=4.67",
+#   "datasets>=4.0", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12", "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Train a classifier on synthetic chest radiographs, real ones or both, and test it on real ones.
@@ -19,17 +19,20 @@ eval_generation.py, the classifier to --output_dir. Rerun an interrupted command
 import argparse
 import contextlib
 import datetime
+import gzip
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from csv import Sniffer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,7 +43,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -57,6 +60,19 @@ LABELS = (
 CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion"]
 # Copied from train_full.DEFAULT_TABLES
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
+# Copied from train_full.LABEL_VALUES
+LABEL_VALUES = (
+    dict.fromkeys(["", "unlabeled", "not mentioned"], math.nan)
+    | dict.fromkeys(["1", "1.0", "true", "present", "positive"], 1.0)
+    | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
+    | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
+)
+# Copied from train_full.COLUMNS
+COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
+    "Path": ["file_name"],
+    "Frontal/Lateral": ["ViewPosition", "view"],
+    "prompt": ["text", "caption"],
+}
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # ImageNet's mean and standard deviation, used with all --weights.
@@ -90,11 +106,13 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("images").add_argument
     flag("--synthetic", help="folder that sample.py wrote, or an image table of synthetic images")
     flag("--real_csv", help="image table of real images (default: CheXpert's train.csv, if found)")
+    flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --real_csv")
+    flag("--image_column", default="image", help="image column of --dataset_name")
     flag("--validation_csv", help="separate real validation table; --real_csv is then for training only")
     flag("--test_csv", help="separate real test table; --real_csv is then for training and validation only")
     flag("--image_root", help="folder that real image paths are relative to (default: the table's or its parent)")
     flag("--train_on", choices=["synthetic", "real", "both"], default="synthetic", help="both: half of each")
-    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="default: the paper's six, if in all tables")
+    flag("--labels", nargs="+", help="label columns (default: the paper's six, if in all tables)")
     flag("--split", choices=["train", "val", "test", "all"], help="patients to test on (default: test)")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1; ignore masks it")
@@ -102,7 +120,7 @@ def parse_args(argv=None):
     flag("--max_test_images", type=int, help="test on a seeded subset of this size (default: all)")
     flag("--source_resolution", type=int, help="side to resize to first (default: the synthetic's, else 512)")
     flag("--resize_mode", choices=["squash", "pad", "crop"], help="default: the synthetic's, else squash")
-    flag("--mixed_geometry", action="store_true", help="allow tables made with different --resize_mode")
+    flag("--mixed_geometry", action="store_true", help="allow images of different sizes or --resize_mode")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
     flag("--image_cache_dir", help="decoded images, shared by runs (default: image_cache/ next to --output_dir)")
     flag = parser.add_argument_group("classifier").add_argument
@@ -141,10 +159,12 @@ def parse_args(argv=None):
         parser.error("--classifier trains nothing; leave out --synthetic, --labels and --reference")
     if args.validation_csv and not (args.real_csv and args.test_csv):
         parser.error("--validation_csv needs --real_csv and --test_csv")
-    for name in ("real_csv", "validation_csv", "test_csv", "image_root"):
+    if args.real_csv and args.dataset_name:
+        parser.error("pass either --real_csv or --dataset_name")
+    for name in ("synthetic", "real_csv", "validation_csv", "test_csv", "image_root"):
         if getattr(args, name) and not os.path.exists(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)}: not found")
-    args.real_csv = args.real_csv or next(filter(os.path.isfile, DEFAULT_TABLES), None)
+    args.real_csv = args.real_csv or args.dataset_name or next(filter(os.path.isfile, DEFAULT_TABLES), None)
     if not args.real_csv and (not args.test_csv or args.train_on != "synthetic"):
         parser.error(f"found neither {' nor '.join(DEFAULT_TABLES)} in {Path.cwd()}; pass --real_csv FILE")
     name = f"{args.train_on}_{Path(args.synthetic).stem}" if args.synthetic else args.train_on
@@ -169,17 +189,65 @@ def keyed_seed(*key):
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
-# Copied from train_full.parse_labels
-def parse_labels(raw, source):
-    """Return the label columns of a table of strings as floats: 1, 0, -1, or NaN where a finding is not mentioned."""
-    values = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
-    labels = raw[[label for label in LABELS if label in raw]].apply(lambda column: column.str.strip())
-    for name, column in labels.items():
-        unknown = ~column.isin(values)
-        if unknown.any():
-            row = int(unknown.argmax())
-            fail(f"{source}: row {row + 1}, column {name!r}: {column.iloc[row]!r} is not 1, 0, -1 or blank")
-    return labels.apply(lambda column: column.map(values))
+# Copied from train_full.read_csv
+def read_csv(path):
+    """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    try:
+        text, encoding = data.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError:
+        text, encoding = data.decode("latin-1"), "Latin-1"
+    separator = ","
+    with contextlib.suppress(Exception):  # csv.Error, of a single column
+        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns about a row longer than the header, and shifts or drops its cells.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        fail(f"{path}: not a readable CSV ({error})")
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+
+
+# Copied from train_full.match_columns
+def match_columns(raw, labels, source):
+    """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
+
+    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
+    lines to print, each a heading and a text.
+    """
+
+    def plain(name):
+        return re.sub(r"[\s_]", "", str(name)).lower()
+
+    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
+    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
+        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
+        if any(candidates):
+            used[next(filter(None, candidates))] = name
+    if not {*labels, "prompt"} & {*used.values()}:
+        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
+        fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
+    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
+    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
+    unused = [name for name, found in values.items() if 1.0 in found and len(found) > 1 and None not in found]
+    for label in [label for label in labels if label in raw]:
+        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        unknown = [text for text, value in values.items() if value is None]
+        if unknown:
+            row = int((raw[label] == unknown[0]).argmax())
+            fail(f"{source}: row {row + 1}, column {label!r}: {unknown[0]!r} is not 1, 0, -1 or blank")
+        raw[label] = raw[label].map(values).astype(float)
+    texts = [name if name == column else f"{name} (from {column!r})" for column, name in used.items()]
+    lines = [("columns", ", ".join(texts))]
+    if unused:
+        hint = "name them with --labels, or map them with launch/make_table.py"
+        lines.append(("not used", f"0/1 columns {', '.join(unused)}; {hint}"))
+    return raw, lines
 
 
 # Copied from train_full.resolve_paths
@@ -190,57 +258,166 @@ def resolve_paths(names, csv, image_root):
     without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
+    roots = [str(root.absolute()) for root in roots]
     for root, skip in itertools.product(roots, (0, 1)):
-        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
-        if any(path.is_file() for path in paths[:1000]):
-            return [str(path) for path in paths]
-    searched = " or ".join(str(root.absolute()) for root in roots)
-    fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
+        paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
+        if any(map(os.path.isfile, paths[:1000])):
+            return paths
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
 
 
 # Copied from train_full.make_table
-def make_table(raw, names, images, prompt_column, source):
-    """Convert a table of strings to the image table that all scripts share.
+def make_table(raw, names, images, lines):
+    """Convert a table of `match_columns` to the image table that all scripts share.
 
-    Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels that exist. Images without a patient are treated as separate patients.
+    Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
+    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
+    to print about them. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
-    patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
+    path = raw.get("Path", table["name"])
+    patient = path.str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    view = raw["Frontal/Lateral"] if "Frontal/Lateral" in raw else pd.Series("frontal", raw.index)
-    table["frontal"] = view.str.strip().str.lower().str.startswith("frontal")
-    table["prompt"] = raw[prompt_column].str.strip() if prompt_column in raw else ""
-    return table.join(parse_labels(raw, source))
+    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
+    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
+    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
+    table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
+    if "split" in raw:
+        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if table["split"].isna().any():
+            del table["split"]
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+    if table["name"].duplicated().any():
+        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
+    table.attrs["block"] = lines
+    return table
 
 
 # Copied from train_full.load_image_table
-def load_image_table(csv, image_root=None, with_images=True):
+def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
-    try:
-        with warnings.catch_warnings():
-            # pandas only warns about a row longer than the header, and shifts or drops its cells.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **options)
-    except (ValueError, pd.errors.ParserWarning) as error:
-        fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
-    column = next((name for name in ("Path", "file_name") if name in raw), None)
-    if column is None:
-        fail(f"{csv}: no image column; name it Path (CheXpert) or file_name (imagefolder)")
+    raw, form = read_csv(csv)
+    raw, lines = match_columns(raw, labels, csv)
+    if "Path" not in raw:
+        hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
+        fail(f"{csv}: no image column; {hint}")
+    names = raw["Path"]
     if raw.empty:
         fail(f"{csv}: no rows below the header")
-    if (raw[column] == "").any():
-        fail(f"{csv}: row {int((raw[column] == '').argmax()) + 1} has no path in column {column!r}")
-    if not {*LABELS, "prompt"} & set(raw.columns):
-        fail(f"{csv}: no label or prompt column; expected prompt or any of {', '.join(LABELS)}")
-    images = resolve_paths(raw[column], csv, image_root) if with_images else raw[column]
-    return make_table(raw, raw[column], images, "prompt", csv)
+    if (names == "").any():
+        fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
+    images = resolve_paths(names, csv, image_root) if with_images else names
+    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
+
+
+# Copied from train_full.read_classes
+def read_classes(raw, features):
+    """Replace codes of classes by their names, in place, and add a 0/1 column for each class."""
+    for column in [*raw]:
+        classes = getattr(getattr(features[column], "feature", features[column]), "names", None)  # also lists of them
+        if classes:
+            codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
+            rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
+            raw[column] = [", ".join(row) for row in rows]
+            for name in {*classes} - {*raw, *LABEL_VALUES}:
+                raw[name] = [str(int(name in row)) for row in rows]
+
+
+# Copied from train_full.load_dataset_table
+def load_dataset_table(name, image_column, caption_column, labels):
+    """Return the image table of a Hugging Face dataset, whose images are (dataset, column, row), decoded on demand."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        parts = datasets.load_dataset(name)
+        dataset = datasets.concatenate_datasets(list(parts.values()))
+    except Exception as error:  # anything from connection errors to malformed files
+        fail(f"--dataset_name {name}: cannot be loaded ({str(error)[:300]})")
+    columns = dataset.column_names
+    if not isinstance(dataset.features.get(image_column), datasets.Image):
+        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {columns}")
+    if caption_column and caption_column not in columns:
+        fail(f"--dataset_name {name}: no column {caption_column!r}; pass --caption_column, one of {columns}")
+    raw = dataset.remove_columns(image_column).to_pandas()
+    read_classes(raw, dataset.features)
+    raw = raw.astype(object).where(raw.notna(), "").astype(str)
+    if caption_column:
+        raw["prompt"] = raw[caption_column]
+    if len(parts) > 1 and "split" not in raw:
+        raw["split"] = [split for split, part in parts.items() for _ in range(len(part))]
+    dataset = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    if not {"Path", "file_name"} & {*raw}:
+        _, paths = dataset.with_format("arrow")[:][image_column].flatten()  # without reading the images' bytes
+        raw["file_name"] = [path or "" for path in paths.to_pylist()]
+    images, names = [(dataset, image_column, row) for row in raw.index], [f"{name}[{row}]" for row in raw.index]
+    raw, lines = match_columns(raw, labels, f"--dataset_name {name}")
+    return make_table(raw, names, images, [("table", f"{name}, {len(raw):,} rows"), *lines])
+
+
+# Copied from sample.known_labels
+def known_labels(labels, default=LABELS):
+    """Return the label columns to read or write: the default ones if they include `labels`, else these."""
+    return default if {*(labels or ())} <= {*default} else labels
+
+
+def load_folder(folder):
+    """Return the image table of a folder without one: a set of images without labels."""
+    suffixes = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+    names = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes]
+    names = pd.Series(sorted(name for name in names if not re.search(r"(^|/)\.", name)), dtype=str)
+    if names.empty or (Path(folder) / "sampling.json").exists():
+        fail(f"{folder}: no images, or not finished by sample.py; pass an image table or a folder of images")
+    images = [os.path.join(os.path.abspath(folder), name) for name in names]
+    return make_table(names.to_frame("Path"), names, images, [("table", f"{folder}, {len(names):,} images, no table")])
+
+
+def save_dataset_image(image, folder):
+    """Return the path of a data set's image, written to a folder if it is not a file of its own."""
+    dataset, column, row = image
+    encoded = dataset[row][column] or {"bytes": None, "path": f"{folder}/no image in row {row}"}
+    if not encoded["bytes"]:
+        return encoded["path"]
+    path = folder / hashlib.sha256(encoded["bytes"]).hexdigest()
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{path.name}.{os.getpid()}"  # each process writes them
+        temporary.write_bytes(encoded["bytes"])
+        os.replace(temporary, path)
+    return str(path)
+
+
+# Copied from eval_generation.table_path
+def table_path(name):
+    """Return the table in a folder written by sample.py, or the path itself."""
+    path = Path(name) / "metadata.csv"
+    return str(path if path.is_file() else name)
+
+
+def load_table(source, image_root, labels, args=None):
+    """Return the image table of a CSV, of a folder with or without metadata.csv, or of --dataset_name."""
+    if args and source == args.dataset_name:
+        table = load_dataset_table(source, args.image_column, None, labels)
+        folder = Path(args.output_dir).parent / "dataset_images"
+        return table.assign(image=[save_dataset_image(image, folder) for image in table["image"]])
+    source = table_path(source)
+    return load_folder(source) if os.path.isdir(source) else load_image_table(source, image_root, labels=labels)
+
+
+def print_block(accelerator, table):
+    """Print what a table's columns are used for, and the most frequent sizes of its images."""
+    if accelerator.is_main_process:
+        sizes = image_sizes(list(table["image"])).most_common(5)
+        lines = [*table.attrs["block"], ("sizes", ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes))]
+        print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
 
 
 # Copied from train_full.assign_splits
@@ -253,17 +430,26 @@ def assign_splits(patients, seed):
     return patients.map(splits)
 
 
+# Copied from train_full.split_of
+def split_of(table, seed):
+    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
+
+
 def patient_hash(patient):
     """Return 16 hexadecimal digits that stand for a patient in files that may be shared."""
     return hashlib.sha256(f"patient:{patient}".encode()).hexdigest()[:16]
 
 
-def read_geometry(csv):
-    """Return the distinct `resize_mode` (str) and `resolution` (int) in sample.py's metadata.csv, [] if unknown."""
-    table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+def read_geometry(table, csv):
+    """Return the distinct `resize_mode` (str) and `resolution` (int) that sample.py records, [] if unknown.
+
+    Where no resolution is recorded, look at the images: it is their longer side.
+    """
     modes, sides = ([value for value in table.get(name, []) if value] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
         fail(f"{csv}: the column resize_mode or resolution has values that sample.py does not write")
+    sides = sides or sorted(map(max, image_sizes(list(table["image"]))), reverse=True)
     return {"resize_mode": list(dict.fromkeys(modes)), "resolution": list(dict.fromkeys(map(int, sides)))}
 
 
@@ -274,7 +460,7 @@ def subset(table, count, seed):
 def split_pool(table, seed, has_test):
     """Split by patient into (training, validation) rows; without `has_test`, also train on the split's test part."""
     # Without test images, a table may already be one part of the split by `seed`, so use another seed.
-    parts = assign_splits(table["patient"], seed if has_test else seed + 1)
+    parts = split_of(table, seed if has_test else seed + 1)
     return table[parts == "train" if has_test else parts != "val"], table[parts == "val"]
 
 
@@ -299,7 +485,10 @@ def draw_rows(args, tables, synthetic_csv, left_out):
         for kind, share in shares.items():
             if not 1 <= share <= len(rows[kind]):
                 sizes = ", ".join(f"{len(table):,} {name}" for name, table in rows.items())
-                fail(f"too few images for {part}: {sizes}; pass a larger table or a smaller --num_train_images")
+                fail(
+                    f"too few images for {part}: {sizes}; pass a larger table or a smaller --num_train_images; "
+                    "a split column needs train and val"
+                )
             left_out[f"{kind} images beyond the {share:,} used for {part}"] = len(rows[kind]) - share
             drawn.append(subset(rows[kind], share, args.split_seed).assign(real=kind == "real"))
         result.append(pd.concat(drawn, ignore_index=True))
@@ -308,14 +497,12 @@ def draw_rows(args, tables, synthetic_csv, left_out):
 
 def load_tables(args, spec, accelerator):
     """Load the tables, split real images by patient and draw training rows; `spec` is --classifier's JSON, or {}."""
-    synthetic_csv, test_csv = args.synthetic, args.test_csv or args.real_csv
-    if synthetic_csv and os.path.isdir(synthetic_csv):
-        synthetic_csv = os.path.join(synthetic_csv, "metadata.csv")
-    if synthetic_csv and not os.path.isfile(synthetic_csv):
-        fail(f"--synthetic: {synthetic_csv} not found; pass a finished folder of sample.py, or an image table")
+    synthetic_csv, test_csv = args.synthetic and table_path(args.synthetic), args.test_csv or args.real_csv
+    known = known_labels(spec.get("labels") or args.labels)
     left_out, notes, tables = Counter(), [], {}
     for csv in dict.fromkeys(filter(None, (synthetic_csv, args.real_csv, args.validation_csv, test_csv))):
-        table = load_image_table(csv, None if csv == synthetic_csv else args.image_root)
+        table = load_table(csv, None if csv == synthetic_csv else args.image_root, known, args)
+        print_block(accelerator, table)
         left_out["not frontal"] += int((~table["frontal"]).sum())
         tables[csv] = table = table[table["frontal"]]
         if args.on_bad_image == "skip":
@@ -323,21 +510,29 @@ def load_tables(args, spec, accelerator):
             bad = find_bad_images(accelerator, list(table["image"]), args)
             left_out["unreadable"] += len(bad)
             tables[csv] = table[~table["image"].isin(bad)]
-    columns = [label for label in LABELS if all(label in table for table in tables.values())]
-    labels = spec.get("labels") or args.labels or [label for label in CONDITIONS if label in columns]
+    columns = [label for label in known if all(label in table for table in tables.values())]
+    labels = args.labels or [label for label in spec.get("labels", CONDITIONS) if label in columns]
     if not labels or set(labels) - set(columns):
         fail(f"labels that {' and '.join(tables)} have in common: {', '.join(columns) or 'none'}; pass --labels")
+    if set(spec.get("labels", labels)) - set(labels):
+        notes.append(f"{test_csv} has no {', '.join(set(spec['labels']) - set(labels))}: not scored")
 
-    made = read_geometry(synthetic_csv) if synthetic_csv else {"resize_mode": [], "resolution": []}
+    made = {"resize_mode": [], "resolution": []}
+    if synthetic_csv:
+        made = read_geometry(tables[synthetic_csv], synthetic_csv)
     if spec:
         made = {"resize_mode": [spec["resize_mode"]], "resolution": [spec["source_resolution"]]}
     modes = list(dict.fromkeys(filter(None, [args.resize_mode, *made["resize_mode"]])))
     if len(modes) > 1 and not args.mixed_geometry:
         fail(f"images made with --resize_mode {' and '.join(modes)}; pass --mixed_geometry to compare them")
+    sides = {*made["resolution"], args.source_resolution} - {None}
+    if len(sides) > 1 and not args.mixed_geometry:
+        sizes = ", ".join(map(str, sorted(sides)[:5]))
+        fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow them by --mixed_geometry")
     geometry = args.source_resolution or max(made["resolution"], default=512), modes[0] if modes else "squash"
 
     test, split = tables[test_csv], args.split or ("all" if args.test_csv else "test")
-    test = test if split == "all" else test[assign_splits(test["patient"], args.split_seed) == split]
+    test = test if split == "all" else test[split_of(test, args.split_seed) == split]
     if test.empty:
         fail(f"{test_csv}: no images to test on in split {split}; see --split and --split_seed")
     train, val = (test[:0], test[:0]) if spec else draw_rows(args, tables, synthetic_csv, left_out)
@@ -360,36 +555,53 @@ def load_tables(args, spec, accelerator):
     return Tables(train, val, test, labels, geometry, counts | {"left_out": left_out}, notes)
 
 
-def read_groups(csv, test):
+def read_groups(test):
     """Return {"Sex: Female": which rows of `test`, (n,) bool} from CheXpert's columns Sex, Age and AP/PA, if any."""
     columns = ["Sex", "Age", "AP/PA"]
-    options = {"dtype": str, "encoding": "utf-8-sig", "skipinitialspace": True, "index_col": False}
-    table = pd.read_csv(csv, usecols=lambda name: name in columns, na_values="Unknown", **options)
-    table = table.reindex(test.index, columns=columns)
+    table = test.reindex(columns=columns).replace(["", "Unknown"], np.nan)
     years, ages = pd.to_numeric(table["Age"], errors="coerce"), ["0-17", "18-39", "40-59", "60-79", "80+"]
     table["Age"] = pd.cut(years, [0, 18, 40, 60, 80, math.inf], right=False, labels=ages).astype(object)
     groups = pd.get_dummies(table, prefix_sep=": ", columns=columns, dtype=bool)
     return {name: inside.to_numpy() for name, inside in groups.items()}
 
 
+# Copied from train_full.open_image
+def open_image(image):
+    """Open an image, without decoding it: a path, or (dataset, column, row) for a row of a Hugging Face dataset."""
+    file = image
+    if isinstance(image, tuple):
+        dataset, column, row = image
+        encoded = dataset[row][column]
+        file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+    try:
+        return Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+    except UnidentifiedImageError as error:
+        if isinstance(file, str) and (file.endswith(".dcm") or Path(file).read_bytes()[128:132] == b"DICM"):
+            raise ValueError("a DICOM file; convert it with launch/make_table.py --source dicom") from error
+        raise
+
+
+# Copied from train_full.image_sizes
+def image_sizes(images):
+    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
+
+    def size(image):
+        with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
+            return opened.size
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return Counter(filter(None, pool.map(size, images[:: len(images) // 1000 + 1])))
+
+
 # Copied from train_full.load_image
 def load_image(image, resolution, resize_mode):
-    """Decode an image to (resolution, resolution, 3) uint8. Raise ValueError if it cannot be used.
-
-    `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
-    """
+    """Decode an image, as of `open_image`, to (resolution, resolution, 3) uint8. Raise ValueError if not usable."""
     try:
-        if isinstance(image, tuple):
-            dataset, column, row = image
-            encoded = dataset[row][column]
-            file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
-        else:
-            file = image
-        with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
+        with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
             # Pillow silently clips deeper images or drops their low bits.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
-                raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
+                raise ValueError("more than 8 bits per channel; convert it to 8 bits with launch/make_table.py")
             if getattr(opened, "n_frames", 1) > 1:
                 raise ValueError("more than one frame")
             picture = ImageOps.exif_transpose(opened)
@@ -928,7 +1140,7 @@ def run_settings(args, tables, spec, images, num_processes):
     train, val, test = images
     # These may differ; the digests below compare the images themselves.
     names = ["synthetic", "real_csv", "validation_csv", "test_csv", "image_root", "classifier", "output_dir"]
-    names += ["image_cache_dir", "reference", "bootstrap_samples", "max_test_images"]
+    names += ["dataset_name", "image_column", "image_cache_dir", "reference", "bootstrap_samples", "max_test_images"]
     settings = {key: value for key, value in vars(args).items() if key not in names}
     settings["source_resolution"], settings["resize_mode"] = tables.geometry
     settings |= {"labels": tables.labels, "processes": num_processes, "weights_sha256": spec.get("model_sha256")}
@@ -987,7 +1199,8 @@ def main(args):
 
     if spec:
         classifier.to(accelerator.device)
-        results = [(predict(accelerator, classifier, test.pixels, spec["normalisation"]), [])]
+        logits = predict(accelerator, classifier, test.pixels, spec["normalisation"])
+        results = [(logits[:, [spec["labels"].index(label) for label in labels]], [])]
     else:
         try:
             results = [train_seed(args, accelerator, args.seed + k, images) for k in range(args.num_seeds)]
@@ -1000,7 +1213,7 @@ def main(args):
     names, patients = (tables.test[key].to_numpy(object) for key in ("name", "patient"))
     probabilities = [torch.from_numpy(logits).double().sigmoid().numpy() for logits, _ in results]
     figures = score(test.targets, patients, probabilities, args.bootstrap_samples)
-    groups = read_groups(args.test_csv or args.real_csv, tables.test)
+    groups = read_groups(tables.test)
     for name, inside in groups.items():
         # Mask the other images, so that each draw is of the same patients as above.
         masked = np.where(inside[:, None], test.targets, np.nan)

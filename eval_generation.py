@@ -3,8 +3,8 @@
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5",
 #   "transformers>=4.57.1", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
-#   "scikit-image>=0.22", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12", "matplotlib>=3.8",
-#   "pillow>=10.3", "tqdm>=4.67",
+#   "scikit-image>=0.22", "datasets>=4.0", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12",
+#   "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Compare generated chest radiographs with real ones: the paper's Table 3, with 95% intervals and floors.
@@ -19,6 +19,7 @@ metric's floor is the value of real images, or for memorisation the value expect
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import io
 import itertools
@@ -26,11 +27,13 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from csv import Sniffer
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -52,7 +55,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import AutoencoderKL
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -83,6 +86,19 @@ LABELS = (
 CONDITIONS = ["Cardiomegaly", "Lung Opacity", "Edema", "No Finding", "Pneumothorax", "Pleural Effusion"]
 # Copied from train_full.DEFAULT_TABLES
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
+# Copied from train_full.LABEL_VALUES
+LABEL_VALUES = (
+    dict.fromkeys(["", "unlabeled", "not mentioned"], math.nan)
+    | dict.fromkeys(["1", "1.0", "true", "present", "positive"], 1.0)
+    | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
+    | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
+)
+# Copied from train_full.COLUMNS
+COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
+    "Path": ["file_name"],
+    "Frontal/Lateral": ["ViewPosition", "view"],
+    "prompt": ["text", "caption"],
+}
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # The sets of images that are scored, and the suffix of their metrics.
@@ -127,6 +143,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("images").add_argument
     flag("--synthetic", required=True, help="folder of sample.py, or any image table")
     flag("--real_csv", help=f"table of radiographs (default: {' or '.join(DEFAULT_TABLES)})")
+    flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --real_csv")
+    flag("--image_column", default="image", help="image column of --dataset_name")
     flag("--image_root", help="folder that paths in --real_csv and --train_csv are relative to")
     splits = ["train", "val", "test", "all"]
     flag("--real_split", choices=splits, default="test", help="patients of --real_csv; pass all for a test set")
@@ -139,7 +157,7 @@ def parse_args(argv=None):
     flag("--vae", help="pipeline whose VAE encodes and decodes real images, scored as well (default: none)")
     flag("--revision", help="branch, tag or commit of --vae on the hub")
     flag("--variant", help="variant of --vae's weight files, such as fp16")
-    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="labels to score (default: --synthetic's)")
+    flag("--labels", nargs="+", help="label columns to score (default: CheXpert's that --synthetic has)")
     flag("--max_per_label", type=int, default=5000, help="maximum images per label; a seeded choice if there are more")
     pools = "paper: 'all' counts images once per label; equals unique for prompts of one label"
     flag("--pool", choices=["unique", "paper"], default="unique", help=pools)
@@ -163,21 +181,24 @@ def parse_args(argv=None):
     if len(set(map(network_name, args.features))) < len(args.features):
         parser.error(f"--features {' '.join(args.features)}: two have the same last part, which names their metrics")
     args.labels = args.labels and list(dict.fromkeys(args.labels))
-    args.real_csv = args.real_csv or next(filter(os.path.isfile, DEFAULT_TABLES), None)
+    if args.real_csv and args.dataset_name:
+        parser.error("pass either --real_csv or --dataset_name")
+    args.real_csv = args.real_csv or args.dataset_name or next(filter(os.path.isfile, DEFAULT_TABLES), None)
     if not args.real_csv:
         found = f"found neither {' nor '.join(DEFAULT_TABLES)} in {Path.cwd()}"
         parser.error(f"{found}; pass --real_csv, or run the offline demo: bash launch/demo.sh")
     for name in ("real_csv", "train_csv", "synthetic", "baseline"):
         path = getattr(args, name)
-        if path and not os.path.isfile(table_path(path)):
-            parser.error(f"--{name} {path}: neither an image table nor a finished folder of sample.py (metadata.csv)")
+        if path and path != args.dataset_name and not os.path.exists(path):
+            parser.error(f"--{name} {path}: neither an image table nor a folder of images")
     args.output_dir = args.output_dir or str(Path("evaluations") / run_name(args.synthetic))
     return args
 
 
 def table_path(name):
     """Return the table in a folder written by sample.py, or the path itself."""
-    return str(Path(name) / "metadata.csv" if os.path.isdir(name) else name)
+    path = Path(name) / "metadata.csv"
+    return str(path if path.is_file() else name)
 
 
 def network_name(source):
@@ -201,17 +222,65 @@ def run_name(synthetic):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_full.parse_labels
-def parse_labels(raw, source):
-    """Return the label columns of a table of strings as floats: 1, 0, -1, or NaN where a finding is not mentioned."""
-    values = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
-    labels = raw[[label for label in LABELS if label in raw]].apply(lambda column: column.str.strip())
-    for name, column in labels.items():
-        unknown = ~column.isin(values)
-        if unknown.any():
-            row = int(unknown.argmax())
-            fail(f"{source}: row {row + 1}, column {name!r}: {column.iloc[row]!r} is not 1, 0, -1 or blank")
-    return labels.apply(lambda column: column.map(values))
+# Copied from train_full.read_csv
+def read_csv(path):
+    """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    try:
+        text, encoding = data.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError:
+        text, encoding = data.decode("latin-1"), "Latin-1"
+    separator = ","
+    with contextlib.suppress(Exception):  # csv.Error, of a single column
+        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns about a row longer than the header, and shifts or drops its cells.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        fail(f"{path}: not a readable CSV ({error})")
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+
+
+# Copied from train_full.match_columns
+def match_columns(raw, labels, source):
+    """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
+
+    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
+    lines to print, each a heading and a text.
+    """
+
+    def plain(name):
+        return re.sub(r"[\s_]", "", str(name)).lower()
+
+    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
+    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
+        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
+        if any(candidates):
+            used[next(filter(None, candidates))] = name
+    if not {*labels, "prompt"} & {*used.values()}:
+        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
+        fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
+    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
+    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
+    unused = [name for name, found in values.items() if 1.0 in found and len(found) > 1 and None not in found]
+    for label in [label for label in labels if label in raw]:
+        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        unknown = [text for text, value in values.items() if value is None]
+        if unknown:
+            row = int((raw[label] == unknown[0]).argmax())
+            fail(f"{source}: row {row + 1}, column {label!r}: {unknown[0]!r} is not 1, 0, -1 or blank")
+        raw[label] = raw[label].map(values).astype(float)
+    texts = [name if name == column else f"{name} (from {column!r})" for column, name in used.items()]
+    lines = [("columns", ", ".join(texts))]
+    if unused:
+        hint = "name them with --labels, or map them with launch/make_table.py"
+        lines.append(("not used", f"0/1 columns {', '.join(unused)}; {hint}"))
+    return raw, lines
 
 
 # Copied from train_full.resolve_paths
@@ -222,57 +291,163 @@ def resolve_paths(names, csv, image_root):
     without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
+    roots = [str(root.absolute()) for root in roots]
     for root, skip in itertools.product(roots, (0, 1)):
-        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
-        if any(path.is_file() for path in paths[:1000]):
-            return [str(path) for path in paths]
-    searched = " or ".join(str(root.absolute()) for root in roots)
-    fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
+        paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
+        if any(map(os.path.isfile, paths[:1000])):
+            return paths
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
 
 
 # Copied from train_full.make_table
-def make_table(raw, names, images, prompt_column, source):
-    """Convert a table of strings to the image table that all scripts share.
+def make_table(raw, names, images, lines):
+    """Convert a table of `match_columns` to the image table that all scripts share.
 
-    Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels that exist. Images without a patient are treated as separate patients.
+    Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
+    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
+    to print about them. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
-    patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
+    path = raw.get("Path", table["name"])
+    patient = path.str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    view = raw["Frontal/Lateral"] if "Frontal/Lateral" in raw else pd.Series("frontal", raw.index)
-    table["frontal"] = view.str.strip().str.lower().str.startswith("frontal")
-    table["prompt"] = raw[prompt_column].str.strip() if prompt_column in raw else ""
-    return table.join(parse_labels(raw, source))
+    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
+    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
+    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
+    table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
+    if "split" in raw:
+        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if table["split"].isna().any():
+            del table["split"]
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+    if table["name"].duplicated().any():
+        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
+    table.attrs["block"] = lines
+    return table
 
 
 # Copied from train_full.load_image_table
-def load_image_table(csv, image_root=None, with_images=True):
+def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
-    try:
-        with warnings.catch_warnings():
-            # pandas only warns about a row longer than the header, and shifts or drops its cells.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **options)
-    except (ValueError, pd.errors.ParserWarning) as error:
-        fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
-    column = next((name for name in ("Path", "file_name") if name in raw), None)
-    if column is None:
-        fail(f"{csv}: no image column; name it Path (CheXpert) or file_name (imagefolder)")
+    raw, form = read_csv(csv)
+    raw, lines = match_columns(raw, labels, csv)
+    if "Path" not in raw:
+        hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
+        fail(f"{csv}: no image column; {hint}")
+    names = raw["Path"]
     if raw.empty:
         fail(f"{csv}: no rows below the header")
-    if (raw[column] == "").any():
-        fail(f"{csv}: row {int((raw[column] == '').argmax()) + 1} has no path in column {column!r}")
-    if not {*LABELS, "prompt"} & set(raw.columns):
-        fail(f"{csv}: no label or prompt column; expected prompt or any of {', '.join(LABELS)}")
-    images = resolve_paths(raw[column], csv, image_root) if with_images else raw[column]
-    return make_table(raw, raw[column], images, "prompt", csv)
+    if (names == "").any():
+        fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
+    images = resolve_paths(names, csv, image_root) if with_images else names
+    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
+
+
+# Copied from train_full.read_classes
+def read_classes(raw, features):
+    """Replace codes of classes by their names, in place, and add a 0/1 column for each class."""
+    for column in [*raw]:
+        classes = getattr(getattr(features[column], "feature", features[column]), "names", None)  # also lists of them
+        if classes:
+            codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
+            rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
+            raw[column] = [", ".join(row) for row in rows]
+            for name in {*classes} - {*raw, *LABEL_VALUES}:
+                raw[name] = [str(int(name in row)) for row in rows]
+
+
+# Copied from train_full.load_dataset_table
+def load_dataset_table(name, image_column, caption_column, labels):
+    """Return the image table of a Hugging Face dataset, whose images are (dataset, column, row), decoded on demand."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        parts = datasets.load_dataset(name)
+        dataset = datasets.concatenate_datasets(list(parts.values()))
+    except Exception as error:  # anything from connection errors to malformed files
+        fail(f"--dataset_name {name}: cannot be loaded ({str(error)[:300]})")
+    columns = dataset.column_names
+    if not isinstance(dataset.features.get(image_column), datasets.Image):
+        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {columns}")
+    if caption_column and caption_column not in columns:
+        fail(f"--dataset_name {name}: no column {caption_column!r}; pass --caption_column, one of {columns}")
+    raw = dataset.remove_columns(image_column).to_pandas()
+    read_classes(raw, dataset.features)
+    raw = raw.astype(object).where(raw.notna(), "").astype(str)
+    if caption_column:
+        raw["prompt"] = raw[caption_column]
+    if len(parts) > 1 and "split" not in raw:
+        raw["split"] = [split for split, part in parts.items() for _ in range(len(part))]
+    dataset = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    if not {"Path", "file_name"} & {*raw}:
+        _, paths = dataset.with_format("arrow")[:][image_column].flatten()  # without reading the images' bytes
+        raw["file_name"] = [path or "" for path in paths.to_pylist()]
+    images, names = [(dataset, image_column, row) for row in raw.index], [f"{name}[{row}]" for row in raw.index]
+    raw, lines = match_columns(raw, labels, f"--dataset_name {name}")
+    return make_table(raw, names, images, [("table", f"{name}, {len(raw):,} rows"), *lines])
+
+
+# Copied from sample.known_labels
+def known_labels(labels, default=LABELS):
+    """Return the label columns to read or write: the default ones if they include `labels`, else these."""
+    return default if {*(labels or ())} <= {*default} else labels
+
+
+# Copied from eval_downstream.load_folder
+def load_folder(folder):
+    """Return the image table of a folder without one: a set of images without labels."""
+    suffixes = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+    names = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes]
+    names = pd.Series(sorted(name for name in names if not re.search(r"(^|/)\.", name)), dtype=str)
+    if names.empty or (Path(folder) / "sampling.json").exists():
+        fail(f"{folder}: no images, or not finished by sample.py; pass an image table or a folder of images")
+    images = [os.path.join(os.path.abspath(folder), name) for name in names]
+    return make_table(names.to_frame("Path"), names, images, [("table", f"{folder}, {len(names):,} images, no table")])
+
+
+# Copied from eval_downstream.save_dataset_image
+def save_dataset_image(image, folder):
+    """Return the path of a data set's image, written to a folder if it is not a file of its own."""
+    dataset, column, row = image
+    encoded = dataset[row][column] or {"bytes": None, "path": f"{folder}/no image in row {row}"}
+    if not encoded["bytes"]:
+        return encoded["path"]
+    path = folder / hashlib.sha256(encoded["bytes"]).hexdigest()
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{path.name}.{os.getpid()}"  # each process writes them
+        temporary.write_bytes(encoded["bytes"])
+        os.replace(temporary, path)
+    return str(path)
+
+
+# Copied from eval_downstream.load_table
+def load_table(source, image_root, labels, args=None):
+    """Return the image table of a CSV, of a folder with or without metadata.csv, or of --dataset_name."""
+    if args and source == args.dataset_name:
+        table = load_dataset_table(source, args.image_column, None, labels)
+        folder = Path(args.output_dir).parent / "dataset_images"
+        return table.assign(image=[save_dataset_image(image, folder) for image in table["image"]])
+    source = table_path(source)
+    return load_folder(source) if os.path.isdir(source) else load_image_table(source, image_root, labels=labels)
+
+
+# Copied from eval_downstream.print_block
+def print_block(accelerator, table):
+    """Print what a table's columns are used for, and the most frequent sizes of its images."""
+    if accelerator.is_main_process:
+        sizes = image_sizes(list(table["image"])).most_common(5)
+        lines = [*table.attrs["block"], ("sizes", ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes))]
+        print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
 
 
 # Copied from train_full.assign_splits
@@ -283,6 +458,12 @@ def assign_splits(patients, seed):
         position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
         splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
     return patients.map(splits)
+
+
+# Copied from train_full.split_of
+def split_of(table, seed):
+    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
 
 
 # Copied from train_full.positive_labels
@@ -298,12 +479,15 @@ def keyed_seed(*key):
 
 
 # Copied from eval_downstream.read_geometry
-def read_geometry(csv):
-    """Return the distinct `resize_mode` (str) and `resolution` (int) in sample.py's metadata.csv, [] if unknown."""
-    table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+def read_geometry(table, csv):
+    """Return the distinct `resize_mode` (str) and `resolution` (int) that sample.py records, [] if unknown.
+
+    Where no resolution is recorded, look at the images: it is their longer side.
+    """
     modes, sides = ([value for value in table.get(name, []) if value] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
         fail(f"{csv}: the column resize_mode or resolution has values that sample.py does not write")
+    sides = sides or sorted(map(max, image_sizes(list(table["image"]))), reverse=True)
     return {"resize_mode": list(dict.fromkeys(modes)), "resolution": list(dict.fromkeys(map(int, sides)))}
 
 
@@ -335,17 +519,17 @@ def label_rows(table, labels, args):
 
 def merge_duplicates(table, column):
     """Keep the first row of each value of a column, with every label that any of its rows has."""
-    labels = [label for label in LABELS if label in table]
+    labels = [name for name in table if table[name].dtype == float]
     merged = table.assign(**table.groupby(column, sort=False)[labels].transform("max"))
     return merged[~table[column].duplicated()].reset_index(drop=True)
 
 
-def load_split(csv, image_root=None, split="all", seed=0):
+def load_split(csv, image_root=None, split="all", seed=0, args=None):
     """Return the frontal rows of the patients in a split."""
-    table = load_image_table(csv, image_root)
+    table = load_table(csv, image_root, known_labels(args and args.labels), args)
     table = table[table["frontal"]]
     if split != "all" and len(table):
-        table = table[assign_splits(table["patient"], seed) == split]
+        table = table[split_of(table, seed) == split]
     if table.empty:
         fail(f"{csv}: no frontal image in split {split!r}; if it is one split, use --real_split or --train_split all")
     return table.reset_index(drop=True)
@@ -353,16 +537,17 @@ def load_split(csv, image_root=None, split="all", seed=0):
 
 def load_training_images(args):
     """Return the rows that the training scripts select by the same flags: those with a prompt or a positive label."""
-    table = load_split(args.train_csv, args.image_root, args.train_split, args.split_seed)
-    table = table[(table["prompt"] != "") | positive_labels(table, LABELS, args.uncertain).any(axis=1)]
+    table = load_split(args.train_csv, args.image_root, args.train_split, args.split_seed, args)
+    positive = positive_labels(table, known_labels(args.labels), args.uncertain).any(axis=1)
+    table = table[(table["prompt"] != "") | positive]
     if args.max_train_samples and args.max_train_samples < len(table):
         table = table.sample(n=args.max_train_samples, random_state=args.split_seed % 2**32)
     return table.reset_index(drop=True)
 
 
-def choose_geometry(args, csvs, notes):
+def choose_geometry(args, tables, notes):
     """Return the resolution and resize mode; fail if they differ between tables and flags, unless --mixed_geometry."""
-    geometries, chosen = {csv: read_geometry(csv) for csv in csvs}, []
+    geometries, chosen = {csv: read_geometry(table, csv) for csv, table in tables.items()}, []
     for column, default in (("resolution", 512), ("resize_mode", "squash")):
         requested = getattr(args, column)
         found = {f"--{column}": [requested]} if requested else {}
@@ -373,7 +558,7 @@ def choose_geometry(args, csvs, notes):
                 fail(f"images of different {column}: {found}; sample again, or pass --mixed_geometry")
             notes.append(f"comparing images of different {column}: {found}")
         if not values:
-            notes.append(f"{csvs[0]} does not record its {column}; assuming {default}")
+            notes.append(f"{next(iter(tables))} does not record its {column}; assuming {default}")
         chosen.append(values[0] if values else default)
     return chosen
 
@@ -382,21 +567,23 @@ def plan_evaluation(args, accelerator):
     """Return the tables by name, with each image once, the labels, the geometry, and warnings for the reader."""
     folders, notes = {"synthetic": args.synthetic, "base model": args.baseline}, []
     csvs = {name: table_path(folder) for name, folder in folders.items() if folder}
-    resolution, resize_mode = choose_geometry(args, list(csvs.values()), notes)
-    tables = {name: load_split(csv) for name, csv in csvs.items()}
-    tables["real"] = load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
+    tables, known = {name: load_split(csv, args=args) for name, csv in csvs.items()}, known_labels(args.labels)
+    resolution, resize_mode = choose_geometry(args, {csv: tables[name] for name, csv in csvs.items()}, notes)
+    tables["real"] = load_split(args.real_csv, args.image_root, args.real_split, args.split_seed, args)
     if args.train_csv:
         tables["train"] = load_training_images(args)
         shared = set(tables["train"]["patient"]) & set(tables["real"]["patient"])
         if shared:
             notes.append(f"{len(shared):,} real patients were trained on; memorisation does not count them as unseen")
-    found = positive_labels(tables["synthetic"], LABELS, "zeros").any()
-    labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *LABELS].index)
+    for table in tables.values():
+        print_block(accelerator, table)
+    found = positive_labels(tables["synthetic"], known, "zeros").any()
+    labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *known].index)
 
     # Merge rows of the same path and, after hashing, real rows of the same content.
     repeated = {name: table["image"].duplicated().sum() for name, table in tables.items()}
     tables = {name: merge_duplicates(table, "image") for name, table in tables.items()}
-    counts = count_rows("test", tables["real"], args.uncertain)
+    counts = count_rows("test", tables["real"], known, args.uncertain)
     if labels:
         real, synthetic = (label_codes(tables[name], labels, args.uncertain) for name in ("real", "synthetic"))
         labelled = real > 0
@@ -777,24 +964,43 @@ def network_warnings(features, classifier, plan, args):
     return notes
 
 
+# Copied from train_full.open_image
+def open_image(image):
+    """Open an image, without decoding it: a path, or (dataset, column, row) for a row of a Hugging Face dataset."""
+    file = image
+    if isinstance(image, tuple):
+        dataset, column, row = image
+        encoded = dataset[row][column]
+        file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
+    try:
+        return Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+    except UnidentifiedImageError as error:
+        if isinstance(file, str) and (file.endswith(".dcm") or Path(file).read_bytes()[128:132] == b"DICM"):
+            raise ValueError("a DICOM file; convert it with launch/make_table.py --source dicom") from error
+        raise
+
+
+# Copied from train_full.image_sizes
+def image_sizes(images):
+    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
+
+    def size(image):
+        with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
+            return opened.size
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return Counter(filter(None, pool.map(size, images[:: len(images) // 1000 + 1])))
+
+
 # Copied from train_full.load_image
 def load_image(image, resolution, resize_mode):
-    """Decode an image to (resolution, resolution, 3) uint8. Raise ValueError if it cannot be used.
-
-    `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
-    """
+    """Decode an image, as of `open_image`, to (resolution, resolution, 3) uint8. Raise ValueError if not usable."""
     try:
-        if isinstance(image, tuple):
-            dataset, column, row = image
-            encoded = dataset[row][column]
-            file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
-        else:
-            file = image
-        with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
+        with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
             # Pillow silently clips deeper images or drops their low bits.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
-                raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
+                raise ValueError("more than 8 bits per channel; convert it to 8 bits with launch/make_table.py")
             if getattr(opened, "n_frames", 1) > 1:
                 raise ValueError("more than one frame")
             picture = ImageOps.exif_transpose(opened)
@@ -1011,9 +1217,9 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
 
 
 # Copied from train_full.count_rows
-def count_rows(part, table, uncertain):
+def count_rows(part, table, labels, uncertain):
     """Count the images of one part of the data, in all and per label (the paper's Table 2)."""
-    counts = positive_labels(table, [label for label in LABELS if label in table], uncertain).sum()
+    counts = positive_labels(table, [label for label in labels if label in table], uncertain).sum()
     by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
 

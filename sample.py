@@ -17,16 +17,21 @@ input of the evaluation scripts. Rerun an interrupted command to make the missin
 """
 
 import argparse
+import contextlib
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from csv import Sniffer
 from pathlib import Path
 
 # bitsandbytes, which diffusers imports, reports a missing 4-bit CPU kernel that nothing here uses.
@@ -54,6 +59,19 @@ LABELS = (
 ).split(",")
 # Copied from train_full.PROMPT_TEMPLATE
 PROMPT_TEMPLATE = "Chest X-ray of a subject with {}"
+# Copied from train_full.LABEL_VALUES
+LABEL_VALUES = (
+    dict.fromkeys(["", "unlabeled", "not mentioned"], math.nan)
+    | dict.fromkeys(["1", "1.0", "true", "present", "positive"], 1.0)
+    | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
+    | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
+)
+# Copied from train_full.COLUMNS
+COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
+    "Path": ["file_name"],
+    "Frontal/Lateral": ["ViewPosition", "view"],
+    "prompt": ["text", "caption"],
+}
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # The six conditions of the paper's Table 3.
@@ -102,9 +120,10 @@ def parse_args(argv=None):
     flag("--compile", action="store_true", help="torch.compile the U-Net; the first batch takes minutes")
 
     flag = parser.add_argument_group("prompts").add_argument
-    flag("--labels", nargs="+", choices=LABELS, metavar="LABEL", help="one prompt each (default: the paper's six)")
-    flag("--images_per_label", type=int, help="images per label (default: 5000)")
-    flag("--like_csv", help="instead of --labels: an image per frontal row with a finding in this table")
+    flag("--labels", nargs="+", help="one prompt each (default: the paper's six); with --like_csv, its columns")
+    flag("--prompts", nargs="+", help="instead of --labels: prompts as they stand")
+    flag("--images_per_label", type=int, help="images per label or prompt (default: 5000)")
+    flag("--like_csv", help="an image per frontal row of this table, of its own prompt or its positive labels")
     flag("--split", choices=["train", "val", "test", "all"], default="all", help="patients of --like_csv to use")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="ones counts -1 as a finding")
@@ -125,8 +144,10 @@ def parse_args(argv=None):
     for name in ("images_per_label", "num_images", "num_inference_steps", "resolution", "batch_size"):
         if getattr(args, name) not in (None, "auto") and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if args.like_csv and (args.labels or args.images_per_label):
+    if args.like_csv and args.images_per_label:
         parser.error("pass either --labels and --images_per_label, or --like_csv and --num_images")
+    if args.prompts and (args.labels or args.like_csv):
+        parser.error("--prompts replaces --labels and --like_csv; pass one of them")
     if args.num_images and not args.like_csv:
         parser.error("--num_images needs --like_csv; with --labels, use --images_per_label")
     if args.like_csv and not os.path.isfile(args.like_csv):
@@ -150,17 +171,65 @@ def keyed_seed(*key):
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
-# Copied from train_full.parse_labels
-def parse_labels(raw, source):
-    """Return the label columns of a table of strings as floats: 1, 0, -1, or NaN where a finding is not mentioned."""
-    values = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
-    labels = raw[[label for label in LABELS if label in raw]].apply(lambda column: column.str.strip())
-    for name, column in labels.items():
-        unknown = ~column.isin(values)
-        if unknown.any():
-            row = int(unknown.argmax())
-            fail(f"{source}: row {row + 1}, column {name!r}: {column.iloc[row]!r} is not 1, 0, -1 or blank")
-    return labels.apply(lambda column: column.map(values))
+# Copied from train_full.read_csv
+def read_csv(path):
+    """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    try:
+        text, encoding = data.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError:
+        text, encoding = data.decode("latin-1"), "Latin-1"
+    separator = ","
+    with contextlib.suppress(Exception):  # csv.Error, of a single column
+        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns about a row longer than the header, and shifts or drops its cells.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        fail(f"{path}: not a readable CSV ({error})")
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+
+
+# Copied from train_full.match_columns
+def match_columns(raw, labels, source):
+    """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
+
+    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
+    lines to print, each a heading and a text.
+    """
+
+    def plain(name):
+        return re.sub(r"[\s_]", "", str(name)).lower()
+
+    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
+    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
+        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
+        if any(candidates):
+            used[next(filter(None, candidates))] = name
+    if not {*labels, "prompt"} & {*used.values()}:
+        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
+        fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
+    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
+    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
+    unused = [name for name, found in values.items() if 1.0 in found and len(found) > 1 and None not in found]
+    for label in [label for label in labels if label in raw]:
+        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        unknown = [text for text, value in values.items() if value is None]
+        if unknown:
+            row = int((raw[label] == unknown[0]).argmax())
+            fail(f"{source}: row {row + 1}, column {label!r}: {unknown[0]!r} is not 1, 0, -1 or blank")
+        raw[label] = raw[label].map(values).astype(float)
+    texts = [name if name == column else f"{name} (from {column!r})" for column, name in used.items()]
+    lines = [("columns", ", ".join(texts))]
+    if unused:
+        hint = "name them with --labels, or map them with launch/make_table.py"
+        lines.append(("not used", f"0/1 columns {', '.join(unused)}; {hint}"))
+    return raw, lines
 
 
 # Copied from train_full.resolve_paths
@@ -171,57 +240,64 @@ def resolve_paths(names, csv, image_root):
     without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
+    roots = [str(root.absolute()) for root in roots]
     for root, skip in itertools.product(roots, (0, 1)):
-        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
-        if any(path.is_file() for path in paths[:1000]):
-            return [str(path) for path in paths]
-    searched = " or ".join(str(root.absolute()) for root in roots)
-    fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
+        paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
+        if any(map(os.path.isfile, paths[:1000])):
+            return paths
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
 
 
 # Copied from train_full.make_table
-def make_table(raw, names, images, prompt_column, source):
-    """Convert a table of strings to the image table that all scripts share.
+def make_table(raw, names, images, lines):
+    """Convert a table of `match_columns` to the image table that all scripts share.
 
-    Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels that exist. Images without a patient are treated as separate patients.
+    Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
+    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
+    to print about them. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
-    patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
+    path = raw.get("Path", table["name"])
+    patient = path.str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    view = raw["Frontal/Lateral"] if "Frontal/Lateral" in raw else pd.Series("frontal", raw.index)
-    table["frontal"] = view.str.strip().str.lower().str.startswith("frontal")
-    table["prompt"] = raw[prompt_column].str.strip() if prompt_column in raw else ""
-    return table.join(parse_labels(raw, source))
+    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
+    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
+    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
+    table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
+    if "split" in raw:
+        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if table["split"].isna().any():
+            del table["split"]
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+    if table["name"].duplicated().any():
+        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
+    table.attrs["block"] = lines
+    return table
 
 
 # Copied from train_full.load_image_table
-def load_image_table(csv, image_root=None, with_images=True):
+def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
-    try:
-        with warnings.catch_warnings():
-            # pandas only warns about a row longer than the header, and shifts or drops its cells.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **options)
-    except (ValueError, pd.errors.ParserWarning) as error:
-        fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
-    column = next((name for name in ("Path", "file_name") if name in raw), None)
-    if column is None:
-        fail(f"{csv}: no image column; name it Path (CheXpert) or file_name (imagefolder)")
+    raw, form = read_csv(csv)
+    raw, lines = match_columns(raw, labels, csv)
+    if "Path" not in raw:
+        hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
+        fail(f"{csv}: no image column; {hint}")
+    names = raw["Path"]
     if raw.empty:
         fail(f"{csv}: no rows below the header")
-    if (raw[column] == "").any():
-        fail(f"{csv}: row {int((raw[column] == '').argmax()) + 1} has no path in column {column!r}")
-    if not {*LABELS, "prompt"} & set(raw.columns):
-        fail(f"{csv}: no label or prompt column; expected prompt or any of {', '.join(LABELS)}")
-    images = resolve_paths(raw[column], csv, image_root) if with_images else raw[column]
-    return make_table(raw, raw[column], images, "prompt", csv)
+    if (names == "").any():
+        fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
+    images = resolve_paths(names, csv, image_root) if with_images else names
+    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
 
 
 # Copied from train_full.assign_splits
@@ -234,35 +310,80 @@ def assign_splits(patients, seed):
     return patients.map(splits)
 
 
+# Copied from train_full.split_of
+def split_of(table, seed):
+    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
+
+
 # Copied from train_full.positive_labels
 def positive_labels(table, labels, uncertain):
     """Return whether each label is positive in each row, as a boolean frame (rows, labels)."""
     return table.reindex(columns=labels).isin([1.0, -1.0] if uncertain == "ones" else [1.0])
 
 
-def plan_samples(args, template):
-    """Return a row per image: file_name, prompt, index among the images of its prompt, and the 14 labels as 1 or 0."""
+# Copied from train_full.add_prompts
+def add_prompts(table, labels, template, uncertain):
+    """Fill empty prompts from the labels, in their order. Rows without a positive label stay empty."""
+    positive = positive_labels(table, labels, uncertain).to_numpy()
+    findings = [", ".join(label for label, found in zip(labels, row) if found) for row in positive]
+    from_labels = pd.Series([template.replace("{}", text) if text else "" for text in findings], table.index, str)
+    return table.assign(prompt=table["prompt"].where(table["prompt"] != "", from_labels))
+
+
+def known_labels(labels, default=LABELS):
+    """Return the label columns to read or write: the default ones if they include `labels`, else these."""
+    return default if {*(labels or ())} <= {*default} else labels
+
+
+def folder_name(prompt, labels):
+    """Return the folder of a prompt's images: the labels that it names or, without, its beginning and a hash."""
+    name = re.sub(r"[^\w+-]", "_", "+".join(labels) or prompt).lower()
+    if labels and len(name) <= 200:
+        return name
+    return f"{name[:50]}-{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
+
+
+def plan_samples(args, template, trained_labels=LABELS, quiet=True):
+    """Return a row per image: file_name, prompt, index among the images of its prompt, and labels as 1 or 0."""
+    labels, number, lines = known_labels(args.labels, trained_labels), args.images_per_label or 5000, []
     if args.like_csv:
-        table = load_image_table(args.like_csv, with_images=False)
-        positive = positive_labels(table, LABELS, args.uncertain)
-        chosen = table["frontal"] & positive.any(axis=1)
+        labels = args.labels or trained_labels
+        table = load_image_table(args.like_csv, with_images=False, labels=labels)
+        lines += table.attrs["block"]
+        own_prompt, table = table["prompt"] != "", add_prompts(table, labels, template, args.uncertain)
+        chosen = table["frontal"] & (table["prompt"] != "")
         if args.split != "all":
-            chosen &= assign_splits(table["patient"], args.split_seed) == args.split
+            chosen &= split_of(table, args.split_seed) == args.split
         if not chosen.any():
-            fail(f"--like_csv {args.like_csv}: no frontal row with a positive label in split {args.split}")
-        positive = positive[chosen]
-        if args.num_images and args.num_images < len(positive):
-            positive = positive.sample(n=args.num_images, random_state=args.seed % 2**32)
-        combinations = [tuple(positive.columns[row]) for row in positive.to_numpy()]
+            fail(f"--like_csv {args.like_csv}: no frontal row with a prompt or positive label in split {args.split}")
+        table = table[chosen]
+        if args.num_images and args.num_images < len(table):
+            table = table.sample(n=args.num_images, random_state=args.seed % 2**32)
+        labels = [label for label in labels if not {*labels}.isdisjoint(table)]  # all of them, or none
+        positive = positive_labels(table, labels, args.uncertain)
+        findings = [tuple(positive.columns[row]) for row in positive.to_numpy(bool)]
+        wanted = zip(table["prompt"], findings, own_prompt[table.index])
+    elif args.prompts:
+        labels, wanted = [], [(prompt, (), True) for prompt in args.prompts for _ in range(number)]
     else:
-        combinations = [(label,) for label in args.labels or CONDITIONS for _ in range(args.images_per_label or 5000)]
+        chosen = args.labels or (CONDITIONS if trained_labels == LABELS else trained_labels)
+        if {*chosen} - {*trained_labels}:
+            lines.append(("warning", f"not labels of the run: {', '.join({*chosen} - {*trained_labels})}"))
+        wanted = [(template.replace("{}", label), (label,), False) for label in chosen for _ in range(number)]
     rows, counts = [], Counter()
-    for labels in combinations:
-        name = f"{'+'.join(labels).lower().replace(' ', '_')}/{counts[labels]:06d}.png"
-        row = {"file_name": name, "prompt": template.replace("{}", ", ".join(labels)), "index": counts[labels]}
-        rows.append(row | {label: float(label in labels) for label in LABELS})
-        counts[labels] += 1
-    return pd.DataFrame(rows)
+    for prompt, found, own in wanted:
+        folder, index = folder_name(prompt, () if own else found), counts[prompt]
+        row = {"file_name": f"{folder}/{index:06d}.png", "prompt": prompt, "index": index}
+        rows.append(row | {label: float(label in found) for label in labels})
+        counts[prompt] += 1
+    samples = pd.DataFrame(rows)
+    if samples["file_name"].duplicated().any():
+        fail("two labels differ in punctuation only, which names of folders leave out; rename one")
+    lines.append(("prompts", ", ".join(map(repr, samples["prompt"].unique()[:2]))))
+    if not quiet:
+        print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
+    return samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,7 +700,7 @@ def main(args):
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
     summary = read_summary(args.model)
     template = args.prompt_template or summary.get("prompt_template", PROMPT_TEMPLATE)
-    samples = plan_samples(args, template)
+    samples = plan_samples(args, template, summary.get("labels", LABELS), not state.is_main_process)
     pipeline = load_model(args, summary)
     weights = pipeline_fingerprint(pipeline)
     scale, sample_size = pipeline.vae_scale_factor, pipeline.unet.config.sample_size

@@ -19,6 +19,7 @@ and checkpoints.
 import argparse
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -26,6 +27,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -34,6 +36,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from csv import Sniffer
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +58,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
@@ -65,6 +68,19 @@ LABELS = (
     "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,"
     "Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
 ).split(",")
+# What a cell of a label column means; -1 is uncertain, NaN not mentioned.
+LABEL_VALUES = (
+    dict.fromkeys(["", "unlabeled", "not mentioned"], math.nan)
+    | dict.fromkeys(["1", "1.0", "true", "present", "positive"], 1.0)
+    | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
+    | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
+)
+# The other columns that scripts use, and what else they may be called.
+COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
+    "Path": ["file_name"],
+    "Frontal/Lateral": ["ViewPosition", "view"],
+    "prompt": ["text", "caption"],
+}
 PROMPT_TEMPLATE = "Chest X-ray of a subject with {}"
 DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 # Fractions of patients, in the proportions of the paper's Table 2.
@@ -96,6 +112,7 @@ def add_shared_arguments(parser):
     flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
     flag("--image_column", default="image", help="image column of --dataset_name")
     flag("--caption_column", help="column of --dataset_name (default: prompt, text, caption, else the labels)")
+    flag("--labels", nargs="+", default=LABELS, help="label columns, in the order of captions (default: CheXpert's)")
     splits = ["train", "val", "test", "all"]
     flag("--split", choices=splits, help="patients to train on (default: train; all with --validation_csv)")
     flag("--split_seed", type=int, default=0, help="seed of the patient split; must match the other scripts")
@@ -177,6 +194,7 @@ def check_arguments(parser, args):
         parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant; use constant_with_warmup")
     if args.prompt_template.count("{}") != 1:
         parser.error("--prompt_template needs exactly one {}, where the findings go")
+    args.labels = list(dict.fromkeys(args.labels))
     if args.data_csv and args.dataset_name:
         parser.error("pass either --data_csv or --dataset_name")
     if not args.data_csv and not args.dataset_name:
@@ -224,23 +242,40 @@ def keyed_seed(*key):
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
-def load_image(image, resolution, resize_mode):
-    """Decode an image to (resolution, resolution, 3) uint8. Raise ValueError if it cannot be used.
-
-    `image` is a path, or (dataset, column, row) for a row of a Hugging Face dataset.
-    """
+def open_image(image):
+    """Open an image, without decoding it: a path, or (dataset, column, row) for a row of a Hugging Face dataset."""
+    file = image
+    if isinstance(image, tuple):
+        dataset, column, row = image
+        encoded = dataset[row][column]
+        file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
     try:
-        if isinstance(image, tuple):
-            dataset, column, row = image
-            encoded = dataset[row][column]
-            file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
-        else:
-            file = image
-        with Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as opened:
+        return Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+    except UnidentifiedImageError as error:
+        if isinstance(file, str) and (file.endswith(".dcm") or Path(file).read_bytes()[128:132] == b"DICM"):
+            raise ValueError("a DICOM file; convert it with launch/make_table.py --source dicom") from error
+        raise
+
+
+def image_sizes(images):
+    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
+
+    def size(image):
+        with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
+            return opened.size
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return Counter(filter(None, pool.map(size, images[:: len(images) // 1000 + 1])))
+
+
+def load_image(image, resolution, resize_mode):
+    """Decode an image, as of `open_image`, to (resolution, resolution, 3) uint8. Raise ValueError if not usable."""
+    try:
+        with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
             # Pillow silently clips deeper images or drops their low bits.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
-                raise ValueError("more than 8 bits per channel; convert it to 8 bits with a suitable window")
+                raise ValueError("more than 8 bits per channel; convert it to 8 bits with launch/make_table.py")
             if getattr(opened, "n_frames", 1) > 1:
                 raise ValueError("more than one frame")
             picture = ImageOps.exif_transpose(opened)
@@ -414,16 +449,63 @@ class VAELoss(DiffusionLoss):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_labels(raw, source):
-    """Return the label columns of a table of strings as floats: 1, 0, -1, or NaN where a finding is not mentioned."""
-    values = {"": math.nan, "1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0}
-    labels = raw[[label for label in LABELS if label in raw]].apply(lambda column: column.str.strip())
-    for name, column in labels.items():
-        unknown = ~column.isin(values)
-        if unknown.any():
-            row = int(unknown.argmax())
-            fail(f"{source}: row {row + 1}, column {name!r}: {column.iloc[row]!r} is not 1, 0, -1 or blank")
-    return labels.apply(lambda column: column.map(values))
+def read_csv(path):
+    """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    try:
+        text, encoding = data.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError:
+        text, encoding = data.decode("latin-1"), "Latin-1"
+    separator = ","
+    with contextlib.suppress(Exception):  # csv.Error, of a single column
+        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns about a row longer than the header, and shifts or drops its cells.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        fail(f"{path}: not a readable CSV ({error})")
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+
+
+def match_columns(raw, labels, source):
+    """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
+
+    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
+    lines to print, each a heading and a text.
+    """
+
+    def plain(name):
+        return re.sub(r"[\s_]", "", str(name)).lower()
+
+    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
+    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
+        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
+        if any(candidates):
+            used[next(filter(None, candidates))] = name
+    if not {*labels, "prompt"} & {*used.values()}:
+        hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
+        fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
+    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
+    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
+    unused = [name for name, found in values.items() if 1.0 in found and len(found) > 1 and None not in found]
+    for label in [label for label in labels if label in raw]:
+        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        unknown = [text for text, value in values.items() if value is None]
+        if unknown:
+            row = int((raw[label] == unknown[0]).argmax())
+            fail(f"{source}: row {row + 1}, column {label!r}: {unknown[0]!r} is not 1, 0, -1 or blank")
+        raw[label] = raw[label].map(values).astype(float)
+    texts = [name if name == column else f"{name} (from {column!r})" for column, name in used.items()]
+    lines = [("columns", ", ".join(texts))]
+    if unused:
+        hint = "name them with --labels, or map them with launch/make_table.py"
+        lines.append(("not used", f"0/1 columns {', '.join(unused)}; {hint}"))
+    return raw, lines
 
 
 def resolve_paths(names, csv, image_root):
@@ -433,79 +515,105 @@ def resolve_paths(names, csv, image_root):
     without that part, and take the first combination under which one of the first 1,000 images exists.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
+    roots = [str(root.absolute()) for root in roots]
     for root, skip in itertools.product(roots, (0, 1)):
-        paths = [(root / Path(*Path(name).parts[skip:])).absolute() for name in names]
-        if any(path.is_file() for path in paths[:1000]):
-            return [str(path) for path in paths]
-    searched = " or ".join(str(root.absolute()) for root in roots)
-    fail(f"{csv}: none of its images exist under {searched}, such as {names[0]}; pass --image_root")
+        paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
+        if any(map(os.path.isfile, paths[:1000])):
+            return paths
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
 
 
-def make_table(raw, names, images, prompt_column, source):
-    """Convert a table of strings to the image table that all scripts share.
+def make_table(raw, names, images, lines):
+    """Convert a table of `match_columns` to the image table that all scripts share.
 
-    Its columns are `image` (what `load_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none) and
-    the labels that exist. Images without a patient are treated as separate patients.
+    Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
+    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
+    to print about them. Images without a patient are treated as separate patients.
     """
     table = pd.DataFrame({"image": images, "name": names})
-    patient = table["name"].str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
+    path = raw.get("Path", table["name"])
+    patient = path.str.extract(r"(?:^|/)(patient\d+)(?=/)", expand=False)
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    view = raw["Frontal/Lateral"] if "Frontal/Lateral" in raw else pd.Series("frontal", raw.index)
-    table["frontal"] = view.str.strip().str.lower().str.startswith("frontal")
-    table["prompt"] = raw[prompt_column].str.strip() if prompt_column in raw else ""
-    return table.join(parse_labels(raw, source))
+    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
+    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
+    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
+    table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
+    if "split" in raw:
+        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if table["split"].isna().any():
+            del table["split"]
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+    if table["name"].duplicated().any():
+        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
+    table.attrs["block"] = lines
+    return table
 
 
-def load_image_table(csv, image_root=None, with_images=True):
+def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     """Read an image table: CheXpert's CSV, or one with a file_name column and label or prompt columns.
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
-    try:
-        with warnings.catch_warnings():
-            # pandas only warns about a row longer than the header, and shifts or drops its cells.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            raw = pd.read_csv(csv, index_col=False, **options)
-    except (ValueError, pd.errors.ParserWarning) as error:
-        fail(f"{csv}: not a readable CSV in UTF-8 ({error})")
-    column = next((name for name in ("Path", "file_name") if name in raw), None)
-    if column is None:
-        fail(f"{csv}: no image column; name it Path (CheXpert) or file_name (imagefolder)")
+    raw, form = read_csv(csv)
+    raw, lines = match_columns(raw, labels, csv)
+    if "Path" not in raw:
+        hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
+        fail(f"{csv}: no image column; {hint}")
+    names = raw["Path"]
     if raw.empty:
         fail(f"{csv}: no rows below the header")
-    if (raw[column] == "").any():
-        fail(f"{csv}: row {int((raw[column] == '').argmax()) + 1} has no path in column {column!r}")
-    if not {*LABELS, "prompt"} & set(raw.columns):
-        fail(f"{csv}: no label or prompt column; expected prompt or any of {', '.join(LABELS)}")
-    images = resolve_paths(raw[column], csv, image_root) if with_images else raw[column]
-    return make_table(raw, raw[column], images, "prompt", csv)
+    if (names == "").any():
+        fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
+    images = resolve_paths(names, csv, image_root) if with_images else names
+    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
 
 
-def load_dataset_table(name, image_column, caption_column):
+def read_classes(raw, features):
+    """Replace codes of classes by their names, in place, and add a 0/1 column for each class."""
+    for column in [*raw]:
+        classes = getattr(getattr(features[column], "feature", features[column]), "names", None)  # also lists of them
+        if classes:
+            codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
+            rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
+            raw[column] = [", ".join(row) for row in rows]
+            for name in {*classes} - {*raw, *LABEL_VALUES}:
+                raw[name] = [str(int(name in row)) for row in rows]
+
+
+def load_dataset_table(name, image_column, caption_column, labels):
     """Return the image table of a Hugging Face dataset, whose images are (dataset, column, row), decoded on demand."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        dataset = datasets.load_dataset(name, split="train")
+        parts = datasets.load_dataset(name)
+        dataset = datasets.concatenate_datasets(list(parts.values()))
     except Exception as error:  # anything from connection errors to malformed files
         fail(f"--dataset_name {name}: cannot be loaded ({str(error)[:300]})")
+    columns = dataset.column_names
     if not isinstance(dataset.features.get(image_column), datasets.Image):
-        names = dataset.column_names
-        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {names}")
-    columns = [column for column in dataset.column_names if column != image_column]
-    if caption_column is None:
-        caption_column = next((column for column in ("prompt", "text", "caption") if column in columns), None)
-    if caption_column not in columns and (caption_column or not {*LABELS} & {*columns}):
-        fail(f"--dataset_name {name}: no caption or label column; pass --caption_column, one of {columns}")
+        fail(f"--dataset_name {name}: no images in column {image_column!r}; pass --image_column, one of {columns}")
+    if caption_column and caption_column not in columns:
+        fail(f"--dataset_name {name}: no column {caption_column!r}; pass --caption_column, one of {columns}")
     raw = dataset.remove_columns(image_column).to_pandas()
+    read_classes(raw, dataset.features)
     raw = raw.astype(object).where(raw.notna(), "").astype(str)
+    if caption_column:
+        raw["prompt"] = raw[caption_column]
+    if len(parts) > 1 and "split" not in raw:
+        raw["split"] = [split for split, part in parts.items() for _ in range(len(part))]
     dataset = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    if not {"Path", "file_name"} & {*raw}:
+        _, paths = dataset.with_format("arrow")[:][image_column].flatten()  # without reading the images' bytes
+        raw["file_name"] = [path or "" for path in paths.to_pylist()]
     images, names = [(dataset, image_column, row) for row in raw.index], [f"{name}[{row}]" for row in raw.index]
-    return make_table(raw, names, images, caption_column, name)
+    raw, lines = match_columns(raw, labels, f"--dataset_name {name}")
+    return make_table(raw, names, images, [("table", f"{name}, {len(raw):,} rows"), *lines])
 
 
 def assign_splits(patients, seed):
@@ -517,15 +625,20 @@ def assign_splits(patients, seed):
     return patients.map(splits)
 
 
+def split_of(table, seed):
+    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
+
+
 def positive_labels(table, labels, uncertain):
     """Return whether each label is positive in each row, as a boolean frame (rows, labels)."""
     return table.reindex(columns=labels).isin([1.0, -1.0] if uncertain == "ones" else [1.0])
 
 
-def add_prompts(table, template, uncertain):
-    """Fill empty prompts from the labels, in the order of LABELS. Rows without a positive label stay empty."""
-    positive = positive_labels(table, LABELS, uncertain).to_numpy()
-    findings = [", ".join(label for label, found in zip(LABELS, row) if found) for row in positive]
+def add_prompts(table, labels, template, uncertain):
+    """Fill empty prompts from the labels, in their order. Rows without a positive label stay empty."""
+    positive = positive_labels(table, labels, uncertain).to_numpy()
+    findings = [", ".join(label for label, found in zip(labels, row) if found) for row in positive]
     from_labels = pd.Series([template.replace("{}", text) if text else "" for text in findings], table.index, str)
     return table.assign(prompt=table["prompt"].where(table["prompt"] != "", from_labels))
 
@@ -536,6 +649,8 @@ class TrainingData:
     heldout: pd.DataFrame
     source: str
     rows: int
+    block: list  # what the table's columns are used for, as lines to print
+    own_prompts: int  # number of training images whose caption is the table's, such as a report
     left_out: dict  # number of rows by reason
     notes: list  # warnings
     val_counts: list  # result rows: images per label in the whole val split, as in the paper's Table 2
@@ -543,43 +658,49 @@ class TrainingData:
 
 def load_training_data(args):
     """Load the table, drop unusable rows, and split it by patient."""
-    source = args.dataset_name or args.data_csv
+    source, template = args.dataset_name or args.data_csv, args.prompt_template
     if args.dataset_name:
-        table = load_dataset_table(source, args.image_column, args.caption_column)
+        table = load_dataset_table(source, args.image_column, args.caption_column, args.labels)
     else:
-        table = load_image_table(source, args.image_root)
-    rows, left_out, notes = len(table), {"not frontal": int((~table["frontal"]).sum())}, []
-    table = add_prompts(table[table["frontal"]], args.prompt_template, args.uncertain)
+        table = load_image_table(source, args.image_root, labels=args.labels)
+    absent = [label for label in args.labels if label not in table]
+    if absent and args.labels != LABELS:
+        fail(f"{source}: no column {absent[0]!r}, which --labels names")
+    rows, block, own_prompts = len(table), table.attrs["block"], table["prompt"] != ""
+    left_out, notes = {"not frontal": int((~table["frontal"]).sum())}, []
+    table = add_prompts(table[table["frontal"]], args.labels, template, args.uncertain)
     left_out["without a positive label"] = int((table["prompt"] == "").sum())
     table = table[table["prompt"] != ""]
 
-    split = args.split or ("all" if args.validation_csv else "train")
-    splits = assign_splits(table["patient"], args.split_seed)
+    split = args.split or ("all" if args.validation_csv and "split" not in table else "train")
+    splits = split_of(table, args.split_seed)
     train = table if split == "all" else table[splits == split]
     left_out[f"not in split {split}"] = len(table) - len(train)
     heldout = table[splits == "val"] if split in ("train", "test") else table[:0]
     if args.validation_csv:
-        heldout = load_image_table(args.validation_csv, args.image_root)
-        heldout = add_prompts(heldout[heldout["frontal"]], args.prompt_template, args.uncertain)
+        heldout = load_image_table(args.validation_csv, args.image_root, labels=args.labels)
+        block = block + heldout.attrs["block"]
+        heldout = add_prompts(heldout[heldout["frontal"]], args.labels, template, args.uncertain)
         heldout = heldout[heldout["prompt"] != ""]
-        shared = len(set(train["patient"]) & set(heldout["patient"]))
-        if shared:
-            notes.append(f"{shared:,} patients are in both {source} and {args.validation_csv}")
+    shared = len(set(train["patient"]) & set(heldout["patient"]))
+    if shared:
+        notes.append(f"{shared:,} patients are in both {source} and {args.validation_csv or 'its split val'}")
     if train.empty:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
-        fail(f"{source}: no training images left of {rows:,} rows ({reasons}); check --split and the labels")
+        fail(f"{source}: no training images left of {rows:,} rows ({reasons}); check --split, --labels and the views")
     if args.max_train_samples and args.max_train_samples < len(train):
         left_out["over --max_train_samples"] = len(train) - args.max_train_samples
         train = train.sample(n=args.max_train_samples, random_state=args.split_seed % 2**32)
-    val_counts = count_rows("val", heldout, args.uncertain)
+    val_counts = count_rows("val", heldout, args.labels, args.uncertain)
     if args.max_validation_samples < len(heldout):
         heldout = heldout.sample(n=args.max_validation_samples, random_state=args.split_seed % 2**32)
     if heldout.empty:
         notes.append("no held-out images: the held-out loss is not measured")
     if (train["patient"] == train["name"]).any():
         notes.append("some rows have no patient_id, and no patientNNNNN in the path: each counts as one patient")
+    own_prompts = int(own_prompts[train.index].sum())
     train, heldout = train.reset_index(drop=True), heldout.reset_index(drop=True)
-    return TrainingData(train, heldout, source, rows, left_out, notes, val_counts)
+    return TrainingData(train, heldout, source, rows, block, own_prompts, left_out, notes, val_counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1031,9 +1152,9 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
     return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
-def count_rows(part, table, uncertain):
+def count_rows(part, table, labels, uncertain):
     """Count the images of one part of the data, in all and per label (the paper's Table 2)."""
-    counts = positive_labels(table, [label for label in LABELS if label in table], uncertain).sum()
+    counts = positive_labels(table, [label for label in labels if label in table], uncertain).sum()
     by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
 
@@ -1071,13 +1192,13 @@ def summarize(accelerator, args, state, data, losses):
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = torch.cuda.max_memory_allocated() if cuda else resident
     seconds_per_epoch = state.seconds * len(data.train) / state.samples_seen
-    settings = ("method", "resolution", "resize_mode", "uncertain", "prompt_template")
+    settings = ("method", "labels", "resolution", "resize_mode", "uncertain", "prompt_template")
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {
         "script": Path(__file__).name,
         "base_model": args.pretrained_model_name_or_path,
         **{name: getattr(args, name) for name in settings},
-        **{name: getattr(data, name) for name in ("source", "rows", "left_out", "notes")},
+        **{name: getattr(data, name) for name in ("source", "rows", "own_prompts", "left_out", "notes")},
         "example_prompt": data.train["prompt"].iloc[0],
         "images": len(data.train),
         "patients": data.train["patient"].nunique(),
@@ -1099,7 +1220,7 @@ def summarize(accelerator, args, state, data, losses):
             result_row("peak_memory_gib", memory / 2**30, note=f"main process, whole run, {accelerator.device.type}"),
             result_row("train_loss", state.train_loss, note="mean since the last log entry"),
             *heldout_rows(*losses),
-            *count_rows("train", data.train, args.uncertain),
+            *count_rows("train", data.train, args.labels, args.uncertain),
             *data.val_counts,
         ],
     }
@@ -1112,6 +1233,10 @@ def model_card(args, summary, usage):
     data = ModelCardData(base_model=None if os.path.exists(base) else base, library_name="diffusers", tags=tags)
     trained = ", ".join(f"{name} {count:,}" for name, count in summary["trainable_parameters"].items())
     left_out = ("images_", "trainable_")
+    prompts = f'Prompts such as "{summary["example_prompt"]}".'
+    if summary["own_prompts"]:
+        prompts += f" {summary['own_prompts']:,} images were trained on texts of their own, such as reports, of which"
+        prompts += " the text encoder reads 77 tokens."
     shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith(left_out)]
     table = "\n".join(f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in shown)
     return ModelCard(f"""---
@@ -1126,7 +1251,7 @@ Base model `{base}`; trained parameters: {trained}; {summary["images"]:,} images
 {usage}
 ```
 
-Prompts such as "{summary["example_prompt"]}".
+{prompts}
 
 | metric | value | n |
 |---|---|---|
@@ -1207,12 +1332,15 @@ def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     """Print what the run is about to do, with all warnings."""
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items() if count)
     train, size = data.train, state.identity["global_batch_size"]
+    captions, sizes = train["prompt"].unique(), image_sizes(list(train["image"]))
     factors = f"batch {args.train_batch_size} x accumulation {args.gradient_accumulation_steps}"
     factors += f" x processes {accelerator.num_processes}"
     lines = [
-        ("data", f"{data.source}, {data.rows:,} rows; left out: {left_out or 'none'}"),
+        *data.block,
+        ("left out", left_out or "none"),
         ("train", f"{len(train):,} images, {train['patient'].nunique():,} patients"),
-        ("captions", f"{train['prompt'].nunique():,}, such as {train['prompt'].iloc[0]!r}"),
+        ("captions", f"{len(captions):,}, such as {', '.join(map(repr, captions[:2]))}"),
+        ("sizes", ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))),
         ("held out", f"{len(data.heldout):,} images, {data.heldout['patient'].nunique():,} patients"),
         ("method", f"{args.method}, {sum(p.numel() for p in state.parameters.values()):,} trainable parameters"),
         ("steps", f"{max_train_steps:,}, {max_train_steps * size / len(train):.1f} epochs"),

@@ -84,7 +84,7 @@ TABLES = {
     b"Path,Edema\na.jpg,1\n,1\n": "row 2 has no path",
     b"Path,Edema\na.jpg,1,2,3\na.jpg,1\n": "not a readable CSV",
     b"Path,Edema\na.jpg,1\na.jpg,1,2\n": "not a readable CSV",
-    b"Path,Edema\n\xff\xfe,1\n": "not a readable CSV in UTF-8",
+    b"Path,Edema\n\xff\xfe,1\n": "none of its images exist under",
     b"Path,Edema\nb.jpg,1\n": "none of its images exist",
     b"Path,Edema\na.jpg,0\n": "no training images left of 1 rows (1 without a positive label)",
     b"Path,Edema,Frontal/Lateral\na.jpg,1,Lateral\n": "1 not frontal",

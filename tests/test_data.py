@@ -1,5 +1,6 @@
 """The image table, the split, prompts, images and the stream of samples."""
 
+import gzip
 import itertools
 import os
 import struct
@@ -96,8 +97,102 @@ def test_other_tables_have_prompts_patients_and_file_names_of_their_own(tmp_path
     (tmp_path / "metadata.csv").write_text(content, encoding="utf-8")
     loaded = train_full.load_image_table(str(tmp_path / "metadata.csv"))
     assert list(loaded["patient"]) == ["p1", "c.png"]
-    prompts = train_full.add_prompts(loaded, "X {}", "ignore")["prompt"]
+    prompts = train_full.add_prompts(loaded, train_full.LABELS, "X {}", "ignore")["prompt"]
     assert list(prompts) == ["quoted, with\na line break", "X Edema"]
+
+
+LATERAL = "Path,Edema\na_lateral.png,1\nbilateral.png,1\nc.png,1\n"
+NIH = "file_name,Effusion,Mass,Edema,index,Age\na.png,1,1,0,0,1\nb.png,0,1,1,1,60\nc.png,0,0,0,1,5\n"
+SPELLED = "File Name,No finding,pleural_effusion,View Position\na.png,1,0,PA\nb.png,0,1,LATERAL\nc.png,-1,1,AP\n"
+OWN_SPLIT = "file_name,split,Edema\na.png,train,1\nb.png,test,1\nc.png,Validation,1\n"
+TEXTS = "file_name,text,Edema\na.png,Small effusion.,1\nb.png,nan,1\nc.png,NaN,0\n"
+THREE = "Path,COVID-19,Lung Opacity,tuberculosis\na.png,1,,1\nb.png,,1,\nc.png,-1,,1\n"
+LATIN = "Path;prompt\na.png;Erguß, links\n".encode("latin-1")
+# Table, flags, the images and captions that are trained on, and words of the block at the start.
+TABLES_OF_OTHERS = {
+    "laterals in the path": (LATERAL, [], {"bilateral": "Edema", "c": "Edema"}, "1 '_lateral in the path"),
+    "views": ("Path,view,Edema\na.png,LL,1\nb.png,pa,1\nc.png,,1\n", [], {"b": "Edema"}, "(from 'view')"),
+    "unused labels": (NIH, [], {"b": "Edema"}, "0/1 columns Effusion, Mass; name them with --labels"),
+    "their labels": (NIH, ["--labels", "Mass", "Effusion"], {"a": "Mass, Effusion", "b": "Mass"}, "columns Edema;"),
+    "spelling": (SPELLED, [], {"a": "No Finding", "c": "Pleural Effusion"}, "No Finding (from 'No finding')"),
+    "split": (OWN_SPLIT, ["--split=train"], {"a": "Edema"}, "split"),
+    "half a split": (OWN_SPLIT.replace("test", ""), [], {x: "Edema" for x in "abc"}, "not every row has train"),
+    "texts": (TEXTS, [], {"a": "Small effusion.", "b": "Edema"}, "prompt (from 'text')"),
+    "three labels": (
+        THREE,
+        ["--labels", "Tuberculosis", "COVID-19"],
+        {"a": "Tuberculosis, COVID-19", "c": "Tuberculosis"},
+        "columns Lung Opacity;",
+    ),
+    "semicolons": (LATIN, [], {"a": "Erguß, links"}, "separated by ';', Latin-1"),
+    "tabs": (OWN_SPLIT.replace(",", "\t"), [], {x: "Edema" for x in "abc"}, "separated by '\\t', UTF-8"),
+    "gzip": (gzip.compress(OWN_SPLIT.encode()), [], {x: "Edema" for x in "abc"}, "3 rows, separated by ','"),
+    "repeated": ("Path,Edema\na.png,1\na.png,1\nb.png,1\n", [], {"a": "Edema", "b": "Edema"}, "1 rows list the"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES_OF_OTHERS)
+def test_tables_of_others_are_read_right_and_nothing_is_ignored_in_silence(case, tmp_path):
+    content, flags, expected, words = TABLES_OF_OTHERS[case]
+    for name in ("a", "b", "c", "a_lateral", "bilateral"):
+        picture(tmp_path / f"{name}.png")
+    table = tmp_path / ("t.csv.gz" if case == "gzip" else "t.csv")
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    data = load(table, *(flags if case == "split" else ["--split=all", *flags]), "--prompt_template={}")
+    assert dict(zip(data.train["name"].str.removesuffix(".png"), data.train["prompt"])) == expected
+    assert words in "; ".join(text for _, text in data.block)
+    if case == "split":
+        assert list(data.heldout["name"]) == ["c.png"] and list(data.val_counts[0].values())[2] == 1
+    assert data.own_prompts == {"texts": 1, "semicolons": 1}.get(case, 0)
+
+
+def save_dataset(folder, features, **columns):
+    """Write a Hugging Face data set of as many noise images as the columns have rows, which parquet files hold."""
+    count = len(next(iter(columns.values())))
+    images = [{"path": None, "bytes": Path(picture(folder.parent / f"{i}.png")).read_bytes()} for i in range(count)]
+    features = datasets.Features({"image": datasets.Image(), **features})
+    folder.mkdir()
+    datasets.Dataset.from_dict({"image": images, **columns}, features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def load_dataset(folder, *flags):
+    args = train_full.parse_args(["--train_unet", f"--dataset_name={folder}", "--split=all", *flags])
+    return train_full.load_training_data(args)
+
+
+def test_classes_of_a_dataset_are_named_not_numbered(tmp_path):
+    marks = datasets.ClassLabel(names=["unlabeled", "uncertain", "absent", "present"])
+    findings = datasets.Sequence(datasets.ClassLabel(names=["Mass", "Fracture"]))
+    text = datasets.Value("string")
+    rows = {"Edema": [3, 1, 0, 3], "found": [[], [1], [0, 1], []]}
+    rows["Path"] = [f"files/patient0000{i}/{i}.png" for i in (1, 1, 2, 3)]
+    folder = save_dataset(tmp_path / "d", {"Edema": marks, "found": findings, "Path": text}, **rows)
+    data = load_dataset(folder, "--prompt_template={}")
+    assert list(data.train["prompt"]) == ["Edema", "Fracture", "Fracture", "Edema"]
+    assert list(data.train["patient"]) == ["patient00001", "patient00001", "patient00002", "patient00003"]
+    ones = load_dataset(folder, "--uncertain=ones", "--labels", "Mass", "Edema", "--prompt_template={}").train
+    assert list(ones["prompt"]) == ["Edema", "Edema", "Mass", "Edema"]
+    assert "Mass" in dict(data.block)["not used"]
+
+
+def test_class_folders_are_captions_or_labels_and_parts_of_a_dataset_its_split(tmp_path):
+    for i, part in enumerate(["train/Normal", "train/COVID-19", "test/COVID-19"]):
+        picture(tmp_path / "data" / part / f"{i}.png")
+    captions = load_dataset(tmp_path / "data", "--caption_column=label").train["prompt"]
+    assert sorted(captions) == ["COVID-19", "COVID-19", "Normal"]
+    flags = ["--labels", "normal", "COVID-19", "--prompt_template={}", "--split=train"]
+    assert sorted(load_dataset(tmp_path / "data", *flags).train["prompt"]) == ["COVID-19", "normal"]
+
+
+def test_the_model_card_says_that_captions_were_texts():
+    args = train_full.parse_args(["--train_unet", f"--data_csv={phantoms()}"])
+    summary = {"trainable_parameters": {}, "results": [], "method": "unet", "images": 3, "steps": 1}
+    summary |= {"global_batch_size": 1, "example_prompt": "Small effusion.", "own_prompts": 2}
+    assert "2 images were trained on texts of their own, such as reports" in str(
+        train_full.model_card(args, summary, "")
+    )
+    assert "own" not in str(train_full.model_card(args, summary | {"own_prompts": 0}, ""))
 
 
 def test_imagefolder_datasets_load_like_tables(tmp_path):
@@ -167,7 +262,10 @@ def test_other_images_are_refused(tmp_path):
     whole = Path(picture(tmp_path / "cut.jpg", (200, 200)))
     whole.write_bytes(whole.read_bytes()[:5000])
     (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "scan.dcm").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    (tmp_path / "more.img").write_bytes(bytes(128) + b"DICM" + bytes(100))
     expected = {"moving": "more than one frame", "cut": "truncated", "text": "identify", "absent": "no such file"}
+    expected |= dict.fromkeys(["scan", "more"], "a DICOM file; convert it with launch/make_table.py")
     for name in [*os.listdir(tmp_path), "absent.jpg"]:
         with pytest.raises(ValueError, match=expected.get(name[:-4], "more than 8 bits")) as error:
             load_image(str(tmp_path / name), 8, "squash")

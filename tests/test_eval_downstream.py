@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import shutil
 import threading
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from common import REAL_CSV, ROOT, launch, phantoms
 from PIL import Image
@@ -301,6 +304,59 @@ def test_the_saved_classifier_is_the_one_that_was_scored(tmp_path):
     assert whole["images"]["patients_in_training_and_test"] == seen.nunique()
 
 
+def test_a_classifier_with_more_labels_than_the_table_is_scored_on_those_of_both(samples, tmp_path):
+    whole = run(tmp_path / "out", train_on="real")
+    of_split("test").drop(columns="No Finding").to_csv(tmp_path / "t.csv", index=False)
+    options = {
+        "classifier": tmp_path / "out" / "classifier",
+        "source_resolution": None,
+        "real_csv": tmp_path / "t.csv",
+    }
+    found = run(tmp_path / "again", "--split=all", **options)
+    assert any(note.endswith("t.csv has no No Finding: not scored") for note in found["notes"])
+    labels = [label for label in eval_downstream.CONDITIONS if label != "No Finding"]
+    assert found["settings"]["labels"] == labels
+    for label in labels:
+        assert row(found, "auroc", label)["value"] == pytest.approx(row(whole, "auroc", label)["value"], abs=1e-6)
+
+
+def load_tables(tmp_path, *more, **changes):
+    args = eval_downstream.parse_args(arguments(tmp_path / "out", *more, **changes))
+    return eval_downstream.load_tables(args, {}, Accelerator(cpu=True))
+
+
+def test_sizes_that_no_table_records_are_looked_at(samples, tmp_path, capsys):
+    table = pd.read_csv(samples / "metadata.csv", dtype=str).drop(columns=["resolution", "resize_mode"])
+    table.to_csv(samples / "metadata.csv", index=False)
+    options = {"synthetic": samples, "source_resolution": None}
+    assert load_tables(tmp_path, **options).geometry == (64, "squash")
+    for name in table["Path"][table["Edema"] == "1.0"]:
+        Image.open(samples / name).resize((32, 32)).save(samples / name)
+    with pytest.raises(SystemExit):
+        load_tables(tmp_path, **options)
+    assert "images of different sizes (32, 64 px)" in capsys.readouterr().err
+    assert load_tables(tmp_path, "--mixed_geometry", **options).geometry == (64, "squash")
+
+
+def test_a_dataset_is_split_and_read_like_its_table(samples, tmp_path):
+    """Its images are bytes in a parquet file, and its patients are those of the column Path."""
+    table, rows = train_full.load_image_table(phantoms()), pd.read_csv(phantoms(), dtype=str, keep_default_na=False)
+    images = [{"path": None, "bytes": open(path, "rb").read()} for path in table["image"]]
+    columns = {"picture": images, **rows.to_dict("list")}
+    features = datasets.Features({"picture": datasets.Image()} | {name: datasets.Value("string") for name in rows})
+    (tmp_path / "d").mkdir()
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "d" / "train.parquet")
+    flags = [f"--dataset_name={tmp_path / 'd'}", "--image_column=picture"]
+    ours, theirs = (
+        load_tables(tmp_path, *more, synthetic=samples, real_csv=csv)
+        for more, csv in ((flags, None), ([], phantoms()))
+    )
+    assert list(ours.test["patient"]) == list(theirs.test["patient"]) and ours.counts == theirs.counts
+    assert [open(path, "rb").read() for path in ours.test["image"]] == [
+        open(path, "rb").read() for path in theirs.test["image"]
+    ]
+
+
 def test_ready_made_tables_are_used_whole_and_shared_patients_counted(tmp_path, capsys):
     parts = {name: of_split(name) for name in ("train", "val", "test")}
     parts["test"] = pd.concat([parts["test"], parts["train"].iloc[:3]])
@@ -367,12 +423,15 @@ def test_images_are_decoded_ahead_of_the_caller():
 
 ERRORS = {
     "--train_on=both": "needs --synthetic FOLDER",
-    "{synthetic} --labels Oedema": "invalid choice: 'Oedema'",
+    "{synthetic} --labels Oedema": "expected prompt, text or any of Oedema; see --labels",
     "{synthetic} --validation_csv={csv}": "needs --real_csv and --test_csv",
     "{synthetic} --real_csv=absent.csv": "--real_csv absent.csv: not found",
     "--train_on=real --split=all": "these patients are trained on",
     "--classifier={samples}": "pass the classifier folder",
-    "--synthetic=absent": "absent not found",
+    "--synthetic=absent": "--synthetic absent: not found",
+    "{synthetic} --source_resolution=128": "images of different sizes (64, 128 px)",
+    "--synthetic={bare}": "have in common: none",
+    "--synthetic={unfinished}": "not finished by sample.py",
     "{synthetic} --labels Fracture": "have in common: No Finding",
     "{synthetic} --resize_mode=pad": "--resize_mode pad and squash",
     "{synthetic} --weights=w.pth": "--weights w.pth: cannot be loaded",
@@ -389,7 +448,12 @@ def test_everyday_mistakes_end_with_a_sentence(samples, tmp_path, capsys):
     done, other = tmp_path / "done", tmp_path / "other.safetensors"
     run(done, "--mixed_geometry", synthetic=samples, resize_mode="pad")
     save_file({k: v.contiguous() for k, v in get_model("densenet121").state_dict().items()}, other)
-    places = dict(synthetic=f"--synthetic={samples}", samples=samples, csv=phantoms(), done=done, other=other)
+    (samples.parent / "bare").mkdir()
+    Image.new("L", (64, 64)).save(samples.parent / "bare" / "1.png")
+    unfinished = shutil.copytree(samples.parent / "bare", samples.parent / "unfinished")
+    (unfinished / "sampling.json").touch()
+    more = {"bare": samples.parent / "bare", "unfinished": unfinished}
+    places = more | dict(synthetic=f"--synthetic={samples}", samples=samples, csv=phantoms(), done=done, other=other)
     for line, words in ERRORS.items():
         with pytest.raises(SystemExit) as ended:
             run(tmp_path / "refused", *line.format(**places).split())

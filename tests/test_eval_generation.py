@@ -569,6 +569,19 @@ def test_tables_without_labels_are_compared_as_a_whole(run, tmp_path, samples):
     assert {row["label"] for row in found["results"]} == {"all"}
 
 
+def test_a_bare_folder_is_one_set_and_its_size_is_that_of_its_images(run, tmp_path, samples, capsys):
+    """As the table of its images that records 64 pixels; images of two sizes are refused."""
+    bare = shutil.copytree(samples, tmp_path / "bare", ignore=lambda *names: ["metadata.csv"])
+    table = pd.read_csv(samples / "metadata.csv")[["file_name", "prompt", "resolution"]]
+    table.assign(file_name=f"{samples}/" + table["file_name"]).to_csv(tmp_path / "t.csv", index=False)
+    bare_rows, rows = (run(path.stem, f"--synthetic={path}")["results"] for path in (bare, tmp_path / "t.csv"))
+    assert [(row["metric"], row["value"]) for row in bare_rows] == [(row["metric"], row["value"]) for row in rows]
+    assert "no view column" in capsys.readouterr().out
+    path = next(bare.rglob("*.png"))
+    Image.open(path).resize((32, 32)).save(path)
+    run("refused", f"--synthetic={bare}", error="images of different resolution")
+
+
 def test_an_interrupted_pass_goes_on(run, tmp_path, monkeypatch):
     flags = [f"--feature_cache_dir={tmp_path / 'cache'}", "--max_per_label=8", "--batch_size=4"]
     compute, batches = evaluation.ClassifierNetwork.compute, []
@@ -635,9 +648,9 @@ def test_everyday_mistakes_end_in_a_sentence(run, tmp_path, classifier, xrv_file
     change_weights(tmp_path / "part", lambda tensors: tensors.pop("layernorm.weight"))
     pd.DataFrame({"Path": ["gone.png"], "Edema": [1]}).to_csv(tmp_path / "gone.csv", index=False)
     for error, *flags in (
-        ("invalid choice: 'Oedema'", "--labels", "Oedema"),
+        ("expected prompt, text or any of Oedema; see --labels", "--labels", "Oedema"),
         ("--max_per_label must be at least 1", "--max_per_label=0"),
-        ("--synthetic", f"--synthetic={tmp_path}"),
+        ("no images, or not finished by sample.py", f"--synthetic={tmp_path / 'part'}"),
         ("--real_csv none.csv: neither", "--real_csv=none.csv"),
         ("--features none: neither a classifier nor", "--features=none"),
         ("none of its images exist", f"--real_csv={tmp_path / 'gone.csv'}", "--real_split=all"),

@@ -29,7 +29,7 @@ ROWS = ["lora", "difffit", "vae_text_encoder"]
 ROWS += [pytest.param(row, marks=pytest.mark.slow) for row in ("unet_vae", "dora", "bitfit")]
 IMAGES = "[!.]*/[!.]*.png"
 MISTAKES = {
-    "invalid choice: 'Oedema'": ["--labels", "Oedema"],
+    "--prompts replaces --labels": ["--prompts", "A film", "--labels", "Edema"],
     "--like_csv absent.csv: no such file": ["--like_csv", "absent.csv"],
     "or --like_csv and --num_images": ["--images_per_label", "5", "--like_csv", "absent.csv"],
     "--num_images needs --like_csv": ["--num_images", "5"],
@@ -284,24 +284,56 @@ def test_metadata_is_an_image_table_and_an_imagefolder(whole, tmp_path):
     assert sorted(path.name for path in (folder / ".contact_sheets").iterdir()) == ["edema.png", "no_finding.png"]
 
 
+def plan(*flags, **options):
+    return sample.plan_samples(sample.parse_args(["--model=x", *map(str, flags)]), TEMPLATE, **options)
+
+
+def test_free_prompts_and_those_of_a_table_of_reports(tmp_path, capsys):
+    given = plan("--prompts", "Small effusion.", "Small effusion", "--images_per_label=2")
+    assert (
+        list(given["prompt"]) == ["Small effusion."] * 2 + ["Small effusion"] * 2
+        and list(given["index"]) == [0, 1] * 2
+    )
+    assert given["file_name"].is_unique and list(given) == ["file_name", "prompt", "index"]
+    text = "file_name,text,Edema\na.png,Small effusion.,-1\nb.png,nan,1\nc.png,,0\nd.png,Small effusion.,1\n"
+    (tmp_path / "t.csv").write_text(text)
+    drawn = plan(f"--like_csv={tmp_path / 't.csv'}", quiet=False)
+    assert list(drawn["prompt"]) == ["Small effusion.", TEMPLATE.format("Edema"), "Small effusion."]
+    assert list(drawn["Edema"]) == [0, 1, 1] and list(drawn["index"]) == [0, 0, 1]
+    assert drawn["file_name"][0].rpartition("/")[0] == drawn["file_name"][2].rpartition("/")[0]
+    assert "prompt (from 'text')" in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("file_name,text\na.png,Clear lungs.\n")  # no labels at all
+    assert plan(f"--like_csv={tmp_path / 't.csv'}")[["prompt", "index"]].to_numpy().tolist() == [["Clear lungs.", 0]]
+
+
+def test_labels_of_any_name(capsys):
+    three = ["COVID-19", "Pneumonia/viral", "Normal"]
+    drawn = plan("--images_per_label=1", trained_labels=three)
+    assert list(drawn["prompt"]) == [TEMPLATE.format(label) for label in three]
+    assert list(drawn["file_name"]) == [f"{name}/000000.png" for name in ("covid-19", "pneumonia_viral", "normal")]
+    assert (drawn[three].to_numpy() == np.eye(3)).all()
+    assert list(plan("--labels", "Oedema", "--images_per_label=1", quiet=False)) == [*drawn.columns[:3], "Oedema"]
+    assert "not labels of the run: Oedema" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("uncertain", ["ignore", "ones"])
 def test_like_csv_has_the_tables_label_combinations(uncertain, tmp_path):
     # The table alone: its images are not needed.
     csv = shutil.copy(phantoms(), tmp_path / "t.csv")
-    flags = ["--model=x", f"--like_csv={csv}", "--split=val", f"--uncertain={uncertain}"]
-    plan = sample.plan_samples(sample.parse_args(flags), TEMPLATE)
+    flags = [f"--like_csv={csv}", "--split=val", f"--uncertain={uncertain}"]
+    drawn = plan(*flags)
     real = pd.read_csv(csv)
     splits = sample.assign_splits(real["Path"].str.extract(r"(patient\d+)", expand=False), 0)
     positive = real.reindex(columns=sample.LABELS).isin([1, -1] if uncertain == "ones" else [1])
     positive = positive[(real["Frontal/Lateral"] == "Frontal") & (splits == "val") & positive.any(axis=1)]
-    assert len(plan) and (plan[sample.LABELS].to_numpy() == positive.to_numpy()).all()
-    assert plan["file_name"].is_unique and not plan.duplicated(["prompt", "index"]).any()
-    for _, row in plan.iterrows():
+    assert len(drawn) and (drawn[sample.LABELS].to_numpy() == positive.to_numpy()).all()
+    assert drawn["file_name"].is_unique and not drawn.duplicated(["prompt", "index"]).any()
+    for _, row in drawn.iterrows():
         named = [label for label in sample.LABELS if row[label] == 1]
         assert row["prompt"] == TEMPLATE.format(", ".join(named))
         assert row["file_name"].split("/")[0] == "+".join(named).lower().replace(" ", "_")
-    few = sample.plan_samples(sample.parse_args([*flags, "--num_images=3"]), TEMPLATE)
-    assert len(few) == 3 and set(few["prompt"]) <= set(plan["prompt"])
+    few = plan(*flags, "--num_images=3")
+    assert len(few) == 3 and set(few["prompt"]) <= set(drawn["prompt"])
 
 
 @pytest.mark.parametrize("row", ROWS)
