@@ -58,7 +58,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
@@ -772,19 +772,19 @@ def prepare_streams(accelerator, pipeline, data, args, vae_hash):
 def load_single_file(path):
     """Load a pipeline from a .safetensors file of all weights, such as v1-5-pruned-emaonly.safetensors.
 
-    Configurations and tokenizer are taken from its folder if that has them as in a diffusers pipeline (model_index.json,
-    unet/config.json, tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    Configurations and tokenizer are taken from its folder if they lie there as in a diffusers pipeline
+    (model_index.json, unet/config.json, tokenizer/, ...), else from the hub (2 MB, cached for offline use).
     """
-    with safe_open(path, "pt") as file:
-        names = file.keys()
-    if not {"model", "first_stage_model", "cond_stage_model"} <= {name.split(".")[0] for name in names}:
-        raise ValueError("it does not hold the U-Net, VAE and text encoder of Stable Diffusion 1 or 2")
     config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        if not {"model", "first_stage_model", "cond_stage_model"} <= {name.split(".")[0] for name in names}:
+            raise ValueError("it does not hold the U-Net, VAE and text encoder of Stable Diffusion 1 or 2")
         return StableDiffusionPipeline.from_single_file(str(path), config=config, **options)
-    except (KeyError, NotImplementedError) as error:  # depends on which weights are missing
-        raise ValueError(f"it has no weights for some layers ({error})") from error
+    except (SafetensorError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"it is damaged or lacks weights: {error}") from error
     except OSError as error:
         raise ValueError(f"its configuration is neither in {path.parent} nor to be had from the hub") from error
 
