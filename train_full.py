@@ -772,7 +772,7 @@ def explain_base(name):
     """Return why a base model cannot be loaded and what to pass instead, as far as its path tells, else None."""
     path = Path(name)
     if not path.exists():
-        return "no such folder or file, nor a model that can be read from the Hugging Face hub"
+        return "no such folder, nor can it be read from the hub; pass a hub id, a pipeline's folder or a .safetensors file"
     if path.is_file() and path.suffix != ".safetensors":
         return "not a .safetensors file; pass one, a pipeline's folder or a hub id"
     if any((path / file).is_file() for file in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors")):
@@ -991,11 +991,12 @@ def load_in_order(path, names):
 def load_checkpoint(accelerator, state, checkpoint, args):
     """Restore weights, optimizer, learning rate and counters in place."""
     saved = json.loads((checkpoint / "state.json").read_text())
-    parameters = list(state.parameters.values())
+    parameters, weights = (
+        state.parameters.values(),
+        load_in_order(checkpoint / "trainable.safetensors", state.parameters),
+    )
     with torch.no_grad():
-        for parameter, weight in zip(
-            parameters, load_in_order(checkpoint / "trainable.safetensors", state.parameters)
-        ):
+        for parameter, weight in zip(parameters, weights):
             parameter.copy_(weight)
     in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     optimizer = {i: {} for i in range(len(in_order))}
