@@ -772,7 +772,7 @@ def explain_base(name):
     """Return why a base model cannot be loaded and what to pass instead, as far as its path tells, else None."""
     path = Path(name)
     if not path.exists():
-        return "no such folder, nor can it be read from the hub; pass a hub id, a pipeline's folder or a .safetensors file"
+        return "no such folder, nor a readable hub model; pass a hub id, a pipeline's folder or a .safetensors file"
     if path.is_file() and path.suffix != ".safetensors":
         return "not a .safetensors file; pass one, a pipeline's folder or a hub id"
     if any((path / file).is_file() for file in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors")):
