@@ -48,6 +48,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
@@ -399,25 +400,58 @@ def fingerprint(module):
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
+# Copied from train_full.load_single_file
+def load_single_file(path):
+    """Load a pipeline from a .safetensors file of all weights, such as v1-5-pruned-emaonly.safetensors.
+
+    Configurations and tokenizer are taken from its folder if they lie there as in a diffusers pipeline
+    (model_index.json, unet/config.json, tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    """
+    config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
+    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        if not {"model", "first_stage_model", "cond_stage_model"} <= {name.split(".")[0] for name in names}:
+            raise ValueError("it does not hold the U-Net, VAE and text encoder of Stable Diffusion 1 or 2")
+        return StableDiffusionPipeline.from_single_file(str(path), config=config, **options)
+    except (SafetensorError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"it is damaged or lacks weights: {error}") from error
+    except OSError as error:
+        raise ValueError(f"its configuration is neither in {path.parent} nor to be had from the hub") from error
+
+
 # Copied from train_full.load_pipeline
 def load_pipeline(name, revision=None, variant=None):
-    """Load a Stable Diffusion pipeline in float32 from safetensors files.
+    """Load a Stable Diffusion pipeline in float32 from a hub id, a folder or a .safetensors file.
 
     Raise ValueError if weights are missing (the libraries would only warn and initialize them randomly) or not finite.
     """
-    if Path(name).is_dir() and not (Path(name) / "tokenizer").is_dir():
+    path, parts, missing = Path(name), {}, {}
+    folder = path.parent if path.is_file() else path
+    if (folder / "model_index.json").is_file() and not (folder / "tokenizer").is_dir():
         raise ValueError("no tokenizer folder")  # transformers would use an empty tokenizer
-    parts = {}
-    options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
-    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
-        parts[part], report = model_class.from_pretrained(name, subfolder=part, **options)
-        if report["missing_keys"]:
-            raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
-        if not all(parameter.isfinite().all() for parameter in parts[part].parameters()):
+    if path.is_file():
+        pipeline = load_single_file(path)
+    else:
+        kind = StableDiffusionPipeline.load_config(name, revision=revision).get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {kind}; pass a StableDiffusionPipeline (Stable Diffusion 1 or 2)")
+        options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+        models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+        for part, model_class in models.items():
+            parts[part], report = model_class.from_pretrained(name, subfolder=part, **options)
+            missing[part] = report["missing_keys"]
+        # The safety checker would black out radiographs.
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision, **parts)
+    for part in ("unet", "text_encoder", "vae"):
+        parameters = dict(getattr(pipeline, part).named_parameters())
+        absent = missing.get(part) or [key for key, parameter in parameters.items() if parameter.is_meta]
+        if absent:
+            raise ValueError(f"{part} has no weights for {min(absent)}")
+        if not all(parameter.isfinite().all() for parameter in parameters.values()):
             raise ValueError(f"{part} has weights that are not finite")
-    # The safety checker would black out radiographs.
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch.float32)
 
@@ -441,15 +475,16 @@ def merge_delta(unet, path):
 
 # Copied from train_peft.merge_adapter
 def merge_adapter(pipeline, run, lora_scale=1.0):
-    """Merge a run's adapter into the pipeline's U-Net, leaving no PEFT layers."""
+    """Merge a run's adapter into the pipeline's U-Net and text encoder, leaving no PEFT layers."""
     if (run / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
-        pipeline.fuse_lora(components=["unet"], lora_scale=lora_scale)
+        pipeline.fuse_lora(components=["unet", "text_encoder"], lora_scale=lora_scale)
         pipeline.unload_lora_weights()
     else:
         merge_delta(pipeline.unet, run / "unet_delta.safetensors")
-    if not all(parameter.isfinite().all() for parameter in pipeline.unet.parameters()):
-        raise ValueError(f"{run}: the merged weights are not finite")
+    for part in (pipeline.unet, pipeline.text_encoder):
+        if not all(parameter.isfinite().all() for parameter in part.parameters()):
+            raise ValueError(f"{run}: the merged weights are not finite")
 
 
 def pipeline_fingerprint(pipeline):

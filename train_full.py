@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57.1", "peft>=0.18", "accelerate>=1.10",
-#   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2",
-#   "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17",
+#   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "filelock>=3.12",
+#   "numpy>=1.26", "pandas>=2.2", "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17",
 # ]
 # ///
 """Fine-tune any combination of Stable Diffusion v1.5's U-Net, VAE and text encoder on chest radiographs.
@@ -57,8 +57,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
@@ -130,7 +132,7 @@ def add_shared_arguments(parser):
 
     flag = parser.add_argument_group("model and loss").add_argument
     base_model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    flag("--pretrained_model_name_or_path", default=base_model, help="hub id or folder of the base pipeline")
+    flag("--pretrained_model_name_or_path", default=base_model, help="base model: hub id, folder or .safetensors file")
     flag("--revision", help="branch, tag or commit of the hub model")
     flag("--variant", help="variant of the weight files, such as fp16")
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type (default: accelerate's config)")
@@ -832,26 +834,72 @@ def prepare_streams(accelerator, pipeline, data, args, vae_hash):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def load_single_file(path):
+    """Load a pipeline from a .safetensors file of all weights, such as v1-5-pruned-emaonly.safetensors.
+
+    Configurations and tokenizer are taken from its folder if they lie there as in a diffusers pipeline
+    (model_index.json, unet/config.json, tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    """
+    config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
+    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        if not {"model", "first_stage_model", "cond_stage_model"} <= {name.split(".")[0] for name in names}:
+            raise ValueError("it does not hold the U-Net, VAE and text encoder of Stable Diffusion 1 or 2")
+        return StableDiffusionPipeline.from_single_file(str(path), config=config, **options)
+    except (SafetensorError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"it is damaged or lacks weights: {error}") from error
+    except OSError as error:
+        raise ValueError(f"its configuration is neither in {path.parent} nor to be had from the hub") from error
+
+
 def load_pipeline(name, revision=None, variant=None):
-    """Load a Stable Diffusion pipeline in float32 from safetensors files.
+    """Load a Stable Diffusion pipeline in float32 from a hub id, a folder or a .safetensors file.
 
     Raise ValueError if weights are missing (the libraries would only warn and initialize them randomly) or not finite.
     """
-    if Path(name).is_dir() and not (Path(name) / "tokenizer").is_dir():
+    path, parts, missing = Path(name), {}, {}
+    folder = path.parent if path.is_file() else path
+    if (folder / "model_index.json").is_file() and not (folder / "tokenizer").is_dir():
         raise ValueError("no tokenizer folder")  # transformers would use an empty tokenizer
-    parts = {}
-    options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
-    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
-        parts[part], report = model_class.from_pretrained(name, subfolder=part, **options)
-        if report["missing_keys"]:
-            raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
-        if not all(parameter.isfinite().all() for parameter in parts[part].parameters()):
+    if path.is_file():
+        pipeline = load_single_file(path)
+    else:
+        kind = StableDiffusionPipeline.load_config(name, revision=revision).get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {kind}; pass a StableDiffusionPipeline (Stable Diffusion 1 or 2)")
+        options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+        models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+        for part, model_class in models.items():
+            parts[part], report = model_class.from_pretrained(name, subfolder=part, **options)
+            missing[part] = report["missing_keys"]
+        # The safety checker would black out radiographs.
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision, **parts)
+    for part in ("unet", "text_encoder", "vae"):
+        parameters = dict(getattr(pipeline, part).named_parameters())
+        absent = missing.get(part) or [key for key, parameter in parameters.items() if parameter.is_meta]
+        if absent:
+            raise ValueError(f"{part} has no weights for {min(absent)}")
+        if not all(parameter.isfinite().all() for parameter in parameters.values()):
             raise ValueError(f"{part} has weights that are not finite")
-    # The safety checker would black out radiographs.
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch.float32)
+
+
+def explain_base(name):
+    """Return why a base model cannot be loaded and what to pass instead, as far as its path tells, else None."""
+    path = Path(name)
+    if not path.exists():
+        return "no such folder, nor a readable hub model; pass a hub id, a pipeline's folder or a .safetensors file"
+    if path.is_file() and path.suffix != ".safetensors":
+        return "not a .safetensors file; pass one, a pipeline's folder or a hub id"
+    if any((path / file).is_file() for file in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors")):
+        return "an adapter; pass its base model, or its merged/ folder (made with --save_merged)"
+    if path.is_dir() and list_checkpoints(path) and not (path / "model_index.json").is_file():
+        return "an unfinished run; finish it with --resume_from_checkpoint latest, or pass another model"
+    return None
 
 
 def load_base_pipeline(args):
@@ -860,7 +908,8 @@ def load_base_pipeline(args):
     try:
         pipeline = load_pipeline(name, args.revision, args.variant)
     except (OSError, ValueError) as error:
-        fail(f"{name}: cannot be loaded as a Stable Diffusion pipeline in safetensors ({str(error)[:300]})")
+        kind = explain_base(name) or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
+        fail(f"{name}: {kind} ({str(error)[:300]})")
     prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
     if prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name} predicts {prediction_type}; only epsilon and v_prediction are supported")
@@ -914,16 +963,19 @@ def make_optimizer(args, parameters):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Settings that must not change when a run is resumed, and those that cause a warning if they do.
-REFUSE_IF_CHANGED = "method vae_loss rank lora_alpha lora_dropout use_8bit_adam use_ema global_batch_size".split()
+REFUSE_IF_CHANGED = (
+    "method vae_loss rank lora_alpha lora_dropout lora_target_modules train_text_encoder use_8bit_adam use_ema "
+    "global_batch_size"
+).split()
 WARN_IF_CHANGED = (
     "learning_rate unet_lr text_encoder_lr vae_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 "
     "adam_beta2 adam_weight_decay adam_epsilon max_grad_norm ema_decay seed caption_dropout noise_offset snr_gamma "
-    "vae_recon_weight vae_anchor_weight"
+    "vae_recon_weight vae_anchor_weight init_from"
 ).split()
 # What --overwrite_output_dir deletes, besides checkpoints.
 RUN_FILES = (
     "training_summary.json README.md model_index.json unet text_encoder vae tokenizer scheduler merged validation "
-    "logs pytorch_lora_weights.safetensors unet_delta.safetensors"
+    "logs pytorch_lora_weights.safetensors lora_kohya.safetensors unet_delta.safetensors"
 ).split()
 
 
@@ -973,7 +1025,7 @@ def remove_checkpoint(folder):
 def find_checkpoint(args):
     """Return the checkpoint to resume from, or None. Fail if --output_dir already holds another run or a pipeline."""
     output_dir, base = Path(args.output_dir), Path(args.pretrained_model_name_or_path)
-    if base.is_dir() and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
+    if base.exists() and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
         fail(f"--output_dir {output_dir} holds the base model; pass another")
     existing, checkpoint = list_checkpoints(output_dir), None
     if args.resume_from_checkpoint == "latest":
@@ -998,7 +1050,7 @@ def check_identity(checkpoint, identity, max_train_steps):
     if saved["step"] > max_train_steps:
         fail(f"{checkpoint} is beyond step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
     for name, value in identity.items():
-        saved_value = saved["identity"].get(name)
+        saved_value = saved["identity"].get(name, value)
         if saved_value == value:
             continue
         if name == "base_fingerprint":
@@ -1051,13 +1103,22 @@ def match_layout(value, parameter):
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def load_in_order(path, names):
+    """Return a checkpoint's tensors. Version 5 of transformers has dropped `text_model.` from parameters' names."""
+    tensors = {name.replace(".text_model.", "."): tensor for name, tensor in load_file(path).items()}
+    return [tensors[name.replace(".text_model.", ".")] for name in names]
+
+
 def load_checkpoint(accelerator, state, checkpoint, args):
     """Restore weights, optimizer, learning rate and counters in place."""
     saved = json.loads((checkpoint / "state.json").read_text())
-    weights = load_file(checkpoint / "trainable.safetensors")
+    parameters, weights = (
+        state.parameters.values(),
+        load_in_order(checkpoint / "trainable.safetensors", state.parameters),
+    )
     with torch.no_grad():
-        for name, parameter in state.parameters.items():
-            parameter.copy_(weights[name])
+        for parameter, weight in zip(parameters, weights):
+            parameter.copy_(weight)
     in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     optimizer = {i: {} for i in range(len(in_order))}
     for key, value in (load_file(checkpoint / "optimizer.safetensors") | saved["optimizer"]).items():
@@ -1072,8 +1133,8 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
     state.lr_scheduler.step()
     if state.ema:
-        shadow = load_file(checkpoint / "ema.safetensors")
-        state.ema.shadow_params = [match_layout(shadow[name], p) for name, p in state.parameters.items()]
+        shadow = load_in_order(checkpoint / "ema.safetensors", state.parameters)
+        state.ema.shadow_params = [match_layout(weight, p) for weight, p in zip(shadow, parameters)]
         state.ema.optimization_step = saved["step"]
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
@@ -1352,6 +1413,25 @@ def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
 
 
+@contextlib.contextmanager
+def lock_output_dir(accelerator, args, checkpoint):
+    """Keep other runs out of the output folder. The kernel drops the lock of a run that is killed."""
+    lock = FileLock(Path(args.output_dir) / ".lock")
+    try:
+        if accelerator.is_main_process:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            if find_checkpoint(args) != checkpoint:
+                fail(f"another run has written to {args.output_dir} meanwhile; start this one again")
+        yield
+    except Timeout:
+        fail(f"another run is writing to {args.output_dir}; wait for its end or pass another --output_dir")
+    finally:
+        if lock.is_locked:
+            os.unlink(lock.lock_file)
+            lock.release()
+
+
 def start_run(accelerator, args, checkpoint):
     """Prepare the output folder, the hub repository and the trackers. Return the repository's id, or None."""
     repo_id, output_dir = None, Path(args.output_dir)
@@ -1362,7 +1442,6 @@ def start_run(accelerator, args, checkpoint):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             for folder in list_checkpoints(output_dir):
                 remove_checkpoint(folder)
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "training_summary.json").unlink(missing_ok=True)  # it marks a finished run
         if args.push_to_hub:  # before training, so that a missing login fails early
             repo_id = create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True).repo_id
@@ -1505,29 +1584,30 @@ def main(args):
 
     if accelerator.is_main_process:
         print_plan(accelerator, args, state, data, max_train_steps, checkpoint)
-    repo_id = start_run(accelerator, args, checkpoint)
-    frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
-    prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
-    run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
-    before = run_validation()  # of the base model, so before the checkpoint is loaded
-    if checkpoint:
-        load_checkpoint(accelerator, state, checkpoint, args)
-    with stop_on_signals(accelerator):
-        stopped = train(accelerator, state, stream, max_train_steps, run_validation, args)
-    if stopped:
-        accelerator.end_training()
-        accelerator.print(f"stopped after step {state.step:,}; continue with --resume_from_checkpoint latest")
-        sys.exit(EXIT_PREEMPTED)
+    with lock_output_dir(accelerator, args, checkpoint):
+        repo_id = start_run(accelerator, args, checkpoint)
+        frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
+        prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
+        run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
+        before = run_validation()  # of the base model, so before the checkpoint is loaded
+        if checkpoint:
+            load_checkpoint(accelerator, state, checkpoint, args)
+        with stop_on_signals(accelerator):
+            stopped = train(accelerator, state, stream, max_train_steps, run_validation, args)
+        if stopped:
+            accelerator.end_training()
+            accelerator.print(f"stopped after step {state.step:,}; continue with --resume_from_checkpoint latest")
+            sys.exit(EXIT_PREEMPTED)
 
-    if ema:
-        ema.copy_to(parameters.values())
-    after = run_validation()
-    if accelerator.is_main_process:
-        # Before saving, which can raise the peak memory.
-        summary = summarize(accelerator, args, state, data, (before, after))
-        save_model(args, state, pipeline)
-        finish_run(args, summary, repo_id)
-    accelerator.end_training()
+        if ema:
+            ema.copy_to(parameters.values())
+        after = run_validation()
+        if accelerator.is_main_process:
+            # Before saving, which can raise the peak memory.
+            summary = summarize(accelerator, args, state, data, (before, after))
+            save_model(args, state, pipeline)
+            finish_run(args, summary, repo_id)
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57.1", "peft>=0.18", "accelerate>=1.10",
-#   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2",
-#   "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17",
+#   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "filelock>=3.12",
+#   "numpy>=1.26", "pandas>=2.2", "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17",
 # ]
 # ///
 """Fine-tune the U-Net of Stable Diffusion v1.5 on chest radiographs with LoRA, DoRA, BitFit or DiffFit.
@@ -56,11 +56,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
-from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
+from diffusers.utils import make_image_grid
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
@@ -99,8 +100,9 @@ MAX_CACHED_CAPTIONS = 4096
 EXIT_PREEMPTED = 75
 # Copied from train_full.STOP_SIGNALS
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# The attention projections that LoRA and DoRA adapt.
+# The attention projections that LoRA and DoRA adapt, in the U-Net and in the text encoder.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 # The last linear layer of each residual branch of a transformer block (attn1, attn2, ff), which DiffFit scales.
 BRANCH_ENDS = ("to_out.0", "ff.net.2")
 
@@ -145,7 +147,7 @@ def add_shared_arguments(parser):
 
     flag = parser.add_argument_group("model and loss").add_argument
     base_model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    flag("--pretrained_model_name_or_path", default=base_model, help="hub id or folder of the base pipeline")
+    flag("--pretrained_model_name_or_path", default=base_model, help="base model: hub id, folder or .safetensors file")
     flag("--revision", help="branch, tag or commit of the hub model")
     flag("--variant", help="variant of the weight files, such as fp16")
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type (default: accelerate's config)")
@@ -231,20 +233,44 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("method").add_argument
     flag("--method", choices=["lora", "dora", "bitfit", "difffit"], required=True)
     flag("--rank", type=int, default=8, help="rank of LoRA and DoRA")
-    flag("--lora_alpha", type=int, default=16, help="LoRA and DoRA updates are scaled by lora_alpha / rank")
+    flag("--lora_alpha", type=float, default=16, help="LoRA and DoRA updates are scaled by lora_alpha / rank")
     flag("--lora_dropout", type=float, default=0.0, help="dropout on the input of the LoRA layers")
+    flag("--lora_target_modules", nargs="+", help=f"ends of layer names (default: {' '.join(LORA_TARGETS)})")
+    flag("--train_text_encoder", action="store_true", help="LoRA and DoRA on the text encoder's attention too")
     flag("--learning_rate", type=float, default=1e-4)
+    flag("--init_from", metavar="RUN", help="start from this finished run's adapter, at step 0")
     flag("--save_merged", action="store_true", help="also save a full pipeline with the adapter merged to merged/")
+    flag("--save_kohya", action="store_true", help="also save lora_kohya.safetensors, for ComfyUI and others")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
-    if min(args.rank, args.lora_alpha) < 1:
-        parser.error("--rank and --lora_alpha must be at least 1")
+    if args.rank < 1 or args.lora_alpha <= 0:
+        parser.error("--rank must be at least 1, and --lora_alpha above 0")
     if not 0 <= args.lora_dropout < 1:
         parser.error("--lora_dropout must be at least 0 and below 1")
-    args.components, args.learning_rates = ["unet"], {"unet": args.learning_rate}
+    for name in ("train_text_encoder", "lora_target_modules", "save_kohya"):
+        if args.method not in ("lora", "dora") and getattr(args, name):
+            parser.error(f"--{name} is for --method lora and dora")
+    args.lora_target_modules = args.lora_target_modules or LORA_TARGETS
+    args.components = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
+    args.learning_rates = dict.fromkeys(args.components, args.learning_rate)
     args.output_dir = args.output_dir or f"runs/{args.method}"
+    if args.init_from:
+        check_initial_run(parser, args)
     return args
+
+
+def check_initial_run(parser, args):
+    """Check that --init_from is a finished run whose adapter fits the flags."""
+    path = Path(args.init_from) / "training_summary.json"
+    if not path.is_file():
+        parser.error(f"--init_from {args.init_from}: no training_summary.json there; pass a finished run's folder")
+    saved, names = json.loads(path.read_text(encoding="utf-8"))["arguments"], ["method"]
+    if args.method in ("lora", "dora"):
+        names += ["rank", "lora_target_modules", "train_text_encoder"]
+    for name in names:
+        if saved.get(name, getattr(args, name)) != getattr(args, name):
+            parser.error(f"--init_from {args.init_from} has {name}={saved[name]}, not {getattr(args, name)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,6 +454,11 @@ class DiffusionLoss(torch.nn.Module):
         return (self.snr_gamma / snr).clamp(max=1.0)
 
 
+def lora_config(args, target_modules):
+    options = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    return LoraConfig(**options, target_modules=target_modules, use_dora=args.method == "dora")
+
+
 def apply_method(unet, args):
     """Freeze the U-Net, then add or unfreeze the parameters that the method trains.
 
@@ -439,8 +470,10 @@ def apply_method(unet, args):
     unet.requires_grad_(False)
     if args.method in ("lora", "dora"):
         torch.manual_seed(keyed_seed(args.seed, "method"))  # LoRA's initial weights are random
-        options = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        unet.add_adapter(LoraConfig(**options, target_modules=LORA_TARGETS, use_dora=args.method == "dora"))
+        try:
+            unet.add_adapter(lora_config(args, args.lora_target_modules))
+        except ValueError as error:
+            fail(f"--lora_target_modules {' '.join(args.lora_target_modules)}: {str(error)[:300]}")
         return
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name.endswith(".bias"))
@@ -860,27 +893,75 @@ def prepare_streams(accelerator, pipeline, data, args, vae_hash):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Copied from train_full.load_single_file
+def load_single_file(path):
+    """Load a pipeline from a .safetensors file of all weights, such as v1-5-pruned-emaonly.safetensors.
+
+    Configurations and tokenizer are taken from its folder if they lie there as in a diffusers pipeline
+    (model_index.json, unet/config.json, tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    """
+    config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
+    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        if not {"model", "first_stage_model", "cond_stage_model"} <= {name.split(".")[0] for name in names}:
+            raise ValueError("it does not hold the U-Net, VAE and text encoder of Stable Diffusion 1 or 2")
+        return StableDiffusionPipeline.from_single_file(str(path), config=config, **options)
+    except (SafetensorError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"it is damaged or lacks weights: {error}") from error
+    except OSError as error:
+        raise ValueError(f"its configuration is neither in {path.parent} nor to be had from the hub") from error
+
+
 # Copied from train_full.load_pipeline
 def load_pipeline(name, revision=None, variant=None):
-    """Load a Stable Diffusion pipeline in float32 from safetensors files.
+    """Load a Stable Diffusion pipeline in float32 from a hub id, a folder or a .safetensors file.
 
     Raise ValueError if weights are missing (the libraries would only warn and initialize them randomly) or not finite.
     """
-    if Path(name).is_dir() and not (Path(name) / "tokenizer").is_dir():
+    path, parts, missing = Path(name), {}, {}
+    folder = path.parent if path.is_file() else path
+    if (folder / "model_index.json").is_file() and not (folder / "tokenizer").is_dir():
         raise ValueError("no tokenizer folder")  # transformers would use an empty tokenizer
-    parts = {}
-    options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
-    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL)):
-        parts[part], report = model_class.from_pretrained(name, subfolder=part, **options)
-        if report["missing_keys"]:
-            raise ValueError(f"{part} has no weights for {min(report['missing_keys'])}")
-        if not all(parameter.isfinite().all() for parameter in parts[part].parameters()):
+    if path.is_file():
+        pipeline = load_single_file(path)
+    else:
+        kind = StableDiffusionPipeline.load_config(name, revision=revision).get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {kind}; pass a StableDiffusionPipeline (Stable Diffusion 1 or 2)")
+        options = {"revision": revision, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+        models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+        for part, model_class in models.items():
+            parts[part], report = model_class.from_pretrained(name, subfolder=part, **options)
+            missing[part] = report["missing_keys"]
+        # The safety checker would black out radiographs.
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision, **parts)
+    for part in ("unet", "text_encoder", "vae"):
+        parameters = dict(getattr(pipeline, part).named_parameters())
+        absent = missing.get(part) or [key for key, parameter in parameters.items() if parameter.is_meta]
+        if absent:
+            raise ValueError(f"{part} has no weights for {min(absent)}")
+        if not all(parameter.isfinite().all() for parameter in parameters.values()):
             raise ValueError(f"{part} has weights that are not finite")
-    # The safety checker would black out radiographs.
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch.float32)
+
+
+# Copied from train_full.explain_base
+def explain_base(name):
+    """Return why a base model cannot be loaded and what to pass instead, as far as its path tells, else None."""
+    path = Path(name)
+    if not path.exists():
+        return "no such folder, nor a readable hub model; pass a hub id, a pipeline's folder or a .safetensors file"
+    if path.is_file() and path.suffix != ".safetensors":
+        return "not a .safetensors file; pass one, a pipeline's folder or a hub id"
+    if any((path / file).is_file() for file in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors")):
+        return "an adapter; pass its base model, or its merged/ folder (made with --save_merged)"
+    if path.is_dir() and list_checkpoints(path) and not (path / "model_index.json").is_file():
+        return "an unfinished run; finish it with --resume_from_checkpoint latest, or pass another model"
+    return None
 
 
 # Copied from train_full.load_base_pipeline
@@ -890,7 +971,8 @@ def load_base_pipeline(args):
     try:
         pipeline = load_pipeline(name, args.revision, args.variant)
     except (OSError, ValueError) as error:
-        fail(f"{name}: cannot be loaded as a Stable Diffusion pipeline in safetensors ({str(error)[:300]})")
+        kind = explain_base(name) or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
+        fail(f"{name}: {kind} ({str(error)[:300]})")
     prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
     if prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name} predicts {prediction_type}; only epsilon and v_prediction are supported")
@@ -901,9 +983,38 @@ def load_base_pipeline(args):
     return pipeline
 
 
-def cast_frozen(unet, dtype):
+# Copied from sample.pipeline_fingerprint
+def pipeline_fingerprint(pipeline):
+    """Return a SHA-256 of all weights, which the training scripts record as base_fingerprint."""
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    return hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
+
+
+def adapter_key(name):
+    """Return a trained parameter's name in the adapter's file, the same for all versions of PEFT and transformers."""
+    if ".lora_" not in name:
+        return name.removeprefix("unet.")
+    return name.replace(".default.", ".").replace("text_encoder.encoder.", "text_encoder.text_model.encoder.")
+
+
+def load_initial_adapter(args, pipeline, base_fingerprint):
+    """Copy the adapter of --init_from into the new parameters. A new --lora_alpha does not change what it does."""
+    run = Path(args.init_from)
+    summary = json.loads((run / "training_summary.json").read_text(encoding="utf-8"))
+    if summary["identity"]["base_fingerprint"] != base_fingerprint:
+        fail(f"--init_from {run} was trained from a base model with other weights; pass that model")
+    lora = args.method in ("lora", "dora")
+    weights = load_file(run / ("pytorch_lora_weights.safetensors" if lora else "unet_delta.safetensors"))
+    for component in args.components:
+        for name, parameter in getattr(pipeline, component).named_parameters(component):
+            if parameter.requires_grad:
+                scale = args.rank / args.lora_alpha if ".lora_B." in name else 1.0
+                parameter.data.copy_(weights[adapter_key(name)] * scale)
+
+
+def cast_frozen(model, dtype):
     """Cast frozen weights to `dtype`, except norms: on CPUs, a norm's weight and bias must have the same dtype."""
-    for name, parameter in unet.named_parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad and "norm" not in name:
             parameter.data = parameter.data.to(dtype)
 
@@ -911,10 +1022,19 @@ def cast_frozen(unet, dtype):
 def build_loss(args, pipeline, stream, mixed_precision):
     """Apply the method, cast frozen weights to the autocast dtype, and return the loss module."""
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    base_fingerprint = pipeline_fingerprint(pipeline) if args.init_from else None
     apply_method(pipeline.unet, args)
+    if args.train_text_encoder:
+        # Not by its own add_adapter, since each version of transformers supports few of PEFT.
+        inject_adapter_in_model(lora_config(args, TEXT_ENCODER_TARGETS), pipeline.text_encoder)
+    if args.init_from:
+        load_initial_adapter(args, pipeline, base_fingerprint)
     cast_frozen(pipeline.unet, frozen_dtype)
-    for component in (pipeline.text_encoder, pipeline.vae):
-        component.requires_grad_(False).to(frozen_dtype)
+    if args.train_text_encoder:
+        cast_frozen(pipeline.text_encoder, frozen_dtype)
+    else:
+        pipeline.text_encoder.requires_grad_(False).to(frozen_dtype)
+    pipeline.vae.requires_grad_(False).to(frozen_dtype)
     if torch.cuda.is_available():  # channels-last convolutions are faster, and no method trains their weights
         for component in (pipeline.unet, pipeline.vae):
             component.to(memory_format=torch.channels_last)
@@ -948,18 +1068,21 @@ def make_optimizer(args, parameters):
 
 # Settings that must not change when a run is resumed, and those that cause a warning if they do.
 # Copied from train_full.REFUSE_IF_CHANGED
-REFUSE_IF_CHANGED = "method vae_loss rank lora_alpha lora_dropout use_8bit_adam use_ema global_batch_size".split()
+REFUSE_IF_CHANGED = (
+    "method vae_loss rank lora_alpha lora_dropout lora_target_modules train_text_encoder use_8bit_adam use_ema "
+    "global_batch_size"
+).split()
 # Copied from train_full.WARN_IF_CHANGED
 WARN_IF_CHANGED = (
     "learning_rate unet_lr text_encoder_lr vae_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 "
     "adam_beta2 adam_weight_decay adam_epsilon max_grad_norm ema_decay seed caption_dropout noise_offset snr_gamma "
-    "vae_recon_weight vae_anchor_weight"
+    "vae_recon_weight vae_anchor_weight init_from"
 ).split()
 # What --overwrite_output_dir deletes, besides checkpoints.
 # Copied from train_full.RUN_FILES
 RUN_FILES = (
     "training_summary.json README.md model_index.json unet text_encoder vae tokenizer scheduler merged validation "
-    "logs pytorch_lora_weights.safetensors unet_delta.safetensors"
+    "logs pytorch_lora_weights.safetensors lora_kohya.safetensors unet_delta.safetensors"
 ).split()
 
 
@@ -1014,7 +1137,7 @@ def remove_checkpoint(folder):
 def find_checkpoint(args):
     """Return the checkpoint to resume from, or None. Fail if --output_dir already holds another run or a pipeline."""
     output_dir, base = Path(args.output_dir), Path(args.pretrained_model_name_or_path)
-    if base.is_dir() and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
+    if base.exists() and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
         fail(f"--output_dir {output_dir} holds the base model; pass another")
     existing, checkpoint = list_checkpoints(output_dir), None
     if args.resume_from_checkpoint == "latest":
@@ -1040,7 +1163,7 @@ def check_identity(checkpoint, identity, max_train_steps):
     if saved["step"] > max_train_steps:
         fail(f"{checkpoint} is beyond step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
     for name, value in identity.items():
-        saved_value = saved["identity"].get(name)
+        saved_value = saved["identity"].get(name, value)
         if saved_value == value:
             continue
         if name == "base_fingerprint":
@@ -1096,14 +1219,24 @@ def match_layout(value, parameter):
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+# Copied from train_full.load_in_order
+def load_in_order(path, names):
+    """Return a checkpoint's tensors. Version 5 of transformers has dropped `text_model.` from parameters' names."""
+    tensors = {name.replace(".text_model.", "."): tensor for name, tensor in load_file(path).items()}
+    return [tensors[name.replace(".text_model.", ".")] for name in names]
+
+
 # Copied from train_full.load_checkpoint
 def load_checkpoint(accelerator, state, checkpoint, args):
     """Restore weights, optimizer, learning rate and counters in place."""
     saved = json.loads((checkpoint / "state.json").read_text())
-    weights = load_file(checkpoint / "trainable.safetensors")
+    parameters, weights = (
+        state.parameters.values(),
+        load_in_order(checkpoint / "trainable.safetensors", state.parameters),
+    )
     with torch.no_grad():
-        for name, parameter in state.parameters.items():
-            parameter.copy_(weights[name])
+        for parameter, weight in zip(parameters, weights):
+            parameter.copy_(weight)
     in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     optimizer = {i: {} for i in range(len(in_order))}
     for key, value in (load_file(checkpoint / "optimizer.safetensors") | saved["optimizer"]).items():
@@ -1118,8 +1251,8 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
     state.lr_scheduler.step()
     if state.ema:
-        shadow = load_file(checkpoint / "ema.safetensors")
-        state.ema.shadow_params = [match_layout(shadow[name], p) for name, p in state.parameters.items()]
+        shadow = load_in_order(checkpoint / "ema.safetensors", state.parameters)
+        state.ema.shadow_params = [match_layout(weight, p) for weight, p in zip(shadow, parameters)]
         state.ema.optimization_step = saved["step"]
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
@@ -1335,24 +1468,63 @@ def save_folder(pipeline, folder):
     temporary.rmdir()
 
 
-def save_adapter(args, state, pipeline):
-    """Save the trained weights under the names that diffusers and sample.py expect."""
+def adapter_tensors(args, state):
+    """Return the trained weights by their names in the adapter's file.
+
+    LoRA's scale, lora_alpha / rank, is multiplied into B. The file then needs no alpha, which some readers ignore
+    (diffusers before 0.35) and others keep in forms of their own. DoRA's magnitude is that of the scaled weight.
+    """
+    tensors, scale = {}, args.lora_alpha / args.rank
+    for name, parameter in state.parameters.items():
+        weight = parameter.detach().cpu().contiguous()
+        tensors[adapter_key(name)] = weight * scale if ".lora_B." in name else weight
+    return tensors
+
+
+def save_adapter(args, tensors):
+    """Save the trained weights in the form that diffusers and sample.py expect."""
     output_dir, temporary = Path(args.output_dir), Path(args.output_dir) / ".adapter.tmp"
     if args.method in ("lora", "dora"):
-        # Without metadata, diffusers assumes alpha = rank. Older versions of peft accept no further fields, and older
-        # ones of diffusers need the rank pattern.
-        metadata = {"r": args.rank, "lora_alpha": args.lora_alpha, "use_dora": args.method == "dora"}
-        metadata |= {"target_modules": sorted(LORA_TARGETS), "rank_pattern": {}}
-        metadata["lora_dropout"] = 0.0  # loaders would leave dropout active
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-        StableDiffusionPipeline.save_lora_weights(temporary, layers, unet_lora_adapter_metadata=metadata)
+        parts = {f"{component}_lora_layers": {} for component in args.components}
+        for key, tensor in tensors.items():
+            component, key = key.split(".", 1)
+            parts[f"{component}_lora_layers"][key] = tensor
+        StableDiffusionPipeline.save_lora_weights(temporary, **parts)
         os.replace(temporary / "pytorch_lora_weights.safetensors", output_dir / "pytorch_lora_weights.safetensors")
         temporary.rmdir()
         return
-    weights = {name.removeprefix("unet."): p.detach().cpu().contiguous() for name, p in state.parameters.items()}
     header = {"format": "pt", "method": args.method, "base_model": args.pretrained_model_name_or_path}
-    save_file(weights, temporary, metadata=header)
+    save_file(tensors, temporary, metadata=header)
     os.replace(temporary, output_dir / "unet_delta.safetensors")
+
+
+def kohya_key(key):
+    """Return a layer's name in kohya's form, from its name in the adapter's file."""
+    component, layer = key.split(".lora_")[0].split(".", 1)
+    return f"lora_{'te' if component == 'text_encoder' else 'unet'}_{layer.replace('.', '_')}"
+
+
+def save_kohya(args, state, tensors):
+    """Save the adapter in kohya's form, which ComfyUI and AUTOMATIC1111 read too.
+
+    A DoRA is saved as differences of whole weights. The form's `dora_scale` would be applied in three ways: LyCORIS
+    divides it by the row norms of the updated weight, as PEFT does, ComfyUI by those of the base weight, AUTOMATIC1111
+    by column norms. A difference is added by all of them.
+    """
+    converted, path = {}, Path(args.output_dir) / "lora_kohya.safetensors"
+    if args.method == "lora":
+        for key, tensor in tensors.items():
+            layer, kind = kohya_key(key), "down" if ".lora_A." in key else "up"
+            converted |= {f"{layer}.lora_{kind}.weight": tensor, f"{layer}.alpha": torch.tensor(float(args.rank))}
+    else:
+        base, merged = load_base_pipeline(args), load_base_pipeline(args)
+        merge_adapter(merged, Path(args.output_dir))
+        for name in state.parameters:
+            component, layer = name.split(".lora_")[0].split(".", 1)
+            new, old = (getattr(pipe, component).get_submodule(layer).weight for pipe in (merged, base))
+            converted[f"{kohya_key(adapter_key(name))}.diff"] = (new - old).detach()
+    save_file(converted, path.with_name(".kohya.tmp"), metadata={"format": "pt"})
+    os.replace(path.with_name(".kohya.tmp"), path)
 
 
 def merge_delta(unet, path):
@@ -1372,20 +1544,24 @@ def merge_delta(unet, path):
 
 
 def merge_adapter(pipeline, run, lora_scale=1.0):
-    """Merge a run's adapter into the pipeline's U-Net, leaving no PEFT layers."""
+    """Merge a run's adapter into the pipeline's U-Net and text encoder, leaving no PEFT layers."""
     if (run / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
-        pipeline.fuse_lora(components=["unet"], lora_scale=lora_scale)
+        pipeline.fuse_lora(components=["unet", "text_encoder"], lora_scale=lora_scale)
         pipeline.unload_lora_weights()
     else:
         merge_delta(pipeline.unet, run / "unet_delta.safetensors")
-    if not all(parameter.isfinite().all() for parameter in pipeline.unet.parameters()):
-        raise ValueError(f"{run}: the merged weights are not finite")
+    for part in (pipeline.unet, pipeline.text_encoder):
+        if not all(parameter.isfinite().all() for parameter in part.parameters()):
+            raise ValueError(f"{run}: the merged weights are not finite")
 
 
 def save_model(args, state, pipeline):
-    """Save the adapter and, with --save_merged, the base pipeline in float32 with the adapter merged."""
-    save_adapter(args, state, pipeline)
+    """Save the adapter, its kohya form and the base pipeline in float32 with the adapter merged, as asked for."""
+    tensors = adapter_tensors(args, state)
+    save_adapter(args, tensors)
+    if args.save_kohya:
+        save_kohya(args, state, tensors)
     if args.save_merged:
         merged = load_base_pipeline(args)
         merge_adapter(merged, Path(args.output_dir))
@@ -1397,11 +1573,13 @@ def usage_example(args, model):
     if args.method in ("bitfit", "difffit"):
         return f"# Sample with `python sample.py --model {model}`, or train with --save_merged and load merged/."
     base = args.pretrained_model_name_or_path
-    revision = f', revision="{args.revision}"' if args.revision else ""
+    load = f'from_single_file("{base}"' if os.path.isfile(base) else f'from_pretrained("{base}"'
+    if args.revision:
+        load += f', revision="{args.revision}"'
     return f"""from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}"{revision}, safety_checker=None)
-pipe.load_lora_weights("{model}")"""
+pipe = StableDiffusionPipeline.{load}, safety_checker=None)
+pipe.load_lora_weights("{model}", weight_name="pytorch_lora_weights.safetensors")"""
 
 
 # Copied from train_full.finish_run
@@ -1464,6 +1642,26 @@ def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
 
 
+# Copied from train_full.lock_output_dir
+@contextlib.contextmanager
+def lock_output_dir(accelerator, args, checkpoint):
+    """Keep other runs out of the output folder. The kernel drops the lock of a run that is killed."""
+    lock = FileLock(Path(args.output_dir) / ".lock")
+    try:
+        if accelerator.is_main_process:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            if find_checkpoint(args) != checkpoint:
+                fail(f"another run has written to {args.output_dir} meanwhile; start this one again")
+        yield
+    except Timeout:
+        fail(f"another run is writing to {args.output_dir}; wait for its end or pass another --output_dir")
+    finally:
+        if lock.is_locked:
+            os.unlink(lock.lock_file)
+            lock.release()
+
+
 # Copied from train_full.start_run
 def start_run(accelerator, args, checkpoint):
     """Prepare the output folder, the hub repository and the trackers. Return the repository's id, or None."""
@@ -1475,7 +1673,6 @@ def start_run(accelerator, args, checkpoint):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             for folder in list_checkpoints(output_dir):
                 remove_checkpoint(folder)
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "training_summary.json").unlink(missing_ok=True)  # it marks a finished run
         if args.push_to_hub:  # before training, so that a missing login fails early
             repo_id = create_repo(args.hub_model_id or output_dir.name, private=True, exist_ok=True).repo_id
@@ -1623,29 +1820,30 @@ def main(args):
 
     if accelerator.is_main_process:
         print_plan(accelerator, args, state, data, max_train_steps, checkpoint)
-    repo_id = start_run(accelerator, args, checkpoint)
-    frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
-    prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
-    run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
-    before = run_validation()  # of the base model, so before the checkpoint is loaded
-    if checkpoint:
-        load_checkpoint(accelerator, state, checkpoint, args)
-    with stop_on_signals(accelerator):
-        stopped = train(accelerator, state, stream, max_train_steps, run_validation, args)
-    if stopped:
-        accelerator.end_training()
-        accelerator.print(f"stopped after step {state.step:,}; continue with --resume_from_checkpoint latest")
-        sys.exit(EXIT_PREEMPTED)
+    with lock_output_dir(accelerator, args, checkpoint):
+        repo_id = start_run(accelerator, args, checkpoint)
+        frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
+        prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
+        run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
+        before = run_validation()  # of the base model, so before the checkpoint is loaded
+        if checkpoint:
+            load_checkpoint(accelerator, state, checkpoint, args)
+        with stop_on_signals(accelerator):
+            stopped = train(accelerator, state, stream, max_train_steps, run_validation, args)
+        if stopped:
+            accelerator.end_training()
+            accelerator.print(f"stopped after step {state.step:,}; continue with --resume_from_checkpoint latest")
+            sys.exit(EXIT_PREEMPTED)
 
-    if ema:
-        ema.copy_to(parameters.values())
-    after = run_validation()
-    if accelerator.is_main_process:
-        # Before saving, which can raise the peak memory.
-        summary = summarize(accelerator, args, state, data, (before, after))
-        save_model(args, state, pipeline)
-        finish_run(args, summary, repo_id)
-    accelerator.end_training()
+        if ema:
+            ema.copy_to(parameters.values())
+        after = run_validation()
+        if accelerator.is_main_process:
+            # Before saving, which can raise the peak memory.
+            summary = summarize(accelerator, args, state, data, (before, after))
+            save_model(args, state, pipeline)
+            finish_run(args, summary, repo_id)
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import common
 import pytest
 import torch
 from common import BASE, change_weights, phantoms, picture, pipeline_of, same, small_table, train, trained_weights
+from filelock import FileLock
 
 import train_full
 import train_peft
@@ -33,8 +34,9 @@ def refused(capsys, tmp_path):
 
 FLAGS = {
     "--method prefix": "invalid choice: 'prefix'",
-    "--rank 0": "--rank and --lora_alpha must be at least 1",
-    "--lora_alpha 0": "--rank and --lora_alpha must be at least 1",
+    "--rank 0": "--rank must be at least 1, and --lora_alpha above 0",
+    "--lora_alpha 0": "--rank must be at least 1, and --lora_alpha above 0",
+    "--method bitfit --train_text_encoder": "--train_text_encoder is for --method lora and dora",
     "--max_grad_norm -1": "--max_grad_norm must not be negative",
     "--checkpointing_steps -1": "--checkpointing_steps must not be negative",
     "--train_batch_size 0": "--train_batch_size must be at least 1",
@@ -164,6 +166,24 @@ def test_an_inpainting_model_and_one_that_predicts_the_sample(refused, base):
     assert "predicts sample" in refused("lora", f"--pretrained_model_name_or_path={base}")
 
 
+def test_what_is_no_base_model_is_named(refused, base, tmp_path):
+    """An adapter, an unfinished run, SDXL, a pickle, and nothing at all."""
+    for name, file in {"adapter": "unet_delta.safetensors", "unfinished": "checkpoint-2", "old": "model.ckpt"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).mkdir() if name == "unfinished" else (tmp_path / name / file).write_bytes(b"")
+    index = base / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionXLPipeline"}))
+    expected = {tmp_path / "adapter": "an adapter; pass its base model", tmp_path / "unfinished": "an unfinished run"}
+    expected |= {tmp_path / "old" / "model.ckpt": "not a .safetensors file", base: "it is a StableDiffusionXLPipeline"}
+    for path, words in (expected | {"runs/nothing": "no such folder"}).items():
+        sentence = refused("bitfit", f"--pretrained_model_name_or_path={path}")
+        assert f"{path}: " in sentence and words in sentence
+
+
+def test_lora_target_modules_that_do_not_exist(refused):
+    assert "--lora_target_modules to_x: " in refused("lora", "--lora_target_modules=to_x")
+
+
 def test_the_vaes_old_attention_names_are_not_missing_weights(base):
     """Stable Diffusion v1.5 itself is stored with the names that diffusers no longer uses."""
     old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
@@ -198,6 +218,16 @@ def test_a_folder_in_use_is_overwritten_only_on_request(refused, tmp_path):
     kept = {"notes.txt", "checkpoint-1", "checkpoint-2"}
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {*kept, "README.md", "training_summary.json", "pytorch_lora_weights.safetensors"}
+
+
+def test_two_runs_in_one_folder(refused, tmp_path):
+    """The second is refused, even if it is to overwrite; what a killed run leaves of its lock is not in the way."""
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert "another run is writing to" in refused("bitfit", "--overwrite_output_dir", folder="run")
+    assert (tmp_path / "run" / ".lock").exists()
+    train("bitfit", tmp_path / "run", steps=1)
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_overwriting_a_run_from_another_ones_checkpoint(tmp_path):

@@ -18,6 +18,7 @@ SCRIPTS = [
     "eval_downstream",
     "launch/report",
     "launch/benchmark",
+    "launch/make_table",
 ]
 # Each script has its own function of this name.
 OWN = {"main", "parse_args", "build_loss", "save_model", "usage_example"}

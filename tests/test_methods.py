@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from common import BASE, FULL_ROWS, PEFT_ROWS, ROOT, ROWS, draw, phantoms, pipeline_of, result, same, train, weights_of
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -372,3 +373,40 @@ def test_old_checkpoints_go_and_later_ones_of_another_branch(tmp_path):
     back = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"
     train("bitfit", tmp_path / "run", *flags, back, "--learning_rate=1e-2", steps=3)
     assert [path.name[-1] for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["2", "3"]
+
+
+def test_a_run_resumes_under_another_launch_and_with_the_other_names_of_transformers(tmp_path, monkeypatch, capsys):
+    """Accelerate's environment neither changes the accumulation nor, by torch.compile, the names of parameters."""
+    options = ["--checkpointing_steps=1", "--gradient_accumulation_steps=2", "--text_encoder_lr=1e-3"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    summary = train("text_encoder", tmp_path / "run", *options, steps=2)
+    assert summary["steps"] == 2 and summary["global_batch_size"] == 4
+    monkeypatch.undo()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    tensors = load_file(checkpoint / "trainable.safetensors")
+    renamed = {name.replace("text_encoder.", "text_encoder.text_model."): tensor for name, tensor in tensors.items()}
+    common.save_file(renamed, checkpoint / "trainable.safetensors")
+    resume = [*options, f"--resume_from_checkpoint={checkpoint}"]
+    capsys.readouterr()
+    train("text_encoder", tmp_path / "two", *resume, steps=2)
+    assert "length_of_lr_schedule" not in capsys.readouterr().out
+    runs = (common.trained_weights("text_encoder", tmp_path / name) for name in ("run", "two"))
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(*(run.values() for run in runs)))
+
+
+def test_more_steps_change_a_cosine_schedule_with_a_warning(tmp_path, capsys):
+    cosine = ["--lr_scheduler=cosine", "--checkpointing_steps=1"]
+    train("bitfit", tmp_path / "run", *cosine, steps=1)
+    train("bitfit", tmp_path / "run", *cosine, "--resume_from_checkpoint=latest", steps=2)
+    assert "length_of_lr_schedule was 1 in" in capsys.readouterr().out
+
+
+def test_all_validation_prompts_are_drawn_and_the_card_names_the_repository(tmp_path, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(train_peft, "create_repo", lambda name, **options: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(train_peft, "upload_folder", lambda **options: uploads.append(options["repo_id"]))
+    flags = ["--validation_prompts", *"abcdef", "--num_validation_images=4", "--push_to_hub"]
+    train("lora", tmp_path / "run", *flags, steps=1, resolution=32)
+    assert Image.open(tmp_path / "run" / "validation" / "step-000001.png").size == (6 * 32, 32)
+    assert uploads == ["me/run"] and 'load_lora_weights("me/run"' in (tmp_path / "run" / "README.md").read_text()
