@@ -126,7 +126,7 @@ def parse_args(argv=None):
     for name in "resolution batch_size num_inference_steps steps warmup_steps repeats".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if args.peer and not args.peer.is_file():
+    if args.peer and not os.path.isfile(args.peer):
         parser.error(f"--peer {args.peer}: no such file")
     if args.base and not (args.base / "model_index.json").is_file():
         parser.error(f"--base {args.base}: no pipeline there (no model_index.json)")

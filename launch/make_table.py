@@ -54,7 +54,7 @@ STATES = dict.fromkeys(["1", "1.0", "true", "yes", "present", "positive"], "1")
 STATES |= dict.fromkeys(["0", "0.0", "false", "no", "absent", "negative"], "0")
 STATES |= dict.fromkeys(["-1", "-1.0", "uncertain"], "-1") | dict.fromkeys(["", "nan", "none", "unlabeled"], "")
 # The table's columns beside labels, and the simplified names of what they are made of, in order of preference.
-COLUMNS = {
+SOURCE_COLUMNS = {
     "patient_id": ["patientid", "subjectid", "deidpatientid"],
     "Frontal/Lateral": ["frontallateral"],
     "view": ["projection", "viewposition", "view"],  # becomes Frontal/Lateral and AP/PA
@@ -64,7 +64,7 @@ COLUMNS = {
     "split": ["split"],
     "prompt": ["prompt", "text", "caption"],
 }
-ALIASES = {alias for aliases in COLUMNS.values() for alias in aliases}
+ALIASES = {alias for aliases in SOURCE_COLUMNS.values() for alias in aliases}
 # Simplified view positions. Others, such as obliques, are neither frontal nor lateral.
 FRONTAL = {"ap": "AP", "pa": "PA", "aphorizontal": "AP", "frontal": ""}
 LATERAL = dict.fromkeys(["l", "ll", "rl", "lateral", "xtablelateral"], "Lateral")
@@ -237,7 +237,7 @@ def describe(raw, args, labels=None):
     """
     simplified = {simplify(name): name for name in reversed(raw.columns)}
     frame, taken = pd.DataFrame(index=raw.index), set()
-    for name, aliases in COLUMNS.items():
+    for name, aliases in SOURCE_COLUMNS.items():
         found = [simplified[alias] for alias in aliases if alias in simplified]
         taken.update(found)
         if name == "prompt" and args.prompt_column:
@@ -264,8 +264,8 @@ def one_hot(lists):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources. Each returns a table of COLUMNS and labels with `image`: a path, "" if there is none, or (dataset, column,
-# row); and, if some rows are not to be used, with `left_out`: the reason, or "".
+# Sources. Each returns a table of SOURCE_COLUMNS and labels with `image`: a path, "" if there is none, or (dataset,
+# column, row); and, if some rows are not to be used, with `left_out`: the reason, or "".
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -653,12 +653,12 @@ def drop_rows(frame, left_out, args):
 
 
 def label_columns(frame):
-    return frame.columns.difference([*COLUMNS, *DICOM_IDS, "image", "name", "left_out", "file_name"])
+    return frame.columns.difference([*SOURCE_COLUMNS, *DICOM_IDS, "image", "name", "left_out", "file_name"])
 
 
 def standardize(frame, args):
     """Return the image table: patient, view, sex, age and split in its form, labels in order, no blank columns."""
-    text = frame.reindex(columns=list(COLUMNS), fill_value="").fillna("").astype(str)
+    text = frame.reindex(columns=list(SOURCE_COLUMNS), fill_value="").fillna("").astype(str)
     view = text.pop("view").map(simplify)
     from_view = view.map(dict.fromkeys(FRONTAL, "Frontal") | LATERAL).fillna("")
     text["Frontal/Lateral"] = text["Frontal/Lateral"].str.title().where(text["Frontal/Lateral"] != "", from_view)
@@ -690,7 +690,7 @@ def print_summary(table, frame, left_out, args):
         named = [f"{name} {yes:,}" + (f" (+{maybe:,} uncertain)" if maybe else "") for yes, maybe, name in counts]
         return ", ".join(named[:20]) + (f" and {len(named) - 20:,} more" if len(named) > 20 else "")
 
-    others = [name for name in table if name not in [*LABELS, *COLUMNS, "file_name"]]
+    others = [name for name in table if name not in [*LABELS, *SOURCE_COLUMNS, "file_name"]]
     written = (frame["file_name"] != frame["image"]).sum()
     lines = {
         "rows": f"{len(table):,}, patients: {table['patient_id'].nunique() if 'patient_id' in table else 'not known'}"

@@ -152,7 +152,6 @@ def test_variables_before_the_sweep_reach_the_scripts(tmp_path):
         "accelerate launch train_peft.py --method bitfit --max_train_st 5",
         "accelerate launch --bogus 1 train_peft.py --method bitfit",
         "accelerate launch --config_file launch/accelerate/none.yaml train_peft.py --method bitfit",
-        "for label in Edema Measles; do python sample.py --model runs/lora --labels $label; done",
     ],
 )
 def test_bad_commands_are_caught(command, tmp_path, capsys):
