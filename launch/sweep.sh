@@ -31,7 +31,8 @@ TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv} # or CheXpert-v1.0-small/train.c
 VALIDATION_CSV=${VALIDATION_CSV:-}
 TEST_CSV=${TEST_CSV:-}
 IMAGE_ROOT=${IMAGE_ROOT:-}
-# Label columns that are sampled and evaluated. Prompts of trainings also name the other labels of the tables.
+# Label columns that are sampled and evaluated. Trainings' prompts name all of CheXpert's 14 that a table has; or, if one
+# of these is not among the 14, these alone.
 IFS=, read -ra LABELS <<<"${LABELS:-Cardiomegaly,Lung Opacity,Edema,No Finding,Pneumothorax,Pleural Effusion}"
 LABELS=("${LABELS[@]# }")
 # Settings that all scripts must agree on.
@@ -127,6 +128,10 @@ for flag in "$@"; do
   esac
 done
 
+named=()
+for label in "${LABELS[@]}"; do
+  grep -A 3 "^LABELS = " train_full.py | grep -q "[\",]$label[\",]" || named=(--labels "${LABELS[@]}")
+done
 # The data flags of training, eval_generation.py and eval_downstream.py.
 if [ -n "$TEST_CSV" ]; then
   training_data=(--data_csv "$TRAIN_CSV" --validation_csv "$VALIDATION_CSV")
@@ -139,7 +144,8 @@ else
   downstream_data=(--real_csv "$TRAIN_CSV")
   prompts=(--like_csv "$TRAIN_CSV" --split test --split_seed "$SPLIT_SEED")
 fi
-[ "$SAMPLING" = like_test ] && prompts+=(--uncertain "$UNCERTAIN") || prompts=(--labels "${LABELS[@]}")
+training_data+=("${named[@]}")
+[ "$SAMPLING" = like_test ] && prompts+=(--uncertain "$UNCERTAIN" "${named[@]}") || prompts=(--labels "${LABELS[@]}")
 shared=(--split_seed "$SPLIT_SEED" --uncertain "$UNCERTAIN" --resize_mode "$RESIZE_MODE")
 [ -z "$IMAGE_ROOT" ] || shared+=(--image_root "$IMAGE_ROOT")
 

@@ -108,7 +108,7 @@ class DeviceReads(TorchDispatchMode):
         return original(tensor)
 
 
-@pytest.mark.parametrize("row", ["unet_vae_text_encoder", "dora", "difffit"])
+@pytest.mark.parametrize("row", ["unet_vae_text_encoder", "dora"])
 def test_a_step_reads_nothing_from_the_device_but_at_logging_steps(row, tmp_path, monkeypatch):
     script, reads = script_of(row), DeviceReads()
     loop, draw = script.train, script.SampleStream.__getitem__

