@@ -77,7 +77,7 @@ COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mo
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # ImageNet's mean and standard deviation, used with all --weights.
 NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-# RATES are also of labels that were not trained: they show that the answer is constant.
+# RATES are also reported for labels that were not trained, since they show a constant classifier.
 RATES = ["accuracy", "constant_accuracy", "accuracy_gain", "predicted_positive_rate"]
 METRICS = [*RATES, "balanced_accuracy", "auroc", "auprc", "f1"]
 # A classifier is CONSTANT if it gives all but this fraction of the images the same answer.
@@ -113,13 +113,13 @@ def parse_args(argv=None):
     flag("--image_root", help="folder that real image paths are relative to (default: the table's or its parent)")
     flag("--train_on", choices=["synthetic", "real", "both"], default="synthetic", help="both: half of each")
     flag("--labels", nargs="+", help="label columns (default: the paper's six, if in all tables)")
-    flag("--split", choices=["train", "val", "test", "all"], help="patients to test on (default: test)")
+    flag("--split", choices=["train", "val", "test", "all"], help="part to test on (default: test; all of --test_csv)")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
-    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1; ignore masks it")
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1; ignore: masked")
     flag("--num_train_images", type=int, help="training images (default: all of the smaller table)")
     flag("--max_test_images", type=int, help="test on a seeded subset of this size (default: all)")
-    flag("--source_resolution", type=int, help="side to resize to first (default: the synthetic's, else 512)")
-    flag("--resize_mode", choices=["squash", "pad", "crop"], help="default: the synthetic's, else squash")
+    flag("--source_resolution", type=int, help="pixels per side to decode to (default: --synthetic's, else 512)")
+    flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
     flag("--mixed_geometry", action="store_true", help="allow images of different sizes or --resize_mode")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
     flag("--image_cache_dir", help="decoded images, shared by runs (default: image_cache/ next to --output_dir)")
@@ -127,7 +127,7 @@ def parse_args(argv=None):
     architectures = ["efficientnet_b0", "resnet18", "resnet50", "densenet121"]
     flag("--arch", choices=architectures, default="efficientnet_b0", help="torchvision network; a sigmoid per label")
     flag("--weights", default="imagenet", help="imagenet, none or FILE.safetensors, not trained on the test images")
-    flag("--resolution", type=int, default=224, help="side of the network's input in pixels")
+    flag("--resolution", type=int, default=224, help="pixels per side of the network's input")
     flag("--classifier", metavar="DIR", help="score this saved classifier on real images instead of training one")
     flag = parser.add_argument_group("training").add_argument
     flag("--num_train_epochs", type=int, default=20, help="maximum number of passes over the training images")
@@ -143,7 +143,7 @@ def parse_args(argv=None):
     flag("--shuffle_labels", action="store_true", help="control: train on permuted labels; AUROC should be at chance")
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast type (default: bf16 on a GPU, else no)")
     flag = parser.add_argument_group("runs and output").add_argument
-    flag("--seed", type=int, default=0, help="first seed, of initial weights, order and augmentation")
+    flag("--seed", type=int, default=0, help="seed of the first classifier's initial weights, order and augmentation")
     flag("--num_seeds", type=int, default=3, help="number of classifiers to train, with consecutive seeds")
     flag("--bootstrap_samples", type=int, default=1000, help="draws of patients for the 95%% intervals")
     flag("--reference", metavar="DIR", help="finished run with --train_on real; adds the ratio of AUROC above chance")
@@ -380,6 +380,15 @@ def load_folder(folder):
     return make_table(names.to_frame("Path"), names, images, [("table", f"{folder}, {len(names):,} images, no table")])
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path in the same folder, which is made, and rename it to `path` when the block is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # other processes may write the same file
+    yield temporary
+    os.replace(temporary, path)
+
+
 def save_dataset_image(image, folder):
     """Return the path of a data set's image, written to a folder if it is not a file of its own."""
     dataset, column, row = image
@@ -388,10 +397,8 @@ def save_dataset_image(image, folder):
         return encoded["path"]
     path = folder / hashlib.sha256(encoded["bytes"]).hexdigest()
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{path.name}.{os.getpid()}"  # each process writes them
-        temporary.write_bytes(encoded["bytes"])
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(encoded["bytes"])
     return str(path)
 
 
@@ -517,19 +524,19 @@ def load_tables(args, spec, accelerator):
     if set(spec.get("labels", labels)) - set(labels):
         notes.append(f"{test_csv} has no {', '.join(set(spec['labels']) - set(labels))}: not scored")
 
-    made = {"resize_mode": [], "resolution": []}
+    recorded = {"resize_mode": [], "resolution": []}
     if synthetic_csv:
-        made = read_geometry(tables[synthetic_csv], synthetic_csv)
+        recorded = read_geometry(tables[synthetic_csv], synthetic_csv)
     if spec:
-        made = {"resize_mode": [spec["resize_mode"]], "resolution": [spec["source_resolution"]]}
-    modes = list(dict.fromkeys(filter(None, [args.resize_mode, *made["resize_mode"]])))
+        recorded = {"resize_mode": [spec["resize_mode"]], "resolution": [spec["source_resolution"]]}
+    modes = list(dict.fromkeys(filter(None, [args.resize_mode, *recorded["resize_mode"]])))
     if len(modes) > 1 and not args.mixed_geometry:
         fail(f"images made with --resize_mode {' and '.join(modes)}; pass --mixed_geometry to compare them")
-    sides = {*made["resolution"], args.source_resolution} - {None}
+    sides = {*recorded["resolution"], args.source_resolution} - {None}
     if len(sides) > 1 and not args.mixed_geometry:
         sizes = ", ".join(map(str, sorted(sides)[:5]))
         fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow them by --mixed_geometry")
-    geometry = args.source_resolution or max(made["resolution"], default=512), modes[0] if modes else "squash"
+    geometry = args.source_resolution or max(recorded["resolution"], default=512), modes[0] if modes else "squash"
 
     test, split = tables[test_csv], args.split or ("all" if args.test_csv else "test")
     test = test if split == "all" else test[split_of(test, args.split_seed) == split]
@@ -543,7 +550,7 @@ def load_tables(args, spec, accelerator):
     if shared:
         notes.append(f"{shared:,} patients are in both training and test, so the scores are optimistic")
     if args.num_seeds == 1 and not spec:
-        notes.append("one classifier (--num_seeds 1): its intervals hold no noise of training")
+        notes.append("one classifier (--num_seeds 1): its intervals leave out how trainings vary")
     test = subset(test, args.max_test_images or len(test), args.split_seed)
     counts = {"train": len(train), "validation": len(val), "test": len(test)}
     counts |= {"test_patients": test["patient"].nunique(), "patients_in_training_and_test": shared}
@@ -891,13 +898,13 @@ def weighted_metrics(target, probability, weights):
     """
     # In descending order, summed over images of equal probability, so that ties count half in AUROC.
     order = np.argsort(-probability, kind="stable")
-    positive, called, weights = target[order] == 1, probability[order] >= 0.5, weights.take(order, axis=1)
+    positive, predicted, weights = target[order] == 1, probability[order] >= 0.5, weights.take(order, axis=1)
     starts = np.flatnonzero(np.diff(-probability[order], prepend=-2.0))
     positive_by_score = np.add.reduceat(weights * positive, starts, axis=1)
     negative_by_score = np.add.reduceat(weights * ~positive, starts, axis=1)
-    indicators = np.stack([np.ones_like(positive), positive, called, called & positive], axis=1)
-    total, positives, calls, hits = (weights @ indicators).T
-    negatives, correct_negatives = total - positives, total - positives - calls + hits
+    indicators = np.stack([np.ones_like(positive), positive, predicted, predicted & positive], axis=1)
+    total, positives, predictions, hits = (weights @ indicators).T
+    negatives, correct_negatives = total - positives, total - positives - predictions + hits
     true_positives, false_positives = positive_by_score.cumsum(axis=1), negative_by_score.cumsum(axis=1)
     below = negatives[:, None] - false_positives + negative_by_score / 2
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -908,11 +915,11 @@ def weighted_metrics(target, probability, weights):
             "accuracy": accuracy,
             "constant_accuracy": constant,
             "accuracy_gain": accuracy - constant,
-            "predicted_positive_rate": calls / total,
+            "predicted_positive_rate": predictions / total,
             "balanced_accuracy": (hits / positives + correct_negatives / negatives) / 2,
             "auroc": (positive_by_score * below).sum(axis=1) / (positives * negatives),
             "auprc": both * (positive_by_score * precision).sum(axis=1) / positives,
-            "f1": both * 2 * hits / (calls + positives),
+            "f1": both * 2 * hits / (predictions + positives),
         }
 
 
@@ -982,16 +989,8 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
     return dict(metric=metric, label=label, value=value, low=low, high=high, n=n, floor=floor, note=note)
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path in the same folder, and rename it to `path` when the block is done."""
-    temporary = path.with_name(f".{path.name}")
-    yield temporary
-    os.replace(temporary, path)
-
-
 def interval(draws, minimum=0.0, maximum=1.0):
-    """Return the 95% percentile interval of the draws that are defined, clipped to bounds; two None if none is."""
+    """Return the 95% percentile interval of the draws that are defined, clipped to bounds, or [None, None]."""
     defined = draws[~np.isnan(draws)]
     return np.percentile(defined, [2.5, 97.5]).clip(minimum, maximum).tolist() if len(defined) else [None, None]
 
@@ -1115,7 +1114,6 @@ def save_classifier(settings, tables, rows, weights, output_dir):
     spec["real_test_auroc"] = {label: aurocs[label] for label in tables.labels}
     spec["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = output_dir / "classifier"
-    folder.mkdir(exist_ok=True)
     with replacing(folder / "model.safetensors") as temporary:
         shutil.copy(weights, temporary)
     with replacing(folder / "classifier.json") as temporary:  # last, because load_classifier needs it
@@ -1164,7 +1162,6 @@ def open_output(output_dir, settings):
             fail(f"{output_dir} holds results of different {', '.join(sorted(differing))}; pass another --output_dir")
     elif output_dir.exists() and any(output_dir.iterdir()):
         fail(f"--output_dir {output_dir}: not empty and not a result folder of this script; pass another")
-    output_dir.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
