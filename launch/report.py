@@ -170,6 +170,11 @@ class ResultFile:
         row = self.rows.get((metric, label))
         return row if row and row["value"] is not None else None
 
+    def by_label(self, metric):
+        """Return {label: row} of the rows of a metric that have a value, without "all"."""
+        labels = [label for name, label in self.rows if name == metric and label != "all"]
+        return {label: self.get(metric, label) for label in labels if self.get(metric, label)}
+
     def dig(self, path, default=None):
         """Return a nested field, e.g. "images.real.fingerprint"."""
         found = self.info
@@ -302,14 +307,14 @@ class Pair:
     worse: str | None = None
 
 
-def compare_draws(value, other, draws, other_draws):
+def compare_draws(value, other, draws, other_draws, paired=True):
     """Return (difference, low, high, p, n) of two values whose draws, (n,), are on the same images, patients or seeds.
 
     The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p
     are Student's t with n - 1 degrees of freedom. Draws without any spread say nothing: p is 1. Several trainings and
-    the draws of a single one (the base model's) are independent; their degrees of freedom are Welch's (1947).
+    the draws of a single one (the base model's) are not `paired` but independent, with Welch's degrees of freedom.
     """
-    if draws.shape == other_draws.shape:
+    if paired and draws.shape == other_draws.shape:
         paired = (draws - other_draws)[np.isfinite(draws - other_draws)]
         error, n = paired.std(ddof=1), len(paired)
         degrees = n - 1
@@ -371,7 +376,8 @@ def compare_measure(study, measure):
             if are_comparable(files[first], files[second], measure, label):
                 values = [files[row].get(measure.metric, label)["value"] for row in (first, second)]
                 draws = [files[row].draws[f"{measure.metric}/{label}"] for row in (first, second)]
-                pairs.append(Pair(first, second, label, *compare_draws(*values, *draws)))
+                paired = len(files[first].trainings) == len(files[second].trainings)
+                pairs.append(Pair(first, second, label, *compare_draws(*values, *draws, paired)))
     correct_holm([pair for pair in pairs if pair.label == "all"])
     correct_holm([pair for pair in pairs if pair.label != "all"])
     for pair in pairs:
@@ -455,27 +461,19 @@ def check_strategy(study, row, deciding):
     """Return what each check has against a strategy: a text, "" for nothing, None if it could not be checked."""
     with_base = [(c.measure.name, pair) for c in deciding for pair in c.of("all", row, "base")]
     not_better = [name for name, pair in with_base if pair.better != row]
-    below, constant = [], []
-    has_aurocs, has_accuracy = (
-        study.evaluations[row].get("class_consistency_auroc"),
-        study.downstream[row].get("accuracy"),
-    )
-    for (metric, label), found in study.evaluations[row].rows.items():
-        if metric == "class_consistency_auroc" and label != "all" and is_below_chance(found):
-            below.append(f"{label} {found['value']:.2f}")
-    for (metric, label), found in study.downstream[row].rows.items():
-        if metric == "accuracy" and label != "all" and "CONSTANT" in (found["note"] or ""):
-            constant.append(label)
+    aurocs = study.evaluations[row].by_label("class_consistency_auroc")
+    accuracies = study.downstream[row].by_label("accuracy")
+    below = [f"{label} {found['value']:.2f}" for label, found in aurocs.items() if is_below_chance(found)]
+    constant = [label for label, found in accuracies.items() if "CONSTANT" in (found["note"] or "")]
     beaten = [pair.label for c in deciding for pair in c.pairs if pair.worse == row and pair.label != "all"]
+    same_answer = "CONSTANT classifiers, which give all test images the same answer"
     return {
         "not shown to beat the base model": ", ".join(not_better) if with_base else None,
         "suspected copies": find_excess(study, row, "memorisation_suspects"),
         "suspected copies by pixels": find_excess(study, row, "memorisation_suspects_pixels"),
         "visible tint": find_excess(study, row, "colour_visible"),
-        "prompts answered below chance": ", ".join(below) if has_aurocs else None,
-        "CONSTANT classifiers, which give all test images the same answer": ", ".join(constant)
-        if has_accuracy
-        else None,
+        "prompts answered below chance": ", ".join(below) if aurocs else None,
+        same_answer: ", ".join(constant) if accuracies else None,
         "another strategy is better for some labels, see the table Label by label": ", ".join(dict.fromkeys(beaten)),
     }
 

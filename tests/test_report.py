@@ -315,7 +315,8 @@ def make_trainings(folder, seeds):
 
 
 @pytest.mark.parametrize("seeds", [(3, 1), (0, 1, 2), (0, 5, 10, 11)])
-def test_verdicts_over_trainings_are_paired_t_tests(tmp_path, no_plots, seeds):
+def test_verdicts_over_trainings_are_paired_t_tests(tmp_path, no_plots, monkeypatch, seeds):
+    monkeypatch.setattr(sys.modules[__name__], "DRAWS", 4)  # in one case as many as trainings, yet not paired
     study, values = make_trainings(tmp_path, {"unet": seeds, "lora": seeds, "bitfit": seeds})
     text, answer = make(study)
     assert f"over {len(seeds)} trainings of each strategy" in answer and "once" not in text
