@@ -110,11 +110,11 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 # KID takes thirds of the images; the cost of KID and of the neighbour metrics grows as n².
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
-# Enough for the floor that the VAE sets; encoding and decoding takes much longer than the features.
+# Enough images for the VAE's floor; encoding and decoding take much longer than features.
 MAX_VAE_IMAGES = 5000
-# Pairs of images for MS-SSIM, and the pixels per side that it is computed at, which its five scales need.
+# MS-SSIM: number of pairs of images, and pixels per side, of which its five scales need more than 160.
 MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 100, 176
-# Ranges that `Results.add` cannot infer; its defaults are (0, 1) with `units` and (0, inf) without.
+# Ranges of metrics other than the defaults of `Results.add`: (0, 1) with `units`, (0, inf) without.
 BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
 BOUNDS |= dict.fromkeys(["ms_ssim", "memorisation_nearer_train", "memorisation_nearer_train_pixels"], (0.0, 1.0))
 # Mean absolute difference between channels, in grey levels of 255, at which a tint becomes visible: on mid-grey, a
@@ -123,6 +123,8 @@ VISIBLE_COLOUR = 4.0
 THUMBNAIL = 32
 # Rows of a distance matrix held in memory at a time.
 CHUNK = 512
+# Scores are cached under this. Read it before a long run, during which the file may be edited.
+SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,9 +149,9 @@ def parse_args(argv=None):
     flag("--image_column", default="image", help="image column of --dataset_name")
     flag("--image_root", help="folder that paths in --real_csv and --train_csv are relative to")
     splits = ["train", "val", "test", "all"]
-    flag("--real_split", choices=splits, default="test", help="patients of --real_csv; pass all for a test set")
-    flag("--train_csv", help="table of the training images, to measure memorisation (default: not measured)")
-    flag("--train_split", choices=splits, default="train", help="patients of --train_csv; pass all for a training set")
+    flag("--real_split", choices=splits, default="test", help="part of --real_csv to use; all if it is a test set")
+    flag("--train_csv", help="table of training images, to measure memorisation (default: not measured)")
+    flag("--train_split", choices=splits, default="train", help="part of --train_csv that was trained on")
     flag("--max_train_samples", type=int, help="as passed to the training script, to select the same images")
     flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="meaning of -1 in real tables")
@@ -158,8 +160,8 @@ def parse_args(argv=None):
     flag("--revision", help="branch, tag or commit of --vae on the hub")
     flag("--variant", help="variant of --vae's weight files, such as fp16")
     flag("--labels", nargs="+", help="label columns to score (default: CheXpert's that --synthetic has)")
-    flag("--max_per_label", type=int, default=5000, help="maximum images per label; a seeded choice if there are more")
-    pools = "paper: 'all' counts images once per label; equals unique for prompts of one label"
+    flag("--max_per_label", type=int, default=5000, help="maximum images per label, chosen by --seed")
+    pools = "in metrics of all images, count each once (unique) or once per label (paper)"
     flag("--pool", choices=["unique", "paper"], default="unique", help=pools)
     flag("--resolution", type=int, help="pixels per side (default: as recorded in --synthetic, else 512)")
     flag("--resize_mode", choices=["squash", "pad", "crop"], help="how images become square (default: --synthetic's)")
@@ -169,9 +171,9 @@ def parse_args(argv=None):
     flag("--features", nargs="+", default=["xrv"], help=networks)
     flag("--classifier", help="classifier folder of eval_downstream.py (default: the heads of --features)")
     flag("--batch_size", type=int, help="images per process and forward pass (default: GPU 32, CPU 8)")
-    flag("--feature_cache_dir", help="features and scores that runs share (default: beside --output_dir)")
+    flag("--feature_cache_dir", help="cache of features and scores, shared by runs (default: beside --output_dir)")
     flag = parser.add_argument_group("results").add_argument
-    flag("--num_subsamples", type=int, default=10, help="half-size subsets for intervals of FID etc.; 1 for none")
+    flag("--num_subsamples", type=int, default=10, help="half-size subsets for intervals of FID etc.; 1: no intervals")
     flag("--seed", type=int, default=0, help="seed of every random choice")
     flag("--output_dir", help="result folder (default: evaluations/<name of --synthetic>)")
     args = parser.parse_args(argv)
@@ -181,6 +183,8 @@ def parse_args(argv=None):
     if len(set(map(network_name, args.features))) < len(args.features):
         parser.error(f"--features {' '.join(args.features)}: two have the same last part, which names their metrics")
     args.labels = args.labels and list(dict.fromkeys(args.labels))
+    if args.labels and len(args.labels) > 62:
+        parser.error("--labels takes at most 62 labels, since each is a bit of label_codes")
     if args.real_csv and args.dataset_name:
         parser.error("pass either --real_csv or --dataset_name")
     args.real_csv = args.real_csv or args.dataset_name or next(filter(os.path.isfile, DEFAULT_TABLES), None)
@@ -212,9 +216,10 @@ def cache_folder(args):
 
 
 def run_name(synthetic):
-    """Return the name of the folder written by sample.py, or of the table."""
-    path = Path(table_path(synthetic)).resolve()
-    return path.parent.name if path.name == "metadata.csv" else path.stem
+    """Return the name of the folder, or of a table by itself."""
+    path = Path(synthetic).resolve()
+    path = path.parent if path.name == "metadata.csv" else path
+    return path.name if path.is_dir() else path.stem
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,6 +419,16 @@ def load_folder(folder):
     return make_table(names.to_frame("Path"), names, images, [("table", f"{folder}, {len(names):,} images, no table")])
 
 
+# Copied from eval_downstream.replacing
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path in the same folder, which is made, and rename it to `path` when the block is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # other processes may write the same file
+    yield temporary
+    os.replace(temporary, path)
+
+
 # Copied from eval_downstream.save_dataset_image
 def save_dataset_image(image, folder):
     """Return the path of a data set's image, written to a folder if it is not a file of its own."""
@@ -423,10 +438,8 @@ def save_dataset_image(image, folder):
         return encoded["path"]
     path = folder / hashlib.sha256(encoded["bytes"]).hexdigest()
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{path.name}.{os.getpid()}"  # each process writes them
-        temporary.write_bytes(encoded["bytes"])
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(encoded["bytes"])
     return str(path)
 
 
@@ -588,7 +601,7 @@ def plan_evaluation(args, accelerator):
         real, synthetic = (label_codes(tables[name], labels, args.uncertain) for name in ("real", "synthetic"))
         labelled = real > 0
         unmatched = labelled & ~np.isin(real, synthetic)
-        text = f"real: {unmatched.sum():,} of {labelled.sum():,} images have labels that no generated image combines"
+        text = f"real: {unmatched.sum():,} of {labelled.sum():,} images have labels that no generated one has together"
         if synthetic.any() and labelled.any() and (unmatched == labelled).all():
             fail(f"{text}; draw the real combinations with sample.py --like_csv")
         if unmatched.any():
@@ -606,12 +619,15 @@ def plan_evaluation(args, accelerator):
         table = tables[name] = table.assign(hash=table["image"].map(hashes))
         same = table["hash"].duplicated().sum()
         if name in csvs and same:
-            notes.append(f"{name}: {same:,} images are identical to another one, as a collapsed model's are")
+            notes.append(f"{name}: {same:,} images are identical to another one; the model may have collapsed")
         elif same:
             tables[name] = merge_duplicates(table, "hash")
             repeated[name] += same
         if repeated[name]:
             notes.append(f"{name}: {repeated[name]:,} rows repeat the image of another row; each image counts once")
+    # Splits, caps and unmatched labels may leave out much of a table.
+    counted = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
+    accelerator.print(f"{'images':>9}  {counted}", flush=True)
     geometry = {"resolution": resolution, "resize_mode": resize_mode}
     return SimpleNamespace(tables=tables, labels=labels, counts=counts, warnings=notes, **geometry)
 
@@ -696,7 +712,7 @@ def make_sources(plan, args):
         source.pool["all"] = rows if args.pool == "paper" else np.unique(rows)
         unmatched = (~np.isin(source.codes, sources["real"].codes)).sum()
         if unmatched:
-            text = "have labels that no real image combines: FID and other set metrics leave them out"
+            text = "have labels that no real image has together: FID and other set metrics leave them out"
             plan.warnings.append(f"{name}: {unmatched:,} of {len(source.table):,} images {text}")
     return sources
 
@@ -964,6 +980,18 @@ def network_warnings(features, classifier, plan, args):
     return notes
 
 
+def feature_warnings(name, features, n):
+    """Return warnings that weaken the set metrics of n images: features that hardly vary, or too few images."""
+    features, dim, notes = features.astype(np.float64), features.shape[1], []
+    spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
+    if spread < 0.01:
+        notes.append(f"{name}: the features hardly vary among real images ({spread:.1g} of the mean): FID says little")
+    if n < 10 * dim:
+        effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
+        notes.append(f"{name}: n = {n:,} is below 10 times the {dim:,} features: {effect}")
+    return notes
+
+
 # Copied from train_full.open_image
 def open_image(image):
     """Open an image, without decoding it: a path, or (dataset, column, row) for a row of a Hugging Face dataset."""
@@ -1043,15 +1071,15 @@ def feature_path(network, key):
 
 
 def save_array(path, array):
-    """Write to a temporary file, then rename it, so that runs may share the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    np.save(temporary, array)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        np.save(temporary, array)
 
 
 def compute_features(accelerator, plan, networks, vae, args):
-    """Compute features missing in the cache, decoding each image once; return messages about unusable images."""
+    """Compute features missing in the cache, decoding each image once; return messages about unusable images.
+
+    The cache's folders are named by weights and geometry alone, so delete it after changing how features are computed.
+    """
 
     def load(key):
         return load_image(images[key], plan.resolution, plan.resize_mode)
@@ -1256,7 +1284,7 @@ class Results:
         """Add a row with its interval. The default floor is the real images' value, which must have been added."""
         low, high, name = None, None, metric + self.network + self.suffix
         if draws is not None and len(draws) > 1:
-            # Contiguous, because safetensors would write another column's values for a view of one.
+            # safetensors writes wrong values for a view of a column.
             self.draws[f"{name}/{label}"] = np.ascontiguousarray(draws, np.float64)
             bounds = BOUNDS.get(metric, (0.0, math.inf if units is None else 1.0))
             low, high = map(float, confidence_interval(value, draws, bounds, units))
@@ -1307,7 +1335,7 @@ def half_splits(real, n, args):
 def code_fingerprint():
     """Return a string that changes with this script and with the libraries that compute scores."""
     packages = ("numpy", "scipy", "scikit-learn", "torch", "torchmetrics", "vendi-score", "pillow")
-    return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {[version(name) for name in packages]}"
+    return f"{SCRIPT_SHA256} {[version(name) for name in packages]}"
 
 
 def remember(identity, inputs, compute, args):
@@ -1323,7 +1351,7 @@ def remember(identity, inputs, compute, args):
     if path.exists():
         return np.load(path)
     values = compute()
-    if folder.is_dir():  # which main has made; tests and simulations keep nothing
+    if folder.is_dir():  # made by main; simulations keep nothing
         save_array(path, values)
     return values
 
@@ -1582,13 +1610,13 @@ def add_memorisation(results, generated, real, train, args):
         # A quantile below the maximum, since one duplicate among the unseen would otherwise hide all copies.
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
         count = len(by_patient)
-        limit = count - 1 - max(1, min(3, count // 100), count // 1000)  # 99.9 %, or up to three patients
+        limit = count - 1 - max(1, min(3, count // 100), count // 1000)  # ignore the top 0.1 %, or one to three
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.
         groups = train.patients[pairs[kind][0]]
         suspects = weighted_mean(pairs[kind][1] > by_patient[limit], np.arange(n))
         share, *draws = suspects(patient_weights(groups, range(1 + BOOTSTRAP_DRAWS)))
-        row = {"floor": (len(by_patient) - limit) / (len(by_patient) + 1)}
-        row["note"] = f"nearer to a training image than {limit + 1:,} of {len(by_patient):,} unseen patients are"
+        row = {"floor": (count - limit) / (count + 1)}
+        row["note"] = f"nearer to a training image than {limit + 1:,} of {count:,} unseen patients are"
         results.add(f"memorisation_suspects{suffix}", share, draws=draws, units=len(set(groups)), n=n, **row)
     return pairs
 
@@ -1632,15 +1660,6 @@ def score_sources(sources, networks, plan, classifier, args):
     return results["synthetic"], pairs
 
 
-# Copied from eval_downstream.replacing
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path in the same folder, and rename it to `path` when the block is done."""
-    temporary = path.with_name(f".{path.name}")
-    yield temporary
-    os.replace(temporary, path)
-
-
 def plot_consistency(results, labels, path):
     """Plot the share of each label's images for which each head fires, for generated and real images."""
     figure = Figure(figsize=(4 + 1.5 * len(labels), 3 + 0.75 * len(labels)))
@@ -1665,19 +1684,6 @@ def plot_pairs(pairs, sources, plan, path):
             images += [Image.fromarray(load_image(path, plan.resolution, plan.resize_mode)) for path in paths]
     with replacing(path) as temporary:
         make_image_grid(images, rows=2 * len(pairs), cols=count).save(temporary)
-
-
-def feature_warnings(name, features, n):
-    """Return warnings that weaken the set metrics of n images: features that hardly vary, or too few images."""
-    features, notes = features.astype(np.float64), []
-    spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
-    dim = features.shape[1]
-    if spread < 0.01:
-        notes.append(f"{name}: the features hardly vary among real images ({spread:.1g} of the mean): FID says little")
-    if n < 10 * dim:
-        effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
-        notes.append(f"{name}: n = {n:,} is below 10 times the {dim:,} features: {effect}")
-    return notes
 
 
 def identify(args, plan, sources, features, classifier, vae):
@@ -1711,7 +1717,9 @@ def identify(args, plan, sources, features, classifier, vae):
 def write_results(args, plan, sources, identity, results, pairs):
     """Write all files; generation_metrics.json comes last, since it marks a finished run."""
     output_dir, real = Path(args.output_dir), sources["real"]
-    output_dir.mkdir(parents=True, exist_ok=True)
+    # Remove the files of an earlier run, so that its values never stand beside the new draws.
+    for name in ("generation_metrics.json", "consistency.png", "nearest_neighbours.png"):
+        (output_dir / name).unlink(missing_ok=True)
     n = {label: results.find("fid", label, "n") for label in ["all", *plan.labels]}
     # Runs with the same draws_id can be compared draw by draw.
     pool = [real.table["name"].iloc[rows].tolist() for rows in real.pool.values()]
@@ -1719,8 +1727,6 @@ def write_results(args, plan, sources, identity, results, pairs):
     draws_id = hashlib.sha256(json.dumps(shared).encode()).hexdigest()
     with replacing(output_dir / "generation_draws.safetensors") as temporary:
         save_file(results.draws, temporary, {"draws_id": draws_id})
-    for picture in ("consistency.png", "nearest_neighbours.png"):
-        (output_dir / picture).unlink(missing_ok=True)
     if set(plan.labels) & set(identity["classifier"]["labels"]):
         plot_consistency(results, plan.labels, output_dir / "consistency.png")
     if pairs:

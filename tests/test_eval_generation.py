@@ -571,7 +571,8 @@ def test_tables_without_labels_are_compared_as_a_whole(run, tmp_path, samples):
 
 def test_a_bare_folder_is_one_set_and_its_size_is_that_of_its_images(run, tmp_path, samples, capsys):
     """As the table of its images that records 64 pixels; images of two sizes are refused."""
-    bare = shutil.copytree(samples, tmp_path / "bare", ignore=lambda *names: ["metadata.csv"])
+    bare = shutil.copytree(samples, tmp_path / "bare_0.5", ignore=lambda *names: ["metadata.csv"])
+    assert evaluation.run_name(bare) == "bare_0.5"
     table = pd.read_csv(samples / "metadata.csv")[["file_name", "prompt", "resolution"]]
     table.assign(file_name=f"{samples}/" + table["file_name"]).to_csv(tmp_path / "t.csv", index=False)
     bare_rows, rows = (run(path.stem, f"--synthetic={path}")["results"] for path in (bare, tmp_path / "t.csv"))
