@@ -637,7 +637,7 @@ def years(age):
 
 
 def drop_rows(frame, left_out, args):
-    """Drop rows with a reason in left_out and count the reasons. Fail at unreadable images unless they may be skipped."""
+    """Drop and count rows with a reason in left_out. Fail at unreadable images unless they may be skipped."""
     reasons = frame["left_out"]
     unreadable = reasons[reasons.str.startswith("unreadable: ")].str.removeprefix("unreadable: ")
     if len(unreadable) and args.on_bad_image == "stop":
