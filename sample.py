@@ -87,7 +87,7 @@ SCHEDULERS = {
 }
 ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "unet_delta.safetensors")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Upper limits of --batch_size auto: images per batch, and on a CPU also pixels per batch (eight images of 256x256).
+# What --batch_size auto starts from: images per batch and, on a CPU, pixels per batch (eight images of 256x256).
 MAX_BATCH_SIZE = 64
 CPU_BATCH_PIXELS = 8 * 256**2
 
@@ -113,32 +113,32 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("model").add_argument
     flag("--model", required=True, help="run, checkpoint-N of a run, or pipeline (folder or hub id)")
-    flag("--base_model", help="base model of an adapter or a checkpoint (default: the one it was trained on)")
+    flag("--base_model", help="base model of an adapter or checkpoint (default: the one it was trained on)")
     flag("--revision", help="branch, tag or commit of the pipeline on the hub (default: the run's)")
     flag("--variant", help="variant of the pipeline's weight files, such as fp16 (default: the run's)")
-    flag("--lora_scale", type=float, default=1.0, help="factor on the update of a LoRA or DoRA adapter")
+    flag("--lora_scale", type=float, default=1.0, help="strength of a LoRA or DoRA adapter; 0 turns it off")
     flag("--mixed_precision", choices=DTYPES, help="dtype of the weights (default: fp16 on a GPU, no on a CPU)")
     flag("--compile", action="store_true", help="torch.compile the U-Net; the first batch takes minutes")
 
     flag = parser.add_argument_group("prompts").add_argument
-    flag("--labels", nargs="+", help="one prompt each (default: the paper's six); with --like_csv, its columns")
-    flag("--prompts", nargs="+", help="instead of --labels: prompts as they stand")
+    flag("--labels", nargs="+", help="labels, one prompt each (default: the paper's six), or columns of --like_csv")
+    flag("--prompts", nargs="+", help="complete prompts, instead of --labels")
     flag("--images_per_label", type=int, help="images per label or prompt (default: 5000)")
-    flag("--like_csv", help="an image per frontal row of this table, of its own prompt or its positive labels")
-    flag("--split", choices=["train", "val", "test", "all"], default="all", help="patients of --like_csv to use")
-    flag("--split_seed", type=int, default=0, help="seed of the split by patient; use the same in every script")
-    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="ones counts -1 as a finding")
-    flag("--num_images", type=int, help="random subset of this many of those rows, by --seed (default: all)")
-    flag("--prompt_template", help="prompt; {} stands for the findings (default: the run's)")
+    flag("--like_csv", help="table; sample an image per frontal row, from its prompt or positive labels")
+    flag("--split", choices=["train", "val", "test", "all"], default="all", help="rows of --like_csv to use")
+    flag("--split_seed", type=int, default=0, help="seed of the random split by patient; must agree across scripts")
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="ones: prompts also name -1")
+    flag("--num_images", type=int, help="use this many rows of --like_csv, chosen by --seed (default: all)")
+    flag("--prompt_template", help="prompt with {} where the findings go (default: the run's)")
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--num_inference_steps", type=int, default=50, help="denoising steps")
     flag("--guidance_scale", type=float, default=7.5, help="classifier-free guidance; 1 or less turns it off")
-    flag("--negative_prompt", default="", help="what guidance leads away from (default: the empty prompt)")
+    flag("--negative_prompt", default="", help="prompt that guidance steers away from (default: none)")
     flag("--scheduler", choices=SCHEDULERS, help="sampler (default: the pipeline's own)")
     flag("--resolution", type=int, help="side of the images in pixels (default: the run's, else the U-Net's)")
     flag("--batch_size", type=batch_size, default="auto", help="images per process and forward pass, or auto")
-    flag("--seed", type=int, default=0, help="an image depends only on this, its prompt and its index")
+    flag("--seed", type=int, default=0, help="random seed; it fixes each image, given the image's prompt and index")
     flag("--output_dir", help="image folder (default: samples/<model name>)")
     args = parser.parse_args(argv)
 
@@ -338,7 +338,7 @@ def known_labels(labels, default=LABELS):
 
 
 def folder_name(prompt, labels):
-    """Return the folder of a prompt's images: the labels that it names or, without, its beginning and a hash."""
+    """Return the folder of a prompt's images: its labels, or for a free prompt its beginning and a hash."""
     name = re.sub(r"[^\w+-]", "_", "+".join(labels) or prompt).lower()
     if labels and len(name) <= 200:
         return name
@@ -352,7 +352,7 @@ def plan_samples(args, template, trained_labels=LABELS, quiet=True):
         labels = args.labels or trained_labels
         table = load_image_table(args.like_csv, with_images=False, labels=labels)
         lines += table.attrs["block"]
-        own_prompt, table = table["prompt"] != "", add_prompts(table, labels, template, args.uncertain)
+        has_prompt, table = table["prompt"] != "", add_prompts(table, labels, template, args.uncertain)
         chosen = table["frontal"] & (table["prompt"] != "")
         if args.split != "all":
             chosen &= split_of(table, args.split_seed) == args.split
@@ -361,10 +361,10 @@ def plan_samples(args, template, trained_labels=LABELS, quiet=True):
         table = table[chosen]
         if args.num_images and args.num_images < len(table):
             table = table.sample(n=args.num_images, random_state=args.seed % 2**32)
-        labels = [label for label in labels if not {*labels}.isdisjoint(table)]  # all of them, or none
+        labels = labels if {*labels} & {*table} else []
         positive = positive_labels(table, labels, args.uncertain)
         findings = [tuple(positive.columns[row]) for row in positive.to_numpy(bool)]
-        wanted = zip(table["prompt"], findings, own_prompt[table.index])
+        wanted = zip(table["prompt"], findings, has_prompt[table.index])
     elif args.prompts:
         labels, wanted = [], [(prompt, (), True) for prompt in args.prompts for _ in range(number)]
     else:
@@ -373,14 +373,14 @@ def plan_samples(args, template, trained_labels=LABELS, quiet=True):
             lines.append(("warning", f"not labels of the run: {', '.join({*chosen} - {*trained_labels})}"))
         wanted = [(template.replace("{}", label), (label,), False) for label in chosen for _ in range(number)]
     rows, counts = [], Counter()
-    for prompt, found, own in wanted:
-        folder, index = folder_name(prompt, () if own else found), counts[prompt]
+    for prompt, found, is_free in wanted:
+        folder, index = folder_name(prompt, () if is_free else found), counts[prompt]
         row = {"file_name": f"{folder}/{index:06d}.png", "prompt": prompt, "index": index}
         rows.append(row | {label: float(label in found) for label in labels})
         counts[prompt] += 1
     samples = pd.DataFrame(rows)
     if samples["file_name"].duplicated().any():
-        fail("two labels differ in punctuation only, which names of folders leave out; rename one")
+        fail("two labels differ only in punctuation, which folder names drop; rename one")
     lines.append(("prompts", ", ".join(map(repr, samples["prompt"].unique()[:2]))))
     if not quiet:
         print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
@@ -530,7 +530,7 @@ def merge_checkpoint(pipeline, checkpoint, settings, lora_scale):
 
 
 def explain_model(name):
-    """Return why a local model cannot be loaded and what to pass instead, as far as its files tell, else None."""
+    """Return why a local model cannot be loaded and what to pass instead, if its files show that, else None."""
     path = Path(name)
     if path.name in ADAPTER_FILES:
         return f"an adapter's file; pass its folder, {path.parent}"
@@ -550,9 +550,8 @@ def load_model(args, summary):
         fail(f"--base_model is for adapters and checkpoints, and --model {run} is neither; leave it out")
     if args.lora_scale != 1 and not (needs_base and summary.get("method", "lora") in ("lora", "dora")):
         fail(f"--lora_scale is for adapters of LoRA and DoRA, and --model {run} is none; leave it out")
-    uses_recorded_base = needs_base and not args.base_model
-    base, recorded = args.base_model if needs_base else args.model, {}
-    if uses_recorded_base:
+    base, recorded = args.base_model or args.model, {}
+    if needs_base and not args.base_model:
         if not summary:
             fail(f"--model {run}: no training_summary.json to read the adapter's base model from; pass --base_model")
         base, recorded = summary["base_model"], summary["arguments"]
@@ -565,7 +564,7 @@ def load_model(args, summary):
             raise ValueError(f"{kind}; pass a text-to-image model of Stable Diffusion 1 or 2")
         if not hasattr(pipeline.scheduler, "init_noise_sigma"):
             raise ValueError(f"flow matching ({type(pipeline.scheduler).__name__}) is not supported")
-        if uses_recorded_base and pipeline_fingerprint(pipeline) != summary["identity"]["base_fingerprint"]:
+        if recorded and pipeline_fingerprint(pipeline) != summary["identity"]["base_fingerprint"]:
             raise ValueError("trained on a base model with other weights; pass --base_model to use these anyway")
         if is_checkpoint:
             merge_checkpoint(pipeline, run, summary, args.lora_scale)
@@ -580,30 +579,17 @@ def load_model(args, summary):
     return pipeline
 
 
-def set_up_pipeline(pipeline, device, args):
-    """Apply --scheduler and --mixed_precision, and move the pipeline to the device."""
-    if args.scheduler:
-        scheduler_class, options = SCHEDULERS[args.scheduler]
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **options)
-    pipeline.to(device, DTYPES[args.mixed_precision or ("fp16" if device.type == "cuda" else "no")])
-    if device.type == "cuda":
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
-    # Decode one image at a time: the VAE needs more memory per image than the U-Net.
-    pipeline.vae.enable_slicing()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw(pipeline, embeddings, rows, resolution, args):
-    """Draw the images of a batch of rows, (B, H, W, 3) uint8. No image depends on the others in its batch."""
+    """Draw the images of a batch of rows, as uint8 (B, H, W, 3). Each has its own noise, whatever the batch."""
     seeds = [keyed_seed(args.seed, prompt, index) for prompt, index in zip(rows["prompt"], rows["index"])]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     channels, side = pipeline.unet.config.in_channels, resolution // pipeline.vae_scale_factor
-    # In float32, so that the noise is the same in every precision.
+    # Draw in float32, so that the noise is the same in every precision.
     noise = torch.stack([torch.randn(channels, side, side, generator=generator) for generator in generators])
     images = pipeline(
         prompt_embeds=torch.stack([embeddings[prompt] for prompt in rows["prompt"]]),
@@ -632,7 +618,7 @@ def save_image(image, path):
 
 @torch.no_grad()
 def sample(args, pipeline, samples, num_done, resolution, state):
-    """Draw and save this process's share of the missing images, writing PNGs while the next batch is drawn."""
+    """Draw this process's share of the missing images, and save each batch while the next one is drawn."""
     mine = samples.iloc[state.process_index :: state.num_processes]
     embeddings = {}
     for prompt in [args.negative_prompt, *mine["prompt"].unique()]:
@@ -669,7 +655,7 @@ def sample(args, pipeline, samples, num_done, resolution, state):
                 list(saving)  # wait for the previous batch
                 new_images, new_paths = [Image.fromarray(images[i]) for i in missing], [paths[i] for i in missing]
                 saving = pool.map(save_image, new_images, new_paths)
-                # Only the main process shows a bar; assume that the others are about as far.
+                # The bar of the main process assumes that the others are as far.
                 bar.update(min(len(missing) * state.num_processes, bar.total - bar.n))
                 bar.set_postfix_str(f"batches of {batch_size}")
             list(saving)
@@ -696,7 +682,7 @@ def write_text(path, text):
 
 
 def check_output_dir(output_dir, settings, samples):
-    """Create the folder and its sampling.json; fail if it holds images of other settings or other files."""
+    """Create the folder and its sampling.json; fail if it holds other files, or images made with other settings."""
     path = output_dir / "sampling.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -744,11 +730,19 @@ def main(args):
         fail(f"--resolution {resolution}: this VAE takes multiples of {scale}")
     if args.negative_prompt and (args.guidance_scale <= 1 or pipeline.unet.config.time_cond_proj_dim):
         fail("--negative_prompt has no effect with a --guidance_scale of 1 or less, nor on LCM-type models")
-    set_up_pipeline(pipeline, state.device, args)
+    if args.scheduler:
+        scheduler_class, options = SCHEDULERS[args.scheduler]
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **options)
+    pipeline.to(state.device, DTYPES[args.mixed_precision or ("fp16" if state.device.type == "cuda" else "no")])
+    if state.device.type == "cuda":
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    # Decode one image at a time: the VAE needs more memory per image than the U-Net.
+    pipeline.vae.enable_slicing()
     # Let diffusers warn of a prompt that is truncated to the tokenizer's limit.
     diffusers.utils.logging.set_verbosity_warning()
 
-    # metadata.csv has the settings as columns; sampling.json has everything that the images depend on.
+    # The settings become columns of metadata.csv; sampling.json also has what else the images depend on.
     settings = {"model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"num_inference_steps": args.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__}
     settings |= {"resolution": resolution, "resize_mode": summary.get("resize_mode", "")}

@@ -12,12 +12,12 @@
     python launch/benchmark.py --device cpu --methods lora --repeats 3 --steps 2
     python launch/benchmark.py --device cpu --base launch/demo/base --resolution 64 --batch_size 4 --steps 200 --start
     python launch/benchmark.py --peer train_text_to_image_lora.py             # diffusers' example, in turn with ours
-    METHODS="lora unet" python launch/benchmark.py --study                    # hours of launch/sweep.sh as it is set
+    METHODS="lora unet" python launch/benchmark.py --study                    # forecast the hours of launch/sweep.sh
 
 The model has its true size and random weights, and the images are noise, so nothing is downloaded. The plain training
-loop encodes every image and caption at every step, runs eagerly and reads the loss at every step. The plain sampling
-loop calls the pipeline batch by batch. The two loops are measured in turn, each time in a new process. Writes
-benchmark.json, benchmark.md and benchmark.png to --output_dir, beside the model and its cached latents.
+loop encodes images and captions and reads the loss at every step, without torch.compile. The plain sampling loop calls
+the pipeline batch by batch. Each measurement runs in a new process, the project's in turn with the plain loop's.
+Writes benchmark.json, benchmark.md and benchmark.png to --output_dir; --peer writes peer.json, --study study.json.
 """
 
 import argparse
@@ -60,7 +60,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-# Script and flags of the rows of the paper's Table 1, and of sampling. The VAE is trained with the paper's loss.
+# Script and flags of each row of the paper's Table 1 (with the paper's VAE loss), and of sampling.
 METHODS = {
     "unet": ("train_full", "--train_unet"),
     "text_encoder": ("train_full", "--train_text_encoder"),
@@ -85,7 +85,7 @@ SCHEDULER |= {"skip_prk_steps": True, "steps_offset": 1}
 # Copied from sample.DTYPES
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOOPS = ("plain", "project")
-# Flags that make each kind of step of a study small.
+# Flags that shorten each kind of step of a study, to measure it.
 FEW = {
     "samples": "",
     "runs": "--max_train_samples=48 --max_validation_samples=8 --checkpointing_steps=0 --validation_steps=0",
@@ -105,14 +105,14 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("what to measure").add_argument
-    flag("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD", help="default: all")
-    flag("--start", action="store_true", help="also the time from accelerate launch to the end of the first step")
-    flag("--peer", type=Path, help="instead: this train_text_to_image_lora.py of diffusers beside ours")
-    flag("--study", nargs="...", help="instead: hours of launch/sweep.sh, run with the flags after this")
+    flag("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD", help="to run (default: all)")
+    flag("--start", action="store_true", help="also time accelerate launch until the end of the first step")
+    flag("--peer", type=Path, help="compare with this train_text_to_image_lora.py of diffusers instead")
+    flag("--study", nargs="...", help="forecast launch/sweep.sh, with the flags after this one, instead")
     flag("--base", type=Path, help="pipeline folder (default: Stable Diffusion v1.5 with random weights)")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU if there is one")
     flag("--resolution", type=int, default=512, help="side of the square images in pixels")
-    flag("--batch_size", type=int, help="images per step; also of the plain sampling loop (default: GPU 8, CPU 1)")
+    flag("--batch_size", type=int, help="images per training step and plain sampling batch (default: GPU 8, CPU 1)")
     flag("--mixed_precision", choices=DTYPES, help="of both loops (default: bf16 on a GPU, no on a CPU)")
     flag("--compile", action="store_true", help="pass --compile to the project's scripts")
     flag("--num_inference_steps", type=int, help="denoising steps of sampling (default: 50 on a GPU, 2 on a CPU)")
@@ -120,7 +120,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("how to measure").add_argument
     flag("--steps", type=int, help="measured training steps (default: 30 on a GPU, 3 on a CPU)")
     flag("--warmup_steps", type=int, help="training steps before them (default: 10 on a GPU, 1 on a CPU)")
-    flag("--repeats", type=int, default=1, help="times to measure everything; medians are reported")
+    flag("--repeats", type=int, default=1, help="number of measurements, of which the median is reported")
     flag("--output_dir", type=Path, default=Path("benchmark"), help="folder of results, model, images and latents")
     args = parser.parse_args(argv)
     for name in "resolution batch_size num_inference_steps steps warmup_steps repeats".split():
@@ -132,8 +132,6 @@ def parse_args(argv=None):
         parser.error(f"--base {args.base}: no pipeline there (no model_index.json)")
     if args.start and args.methods == ["sample"]:
         parser.error("--start needs a method that trains in --methods")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is found; pass --device cpu")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     defaults = {"batch_size": (8, 1), "mixed_precision": ("bf16", "no"), "num_inference_steps": (50, 2)}
@@ -187,11 +185,11 @@ def make_images(folder, count):
 
 
 class Clock:
-    """Time the steps after a warm-up, and the parts of a step; on a GPU with CUDA events, which do not block."""
+    """Time the steps after a warm-up and the parts of a step, on a GPU by CUDA events, which do not block."""
 
     def __init__(self, device, warmup_steps, steps):
         self.cuda, self.warmup_steps, self.num_steps = device == "cuda", warmup_steps, steps
-        # Spans are (part, part that called it, start, end); `running` has the parts being timed, innermost last.
+        # Spans are (part, part that called it, start, end); `running` is the stack of parts that are being timed.
         self.spans, self.running = [], [None]
 
     def now(self):
@@ -232,7 +230,7 @@ class Clock:
         self.patch("optimizer", optimizer, "step", "zero_grad")
 
     def steps(self, batches):
-        """Yield a batch per step until all are measured; a step ends when the next batch is requested."""
+        """Yield a batch per step. A step ends when the next batch is requested."""
         fetch = self.timed("data", lambda: next(batches))
         for step in range(self.warmup_steps + self.num_steps):
             if step == self.warmup_steps:
@@ -241,15 +239,15 @@ class Clock:
         self.ended = self.now()
 
     def parts(self):
-        """Return the seconds per step of each part."""
+        """Return the seconds per step of each part, without those of the parts that it calls."""
         parts = Counter()
         for part, caller, start, end in self.spans:
             parts[part] += self.seconds(start, end)
-            parts[caller] -= self.seconds(start, end)  # the caller's own span includes it
+            parts[caller] -= self.seconds(start, end)
         return parts
 
     def figures(self, images):
-        """Return what a loop with this many images per step cost; times are in seconds per step."""
+        """Return the results of a loop with this many images per step; times are in seconds per step."""
         if self.cuda:
             torch.cuda.synchronize()
         total, parts = self.seconds(self.began, self.ended), self.parts()
@@ -270,12 +268,12 @@ def peak_bytes(cuda):
 
 
 def train_project(script, args, clock):
-    """Measure a training script, by wrapping its `train` and `iterate_batches`."""
+    """Measure a training script by wrapping its `train` and `iterate_batches`."""
     iterate_batches, train = script.iterate_batches, script.train
 
     def timed_train(accelerator, state, *rest):
         model = accelerator.unwrap_model(state.model)
-        # This is the whole loss, less VAE and text encoder; the U-Net's own method may be compiled.
+        # Wrap the whole loss, since the U-Net's own forward may be compiled.
         clock.patch("U-Net forward", state.model, "forward")
         clock.patch_training(accelerator, state.optimizer, getattr(model, "vae", None), model.text_encoder)
         return train(accelerator, state, *rest)
@@ -311,7 +309,7 @@ def plain_loss(pipeline, noise_scheduler, batch, train_vae):
 
 
 def train_plain(script, args, clock):
-    """Measure a training loop as in most examples: it encodes everything and reads the loss at every step."""
+    """Measure a common training loop, which encodes everything and reads the loss at every step."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     pipeline, dtype = script.load_base_pipeline(args), DTYPES[args.mixed_precision]
     if script.__name__ == "train_peft":
@@ -347,19 +345,19 @@ def train_plain(script, args, clock):
 
 
 def sample_project(script, args, clock):
-    """Measure sample.py: half of the images are a warm-up, which also finds the batch size."""
+    """Measure sample.py. Half of the images are a warm-up, which also finds the batch size."""
     sample, draw, sizes = script.sample, clock.timed("U-Net forward", script.draw), []
 
     def timed_draw(pipeline, embeddings, rows, *rest):
         images = draw(pipeline, embeddings, rows, *rest)
-        sizes.append(len(rows))
+        sizes.append(len(rows))  # not of a batch that ran out of memory
         return images
 
     def timed_sample(args, pipeline, todo, *rest):
         clock.patch("text encoder", pipeline, "encode_prompt")
         clock.patch("VAE", pipeline.vae, "decode")
         for rows in clock.steps(iter([todo.iloc[::2], todo.iloc[1::2]])):
-            gc.freeze()  # accelerate collects garbage once per call, which takes a share of the time of few images
+            gc.freeze()  # accelerate collects garbage once per call, which would count too much with few images
             sample(args, pipeline, rows, *rest)
             args.batch_size, args.compile = max(sizes), False  # the U-Net stays compiled
 
@@ -369,7 +367,7 @@ def sample_project(script, args, clock):
 
 
 def sample_plain(script, args, clock):
-    """Measure calls of the pipeline as it is loaded, batch by batch: half of the images are a warm-up."""
+    """Measure plain calls of the pipeline, batch by batch. Half of the images are a warm-up."""
     pipeline = script.load_model(args, {}).to("cuda" if clock.cuda else "cpu", DTYPES[args.mixed_precision])
     clock.patch("text encoder", pipeline, "encode_prompt")
     clock.patch("VAE", pipeline.vae, "decode")
@@ -411,7 +409,7 @@ def load_script(name):
 
 
 def measure(method, loop, args, csv):
-    """Measure one loop in this process; return its figures, or a note if it runs out of memory."""
+    """Measure one loop in this process. Return its results, or a note if it runs out of memory."""
     script, sampling = load_script(METHODS[method][0]), method == "sample"
     clock = Clock(args.device, 1, 1) if sampling else Clock(args.device, args.warmup_steps, args.steps)
     loops = {"plain": (train_plain, sample_plain), "project": (train_project, sample_project)}
@@ -435,7 +433,7 @@ def in_new_process(function, *inputs):
 
 
 def compare_loops(method, args, csv):
-    """Measure both loops in turn; return the median round of each, and the ratio of their images per second."""
+    """Measure both loops in turn. Return each loop's median round, and the ratio of images per second."""
     rounds, both = {loop: [] for loop in LOOPS}, {}
     for _ in range(args.repeats):
         for loop in LOOPS:
@@ -454,7 +452,7 @@ def compare_loops(method, args, csv):
 
 
 def measure_start(args, csv):
-    """Time accelerate launch to the end of the first step, with the demo's base, and the libraries' import alone."""
+    """Time accelerate launch until the end of the first step, with the demo's base, and importing the libraries."""
     method, imports, first_steps = next(name for name in args.methods if name != "sample"), [], []
     libraries = "import torch, diffusers, transformers, peft, accelerate; diffusers.StableDiffusionPipeline"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines=1"]
@@ -469,7 +467,7 @@ def measure_start(args, csv):
             flags = ["--max_train_steps=1", "--checkpointing_steps=1", f"--output_dir={folder}/run"]
             began = time.time()
             subprocess.run([*command, *script_flags(method, tiny, csv), *flags], check=True, capture_output=True)
-            # A run writes this file first after its first step.
+            # This is the first file that a run writes after its first step.
             saved = Path(folder) / "run/checkpoint-1/trainable.safetensors"
             first_steps.append(saved.stat().st_mtime - began)
     ratio = statistics.median(first_steps) / statistics.median(imports)
@@ -477,7 +475,7 @@ def measure_start(args, csv):
 
 
 def run_training(command, folder):
-    """Run a training; return the seconds of the command, and per step after the second by its TensorBoard log."""
+    """Run a training. Return the seconds of the command, and per step after the second, by its TensorBoard log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     began, flags = time.perf_counter(), ["--report_to=tensorboard", f"--output_dir={folder}"]
@@ -487,7 +485,7 @@ def run_training(command, folder):
         sys.exit(f"{command[0]} failed:\n{done.stderr[-3000:]}")
     for log in map(str, Path(folder).rglob("events.out.*")):
         scalars = EventAccumulator(log).Reload()
-        for tag in {"loss", "train_loss"} & {*scalars.Tags()["scalars"]}:  # the names of ours and of diffusers' loss
+        for tag in {"loss", "train_loss"} & {*scalars.Tags()["scalars"]}:  # ours and diffusers'
             times = [event.wall_time for event in scalars.Scalars(tag)][1:]
             return {"command": whole, "step": (times[-1] - times[0]) / (len(times) - 1)}
 
@@ -511,8 +509,7 @@ def compare_peer(args, csv):
                 rounds[name].append(run_training(command, f"{folder}/run"))
     result = {"rounds": rounds}
     for part in ("step", "command"):
-        ratios = [peer[part] / project[part] for peer, project in zip(*rounds.values())]
-        result[part] = statistics.median(ratios)
+        result[part] = statistics.median(peer[part] / project[part] for peer, project in zip(*rounds.values()))
         seconds = " and ".join(f"{statistics.median(run[part] for run in rounds[name]):.3g} s" for name in rounds)
         print(f"{part}: {result[part]:.2f} times as fast as the peer ({seconds})")
     return result
@@ -524,7 +521,7 @@ def compare_peer(args, csv):
 
 
 def plan_study(flags):
-    """Return the script and flags of each step of launch/sweep.sh, by the file that the step writes last."""
+    """Return {file that the step writes last: (script, flags)} of launch/sweep.sh."""
     with tempfile.TemporaryDirectory() as empty:
         variables = {"STUDY": empty, "LAUNCH": r"printf %s\n", "REPORT": "no"}
         command = ["bash", ROOT / "launch" / "sweep.sh", *flags]
@@ -537,7 +534,7 @@ def plan_study(flags):
 
 
 def count_units(script, args, samples, first, processes=1):
-    """Return how many steps, images etc. a script's functions handle; `first`: while the caches are empty."""
+    """Return {function: its number of steps or images} of a script; `first` if its caches are still empty."""
     if script.__name__ == "sample":
         return {"draw": len(script.plan_samples(args, args.prompt_template or script.PROMPT_TEMPLATE)) / processes}
     if script.__name__.startswith("train"):
@@ -564,15 +561,15 @@ def count_units(script, args, samples, first, processes=1):
     images = first * len(np.unique(np.concatenate([*rows])))
     through_vae = min(script.MAX_VAE_IMAGES, images)
     judged = samples + images + through_vae + first * (len(script.load_training_images(args)) if args.train_csv else 0)
-    # The scores of a model; first also those of the VAE, and the floors, which take half of that.
+    # The first evaluation also scores the VAE (as much as a model) and the floors (half as much).
     counts = {"compute_features": judged / processes, "ThroughVAE.__call__": through_vae / processes}
     return counts | {"add_set_metrics": 2.5 if first else 1}
 
 
 def measure_step(name, few, planned, samples, args):
-    """Run a script with the flags `few`; return the seconds of its functions, and those forecast for `planned` flags.
+    """Run a script with the flags `few`. Return the seconds of its functions, and a forecast for the flags `planned`.
 
-    `samples` are the numbers of samples for each.
+    `samples` is the number of samples under each of the two.
     """
     script, clock = load_script(name), Clock("cpu", 0, 1)
     few, planned = script.parse_args(few), script.parse_args(planned)
@@ -590,7 +587,7 @@ def measure_step(name, few, planned, samples, args):
             found[caches]["add_set_metrics"] = counts["add_set_metrics"] * scores
         found[f"units, caches {caches}"] = counts
     found |= {"few": seconds, "few_units": units, "peak_bytes": peak_bytes(args.device == "cuda")}
-    return found | {"after": time.perf_counter() - ended}  # no part of the step
+    return found | {"after": time.perf_counter() - ended}  # not part of the step
 
 
 def seconds_of_scores(script, args, samples):
@@ -604,7 +601,7 @@ def seconds_of_scores(script, args, samples):
         sets = np.random.default_rng(0).standard_normal((2, size, dim), np.float32)
         pair = [script.Sample(features, np.arange(size).astype(str)) for features in sets]
         for i, subsamples in enumerate((1, 4)):
-            # In a folder that does not exist, no score is kept.
+            # devnull is no folder, so no score is cached.
             changed = {"num_subsamples": subsamples, "feature_cache_dir": os.devnull}
             began, settings = time.perf_counter(), argparse.Namespace(**vars(args) | changed)
             script.add_set_metrics(script.Results([], {}, "_model", None), *pair, str(size), size // 2, settings)
@@ -613,7 +610,7 @@ def seconds_of_scores(script, args, samples):
 
 
 def measure_study(steps, args):
-    """Return what `measure_step` finds for each kind of step and row, with the seconds that remain of each process."""
+    """Run `measure_step` for each kind of step and row, and add the rest of each process's seconds."""
     folder, costs, samples = args.output_dir / "study", {}, (0, 0)  # few and planned
     shutil.rmtree(folder, ignore_errors=True)
     classifier, drawn = folder / "downstream" / "classifier", folder / "samples"
@@ -641,18 +638,18 @@ def measure_study(steps, args):
 
 
 def cost_key(name):
-    """Return the kind of a step, or runs/row for a training, whatever its seed."""
+    """Return the kind of a step or, for a training, runs/row, since seeds cost the same."""
     return re.sub("_seed.*", "", os.path.dirname(name)) if name.startswith("runs/") else name.split("/")[0]
 
 
 def forecast_study(steps, args):
-    """Print hours and peak memory of each step, beside what the study's finished steps took; write study.json."""
+    """Print hours and peak memory of each step, and the hours that finished steps took; write study.json."""
     costs, study, forecast, filled = measure_study(steps, args), Path(os.environ.get("STUDY", "study")), {}, set()
     for name in steps:
         cost, kind = costs[cost_key(name)], name.split("/")[0]
         forecast[name] = cost["rest"] + sum(cost["filled" if kind in filled else "empty"].values())
         filled |= set() if kind == "runs" and "vae" in name else {kind}  # rows that train the VAE cache no latents
-    # A step takes from the result before it to its own, as launch/sweep.sh runs one after the other.
+    # launch/sweep.sh runs one step after another, so a step took the time since the previous result.
     times = sorted(((study / name).stat().st_mtime, name) for name in steps if (study / name).is_file())
     taken = {name: end - start for (start, _), (end, name) in itertools.pairwise(times)}
     groups = {name: [name] for name in steps}
@@ -702,7 +699,7 @@ def format_table(summary):
 
 def draw_plot(methods, path):
     """Plot the seconds per image by part, plain above project, without loops that ran out of memory."""
-    from matplotlib.figure import Figure  # not at the top, where it would add to the memory that is measured
+    from matplotlib.figure import Figure  # here, since at the top it would count as memory of the loops
 
     bars = [(-2.4 * i - j, name, loop) for i, name in enumerate(methods) for j, loop in enumerate(LOOPS)]
     bars = [(y, name, loop) for y, name, loop in bars if "parts" in methods[name][loop]]
@@ -769,7 +766,7 @@ def main(args):
         return
     for method in args.methods:
         summary["methods"][method] = compare_loops(method, args, csv)
-        write_benchmark(summary, args.output_dir)  # after each method, since all of them may take hours
+        write_benchmark(summary, args.output_dir)  # after each method, since all may take hours
         print("\n".join(format_table(summary).splitlines()[-2:]), flush=True)
     if args.start:
         summary["start"] = measure_start(args, csv)

@@ -10,21 +10,21 @@ cd "$(dirname "$0")/.."
 export STUDY=${STUDY:-demo} METHODS=${METHODS:-lora dora unet}
 STEPS=${STEPS:-200}
 
-# launch/sweep.sh reads these. Learning rates are higher than at full size: the base is small and the runs are short.
+# Variables of launch/sweep.sh. Learning rates are high because the base model is small and the runs are short.
 export MODEL=launch/demo/base RESOLUTION=128 BATCH=8 GLOBAL_BATCH=8 MIXED_PRECISION=no
 export UNET_LR=${UNET_LR:-1e-3} LORA_LR=${LORA_LR:-5e-3} DORA_LR=${DORA_LR:-5e-3}
 export BITFIT_LR=${BITFIT_LR:-5e-3} DIFFFIT_LR=${DIFFFIT_LR:-5e-3}
-# The phantoms' findings go together, as patients' do: prompts with the findings of the test images match them.
+# Phantoms have several findings, as patients do, so sample the combinations of the test images.
 export SAMPLING=like_test
 export PROCESSES=1 LAUNCH=python ACCELERATE_USE_CPU=true HF_HUB_OFFLINE=1
 export REPORT_TITLE="The demo: which fine-tuning strategy for procedural phantoms?"
-# The shell may have set these for another study.
+# These may be set for another study.
 unset VALIDATION_CSV TEST_CSV IMAGE_ROOT LABELS SPLIT_SEED UNCERTAIN PROMPT_TEMPLATE RESIZE_MODE TRAIN_IMAGES BUDGET
 unset VAE_LOSS JUDGE REPORT
 
 TRAINING=(
   --max_train_steps "$STEPS" --lr_scheduler cosine --checkpointing_steps 100
-  # The base takes brightness and color from the mean of the initial noise; a noise offset lets training change them.
+  # The base model's brightness and color follow the mean of the noise; a noise offset lets training change them.
   --noise_offset 0.2
   --validation_steps 0 --max_validation_samples 64 --num_validation_images 0
 )
@@ -45,7 +45,7 @@ use_environment requirements.txt
 echo "== phantoms"
 export TRAIN_CSV=$STUDY/phantoms/CheXpert-phantom/train.csv
 [ -f "$TRAIN_CSV" ] || python launch/demo/make_phantoms.py --output_dir "$STUDY/phantoms"
-# FORECAST=yes only says how long it would take, beside how long it took if it is finished.
+# FORECAST=yes only forecasts the hours, and compares them with those of steps that are finished.
 [ -z "${FORECAST:-}" ] || exec python launch/benchmark.py --study "${TRAINING[@]}" "$@"
 bash launch/sweep.sh "${TRAINING[@]}" "$@"
 

@@ -11,13 +11,13 @@
     python launch/make_table.py --source chexpert-plus --data_dir chexpert-plus --prompt_column section_impression
     python launch/make_table.py --source dicom --data_dir hospital --labels_csv hospital/findings.csv --size 1024
 
-Writes table.csv to --output_dir. The table points to images that the scripts can read, where they are. DICOM, images
-of more than 8 bits and Hugging Face datasets are written beside it as 8-bit PNG; an interrupted run continues there.
-DICOM pixels go through the modality LUT and the VOI window, and MONOCHROME1 is inverted. Without a window, black and
-white are the image's 0.5th and 99.5th percentile.
+Writes table.csv to --output_dir. Images that the scripts can read stay where they are; DICOM, images of more than
+8 bits and Hugging Face datasets are written beside the table as 8-bit PNG. Rerun an interrupted command to continue.
+DICOM pixels go through the modality LUT and the VOI window, and MONOCHROME1 is inverted. Without a window, the 0.5th
+and 99.5th percentiles become black and white.
 
-Labels that mean the same as one of CheXpert's 14 take its name. Patient ids are copied as they are, so those of DICOM
-files that are not de-identified are the hospital's own.
+Synonyms of CheXpert's 14 labels are renamed to them. Patient ids are copied, so DICOM files that are not de-identified
+put the hospital's own ids into the table.
 """
 
 import argparse
@@ -46,14 +46,14 @@ LABELS = (
     "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,"
     "Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
 ).split(",")
-# Simplified names of labels that mean the same; VinDr's last label is spelled in two ways.
+# Synonyms of labels, simplified; VinDr spells its last label in two ways.
 SYNONYMS = {"normal": "No Finding", "healthy": "No Finding", "nofindings": "No Finding"}
 SYNONYMS |= {"effusion": "Pleural Effusion", "pulmonaryedema": "Edema", "otherdisease": "Other diseases"}
-# Cells of label columns, and class names of such columns in Hugging Face datasets.
+# What label columns hold, as text or as class names of a Hugging Face dataset.
 STATES = dict.fromkeys(["1", "1.0", "true", "yes", "present", "positive"], "1")
 STATES |= dict.fromkeys(["0", "0.0", "false", "no", "absent", "negative"], "0")
 STATES |= dict.fromkeys(["-1", "-1.0", "uncertain"], "-1") | dict.fromkeys(["", "nan", "none", "unlabeled"], "")
-# The table's columns beside labels, and the simplified names of what they are made of, in order of preference.
+# The table's columns besides labels, and simplified names of the columns they come from, in order of preference.
 SOURCE_COLUMNS = {
     "patient_id": ["patientid", "subjectid", "deidpatientid"],
     "Frontal/Lateral": ["frontallateral"],
@@ -65,7 +65,7 @@ SOURCE_COLUMNS = {
     "prompt": ["prompt", "text", "caption"],
 }
 ALIASES = {alias for aliases in SOURCE_COLUMNS.values() for alias in aliases}
-# Simplified view positions. Others, such as obliques, are neither frontal nor lateral.
+# View positions, simplified. Others, such as obliques, are neither frontal nor lateral.
 FRONTAL = {"ap": "AP", "pa": "PA", "aphorizontal": "AP", "frontal": ""}
 LATERAL = dict.fromkeys(["l", "ll", "rl", "lateral", "xtablelateral"], "Lateral")
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -74,7 +74,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 READABLE = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]  # by the scripts
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", *DICOM_SUFFIXES)
 NOT_RADIOGRAPHS = ["CT", "MR", "MG", "NM", "PT", "US", "XA", "SR", "PR", "KO", "SEG"]  # DICOM modalities
-WRITTEN = "images-8bit-"  # folders of converted images start with this
+CONVERTED_PREFIX = "images-8bit-"  # of folders of converted images
 DICOM_IDS = ["SOPInstanceUID", "StudyInstanceUID", "AccessionNumber"]
 
 
@@ -104,14 +104,14 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data").add_argument
     flag("--source", required=True, choices=list(SOURCES), help="data set, or kind of data")
     flag("--data_dir", required=True, nargs="+", help="folders of images and tables; for hf a hub id or one folder")
-    flag("--labels_csv", help="for dicom and folder: table of labels (default: the class folders' names)")
+    flag("--labels_csv", help="dicom, folder: table of labels (default: names of the class folders)")
     flag("--prompt_column", help="column to use as prompt, such as section_impression or Report")
-    flag("--patient_regex", help="what names the patient in each image's path, such as 'person[0-9]+'")
-    flag("--val_fraction", type=float, default=0.1, help="part of train that is made val if there is none; 0: none")
+    flag("--patient_regex", help="regular expression that finds the patient in a path, such as 'person[0-9]+'")
+    flag("--val_fraction", type=float, default=0.1, help="share of train to make val if there is no val; 0: none")
 
     flag = parser.add_argument_group("images").add_argument
-    flag("--size", type=int, default=512, help="shorter side of written images in pixels, at most; 0: no limit")
-    flag("--window", type=window, metavar="LOW,HIGH", help="grey values shown black and white (default: see above)")
+    flag("--size", type=int, default=512, help="maximum shorter side of written images in pixels; 0: no limit")
+    flag("--window", type=window, metavar="LOW,HIGH", help="grey values to make black and white (default: see above)")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
     flag("--num_workers", type=int, default=os.cpu_count(), help="processes")
 
@@ -137,18 +137,18 @@ def parse_args(argv=None):
 
 
 def simplify(name):
-    """Return a name in lower case, without anything but letters and digits."""
+    """Return the letters and digits of a name, in lower case."""
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
 @functools.cache
 def label_name(name):
-    """Return CheXpert's name for a label that means the same as one of the 14, else its own."""
+    """Return CheXpert's name for a label if it has one, else the label's own."""
     return ({simplify(label): label for label in LABELS} | SYNONYMS).get(simplify(name), str(name).strip())
 
 
 def without_suffix(name):
-    """Return a path without an image suffix. Other dots stay, such as those of DICOM's UIDs."""
+    """Return a path without its image suffix, if it has one; DICOM UIDs contain dots too."""
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
@@ -162,18 +162,18 @@ def is_dicom(path):
 
 
 def list_files(args):
-    """Return {path: path below what all of --data_dir share}, without hidden files and this script's own images."""
+    """Return {path: path relative to the common parent of --data_dir}, without hidden files and converted images."""
     roots = [os.path.abspath(root) for root in args.data_dir]
     shared, files = os.path.commonpath(roots), {}
     for folder, subfolders, names in itertools.chain(*(os.walk(root, followlinks=True) for root in roots)):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", WRITTEN)))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", CONVERTED_PREFIX)))
         paths = [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
         files |= {path: os.path.relpath(path, shared) for path in paths}
     return files
 
 
 def read_table(path, **options):
-    """Read a CSV, gzipped or not, as strings. In cp1252 is what spreadsheets write on many hospital computers."""
+    """Read a CSV, also .csv.gz, as strings, in UTF-8 or in cp1252, which spreadsheets on Windows write."""
     options |= {"dtype": str, "keep_default_na": False, "index_col": False, "skipinitialspace": True}
     if str(path).endswith("_list.txt"):  # NIH's, without a header
         options["names"] = ["Image Index"]
@@ -187,32 +187,32 @@ def read_table(path, **options):
             continue
         except (ValueError, OSError, EOFError) as error:
             fail(f"{path}: not a readable CSV ({error})")
-    fail(f"{path}: neither in UTF-8 nor in cp1252")
+    fail(f"{path}: encoded neither in UTF-8 nor in cp1252")
 
 
 def find_table(files, args, *patterns, needed=True):
-    """Read the file that matches the first pattern that has a match, that nearest to the root if there are several."""
+    """Read the file that matches the first possible pattern; of several, the one nearest to the root."""
     for pattern in patterns:
         found = [path for path in files if fnmatch(os.path.basename(path).lower(), pattern.lower())]
         if found:
             return read_table(min(found, key=lambda path: (path.count(os.sep), path)))
     if needed:
         missing = f"no {' or '.join(patterns)} under {' or '.join(args.data_dir)}, which --source {args.source} needs"
-        fail(f"{missing}; if it lies elsewhere, pass both folders: --data_dir IMAGES TABLES")
+        fail(f"{missing}; if it is elsewhere, pass both folders: --data_dir IMAGES TABLES")
     return None
 
 
 def find_splits(files, args, tables):
-    """Read the tables {split: patterns} that are there, of which train must be, as one with a column `split`."""
+    """Concatenate the tables {split: patterns}, of which only train must exist, and add a column `split`."""
     found = {split: find_table(files, args, *names, needed=split == "train") for split, names in tables.items()}
     parts = [part.rename(columns=label_name).assign(split=split) for split, part in found.items() if part is not None]
     return pd.concat(parts, ignore_index=True)
 
 
 def find_images(files, names, depth=1):
-    """Return the file of each name, "" if there is none, by the last `depth` parts of its path without suffix.
+    """Return the file of each name, or "". The last `depth` parts of the paths must agree, but not the suffixes.
 
-    Tables may name the JPEG of what is here as PNG or DICOM. Where both are, DICOM comes second.
+    Tables may name the JPEG of what is here as PNG or DICOM. Of several files, DICOM is the last choice.
     """
 
     def key(path):
@@ -226,14 +226,14 @@ def find_images(files, names, depth=1):
             repeated[first] = path
     if repeated:
         taken, other = next(iter(repeated.items()))
-        print(f"note: {len(repeated):,} images are there more than once; taking {taken}, not {other}")
+        print(f"note: {len(repeated):,} images exist more than once; using {taken}, not {other}")
     return names.map(key).map(found).fillna("")
 
 
 def describe(raw, args, labels=None):
-    """Return a table's columns under the names of the image table.
+    """Rename a table's columns to those of the image table, and drop others.
 
-    `labels` are its label columns; by default those that hold nothing but 1, 0, -1 and blanks.
+    `labels` are its label columns; by default, all columns that hold nothing but 1, 0, -1 and blanks.
     """
     simplified = {simplify(name): name for name in reversed(raw.columns)}
     frame, taken = pd.DataFrame(index=raw.index), set()
@@ -258,19 +258,19 @@ def describe(raw, args, labels=None):
 
 
 def one_hot(lists):
-    """Return a table of 1 and 0 from a column of lists of label names."""
+    """Turn a column of lists of label names into a table with 1 or 0 for each label."""
     names = lists.explode().dropna().map(label_name)
     return pd.get_dummies(names).groupby(level=0).max().reindex(lists.index, fill_value=False).astype(int).astype(str)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources. Each returns a table of SOURCE_COLUMNS and labels with `image`: a path, "" if there is none, or (dataset,
-# column, row); and, if some rows are not to be used, with `left_out`: the reason, or "".
+# Sources. Each returns a table of SOURCE_COLUMNS, labels and `image`, which is a path, "" if the image is missing, or
+# (dataset, column, row); and, if some rows cannot be used, `left_out`, which is the reason or "".
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def chexpert(files, args):
-    """CheXpert, in one folder or as unpacked: "CheXpert-v1.0 batch 2 (train 1)/patient00001/…" and so on."""
+    """CheXpert, in one folder or as unpacked: "CheXpert-v1.0 batch 2 (train 1)/patient00001/…"."""
     tables = {"train": ["train.csv"], "val": ["valid.csv"], "test": ["test.csv", "test_labels.csv"]}
     raw = find_splits(files, args, tables).fillna("")
     frame = describe(raw, args)
@@ -280,7 +280,7 @@ def chexpert(files, args):
 
 
 def chexpert_plus(files, args):
-    """CheXpert Plus, with CheXbert's labels of the impressions, --prompt_column or both."""
+    """CheXpert Plus, with CheXbert's labels, reports as --prompt_column, or both."""
     raw = find_table(files, args, "df_chexpert_plus*.csv*")
     labels = find_table(files, args, "impression_fixed.json", "report_fixed.json", needed=False)
     if labels is not None:
@@ -324,7 +324,7 @@ def padchest(files, args):
     lists = raw["Labels"].map(lambda text: ast.literal_eval(text) if text.startswith("[") else [])
     lists = lists.map(lambda names: [str(name).strip().lower() for name in names if str(name).strip()])
     labels = one_hot(lists)
-    # "Unchanged" refers to an earlier report, so what is not named is not known to be absent.
+    # "Unchanged" refers to an earlier report, so labels that are not listed may still be present.
     unchanged = labels.get("unchanged", pd.Series("0", raw.index)) == "1"
     labels = labels.mask(labels.eq("0") & unchanged.to_numpy()[:, None], "").drop(columns="exclude", errors="ignore")
     frame = describe(raw, args, []).join(labels)
@@ -332,18 +332,18 @@ def padchest(files, args):
     reasons = pd.Series("", raw.index).mask(lists.map(len) == 0, "without labels")
     unusable = lists.map(lambda names: "exclude" in names) | raw["Projection"].str.upper().eq("EXCLUDE")
     reasons = reasons.mask(unusable, "marked exclude")
-    # The PNG files do not show whether these have been inverted.
+    # It is unknown whether the PNG files of these have been inverted.
     reasons = reasons.mask(raw["PhotometricInterpretation_DICOM"] == "MONOCHROME1", "MONOCHROME1 as PNG")
     return frame.assign(Age=years.astype(str), left_out=reasons, image=find_images(files, raw["ImageID"]))
 
 
 def vindr(files, args):
-    """VinDr-CXR: the majority of three readers decides, ties are uncertain; the test set has one label each."""
+    """VinDr-CXR: the majority of three readers decides, ties are uncertain; the test set has consensus labels."""
     tables = {"train": ["image_labels_train.csv"], "test": ["image_labels_test.csv"]}
     votes = find_splits(files, args, tables).set_index("image_id")
     splits = votes.groupby(level=0)["split"].first()
     votes = votes[[name for name in votes if name not in ("split", "rad_id", "rad_ID")]].apply(pd.to_numeric)
-    # 1 is a vote for a label and 0 one against it. A label that a table lacks gets no votes, and a blank.
+    # 1 is a vote for a label and 0 is a vote against it. A label that a table lacks gets no votes and stays blank.
     balance = votes.replace(0, -1).groupby(level=0).sum(min_count=1)
     labels = np.sign(balance).replace({-1: 0, 0: -1}).map("{:.0f}".format, na_action="ignore").fillna("")
     frame = labels.assign(split=splits, view="PA").reset_index(names="image_id")
@@ -351,7 +351,7 @@ def vindr(files, args):
 
 
 def rsna(files, args):
-    """RSNA Pneumonia Detection, stage 2: boxes, whose Target means Lung Opacity, and one class for each image."""
+    """RSNA Pneumonia Detection, stage 2: boxes, whose Target means Lung Opacity, and a class per image."""
     labels = find_table(files, args, "stage_2_train_labels.csv").groupby("patientId")[["Target"]].max()
     labels.columns = ["Lung Opacity"]
     classes = find_table(files, args, "stage_2_detailed_class_info.csv", needed=False)
@@ -363,10 +363,10 @@ def rsna(files, args):
 
 
 def folder(files, args):
-    """Images, or DICOM files of any name, with --labels_csv or in class folders (below train, val, test if split)."""
+    """Images, or DICOM files of any name, with --labels_csv or in class folders, also below train, val and test."""
     where, kind = " or ".join(args.data_dir), "DICOM files" if args.source == "dicom" else "images"
     wanted = is_dicom if args.source == "dicom" else lambda path: path.lower().endswith(IMAGE_SUFFIXES)
-    frame = add_headers(pd.DataFrame({"image": list(filter(wanted, files))}, dtype=str), args)
+    frame = add_headers(pd.DataFrame({"image": list(filter(wanted, files)), "left_out": ""}, dtype=str), args)
     if frame.empty:
         fail(f"no {kind} under {where}")
     if args.labels_csv:
@@ -375,16 +375,16 @@ def folder(files, args):
     splits = folders.map(lambda parts: next((part for part in parts if part.lower() in SPLITS), ""))
     classes = folders.map(lambda parts: [part for part in parts if part.lower() not in {*SPLITS, "images"}][:1])
     masks = folders.map(lambda parts: not {"mask", "masks"}.isdisjoint(map(str.lower, parts)))
-    reasons = frame.get("left_out", pd.Series("", frame.index)).mask(classes.map(len) == 0, "in no class folder")
+    reasons = frame["left_out"].mask(classes.map(len) == 0, "in no class folder")
     names = classes[~masks].explode().dropna().unique()
     if len(names) < 2:
         found = f"only the class folder {names[0]}" if len(names) else "no class folders"
-        fail(f"{found} under {where}; pass the folder that class folders lie in, or the labels as --labels_csv")
+        fail(f"{found} under {where}; pass the folder that holds the class folders, or the labels as --labels_csv")
     return frame.assign(split=splits, left_out=reasons.mask(masks, "segmentation masks")).join(one_hot(classes))
 
 
 def join_labels(frame, names, args):
-    """Add the rows of --labels_csv, found by path or file name (`names`, without suffix), or by a DICOM identifier."""
+    """Join --labels_csv on paths or file names (`names` are ours, without suffix) or on a DICOM identifier."""
     raw = read_table(args.labels_csv, sep=None, engine="python")
     ours = dict.fromkeys(["filename", "path", "image", "imageid", "file"], names)
     ours |= {simplify(name): frame[name] for name in [*DICOM_IDS, "patient_id"] if name in frame}
@@ -397,55 +397,51 @@ def join_labels(frame, names, args):
     else:
         expected = "file_name, or for DICOM SOPInstanceUID, StudyInstanceUID, AccessionNumber or patient_id"
         fail(f"{args.labels_csv}: no column names any of the {len(frame):,} images; expected {expected}")
-    by_file = ours[simplify(column)] is names
-    for repeated, of, advice in (
-        (images, "images", "write their paths below --data_dir"),
-        (listed, "rows", "leave one"),
-    ):
-        if repeated.duplicated().any() and (by_file or of == "rows"):
-            name = repeated[repeated.duplicated()].iloc[0]
-            fail(f"{args.labels_csv}: column {column!r} names several {of} by {name}; {advice}")
+    if listed.duplicated().any():
+        name = listed[listed.duplicated()].iloc[0]
+        fail(f"{args.labels_csv}: column {column!r} names several rows by {name}; leave one")
+    # Images of a patient or study may share a row.
+    if ours[simplify(column)] is names and images.duplicated().any():
+        name = images[images.duplicated()].iloc[0]
+        fail(f"{args.labels_csv}: {name} in column {column!r} names several images; write paths below --data_dir")
     labels = describe(raw.drop(columns=[key for key in keys if simplify(key) != "patientid"]), args)
     known = {*keys, *ALIASES, args.prompt_column}
     unused = [name for name in raw if label_name(name) not in labels and not {name, simplify(name)} & known]
     print(f"note: {(~listed.isin(images)).sum():,} rows of {args.labels_csv} have no image")
     print(f"note: columns of {args.labels_csv} that are not used: {', '.join(unused) or 'none'}")
     labels = labels.set_index(listed).reindex(images).set_index(frame.index).fillna("")
-    reasons = frame.get("left_out", pd.Series("", frame.index))
+    reasons = frame["left_out"]
     reasons = reasons.mask((reasons == "") & ~images.isin(listed), f"without a row in {args.labels_csv}")
     return frame.drop(columns=labels.columns.intersection(frame.columns)).join(labels).assign(left_out=reasons)
 
 
 def hf(files, args):
     """A Hugging Face dataset: label columns, and classes or lists of classes by their names."""
-    try:
-        import datasets
-    except ImportError:
-        fail("--source hf needs another package: pip install 'datasets>=4.0'")
-    (name,), parts, images = args.data_dir, [], []
+    import datasets
+
+    (name,), parts, images, classes = args.data_dir, [], [], []
     try:
         splits = datasets.load_dataset(name)
-    except Exception as error:  # anything from connection errors to malformed files
+    except Exception as error:  # connection errors and malformed files can raise anything
         fail(f"--data_dir {name}: cannot be loaded as a Hugging Face dataset ({str(error)[:300]})")
+    features = next(iter(splits.values())).features
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
+    image = next((column for column, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        fail(f"--data_dir {name}: none of its columns ({', '.join(kinds)}) holds images")
     for split, dataset in splits.items():
-        features = dataset.features
-        kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
-        column = next((column for column, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
-        if column is None:
-            fail(f"--data_dir {name}: none of its columns ({', '.join(kinds)}) holds images")
-        part = dataset.remove_columns(column).to_pandas()
-        part = part.apply(lambda cells, kinds=kinds: cells.map(functools.partial(class_names, kind=kinds[cells.name])))
+        part = dataset.remove_columns(image).to_pandas()
+        part = part.apply(lambda cells: cells.map(functools.partial(class_names, kind=kinds[cells.name])))
         parts.append(part.assign(split=split))
-        encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
-        images += [(encoded, column, row) for row in range(len(dataset))]
-        classes = {
-            column
-            for column, kind in kinds.items()
-            if kind is not features[column] or not {name.lower() for name in getattr(kind, "names", [])} <= {*STATES}
-        }
+        encoded = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
+        images += [(encoded, image, row) for row in range(len(dataset))]
     raw = pd.concat(parts, ignore_index=True)
-    classes |= {column for column in raw if simplify(column) in ("label", "labels", "findinglabels")}
-    classes = [column for column in raw if column in classes and simplify(column) not in ALIASES]
+    for column, kind in kinds.items():
+        is_list, simple = kind is not features[column], simplify(column)
+        has_classes = not {name.lower() for name in getattr(kind, "names", [])} <= {*STATES}
+        is_classes = is_list or has_classes or simple in ("label", "labels", "findinglabels")
+        if is_classes and column != image and simple not in ALIASES:
+            classes.append(column)
     frame = describe(raw.drop(columns=classes), args).assign(image=images)
     names = [f"{split}/{row:07}" for split, (_, _, row) in zip(raw["split"], images)]
     lists = raw[classes].agg("|".join, axis=1).str.split("|") if classes else pd.Series([[]] * len(raw))
@@ -454,11 +450,11 @@ def hf(files, args):
 
 
 def class_names(cell, kind):
-    """Return a dataset's cell, or list of cells, as text; classes by their names, several between pipes."""
+    """Return a dataset's cell as text: classes by their names, several with pipes between them."""
     cells = list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else [cell]
     cells = [value for value in cells if not pd.isna(value)]
     if hasattr(kind, "int2str"):
-        cells = [kind.int2str(int(value)) for value in cells if value >= 0]  # -1: not known
+        cells = [kind.int2str(int(value)) for value in cells if value >= 0]  # -1 means unknown
     return "|".join(map(str, cells))
 
 
@@ -477,7 +473,8 @@ def run_parallel(function, items, total, label, args):
     with executor as pool, tqdm(total=total, desc=label, unit="image", disable=not total) as bar:
         apply = map if args.num_workers == 1 else pool.map
         try:
-            while chunk := list(itertools.islice(items, 16 * args.num_workers)):  # all would not fit in memory
+            # In chunks, since the items may be whole images.
+            while chunk := list(itertools.islice(items, 16 * args.num_workers)):
                 for result in apply(function, chunk):
                     yield result
                     bar.update()
@@ -486,7 +483,7 @@ def run_parallel(function, items, total, label, args):
 
 
 def add_headers(frame, args):
-    """Fill patient, view, sex and age from the headers of DICOM images, where the source's tables lack them."""
+    """Fill in patient, view, sex and age from DICOM headers where the source's tables lack them."""
     paths = frame["image"][[isinstance(image, str) and image != "" and is_dicom(image) for image in frame["image"]]]
     if paths.empty:
         return frame
@@ -522,16 +519,16 @@ def read_header(path):
 
 
 def to_grey(pixels, limits=None):
-    """Scale pixels to 0 at the lower limit and 255 at the upper; by default the 0.5th and the 99.5th percentile."""
+    """Scale pixels from the limits, by default the 0.5th and 99.5th percentiles, to 0 and 255."""
     pixels = pixels.astype(np.float32)
     low, high = limits or np.percentile(pixels, (0.5, 99.5))
-    if not low < high:  # also where pixels are not a number
+    if not low < high:  # also with NaN pixels
         raise ValueError("has a single grey value")
     return ((pixels - low) * (255 / (high - low))).clip(0, 255)
 
 
 def read_dicom(path, limits):
-    """Return a DICOM image as it is meant to be shown: grey values from 0 to 255, (H, W) float32."""
+    """Return a DICOM image as it is to be displayed: grey values from 0 to 255, (H, W)."""
     import pydicom
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
@@ -539,13 +536,13 @@ def read_dicom(path, limits):
     stored = file.pixel_array
     if int(file.get("NumberOfFrames") or 1) > 1:
         raise ValueError("has more than one frame")
-    if stored.ndim == 3 and stored.dtype == np.uint8:  # a screenshot in color
+    if stored.ndim == 3 and stored.dtype == np.uint8:  # a color screenshot
         return np.asarray(Image.fromarray(stored).convert("L"))
     if file.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"has photometric interpretation {file.PhotometricInterpretation}")
     pixels = apply_modality_lut(stored, file)
     shown = pixels if limits else apply_voi_lut(pixels, file)
-    if shown is not pixels and shown.dtype.kind == "f":  # a window, whose ends these values lie beyond
+    if shown is not pixels and shown.dtype.kind == "f":  # a window; find the ends of its output far outside of it
         with np.errstate(over="ignore"):
             limits = tuple(apply_voi_lut(np.array([-1e9, 1e9]), file))
         shown, limits = (shown - limits[0]) / (limits[1] - limits[0]), (0.0, 1.0)  # a negative slope swaps them
@@ -562,7 +559,7 @@ def read_dicom(path, limits):
 
 
 def read_image(file, limits):
-    """Return grey values from 0 to 255, (H, W), or None if `file` is a path that the scripts can read."""
+    """Return grey values from 0 to 255, (H, W), or None if the scripts can read the file at this path themselves."""
     with Image.open(file) as opened:
         tags = getattr(opened, "tag_v2", {})
         # As in the scripts' load_image.
@@ -581,7 +578,7 @@ def read_image(file, limits):
 
 
 def convert_image(job):
-    """Write an image as PNG unless the scripts can read it. Return whether it was written, and any problem."""
+    """Write an image as PNG unless the scripts can read it. Return whether it was written, and the problem or ""."""
     image, target, size, limits = job
     try:
         if isinstance(image, str) and is_dicom(image):
@@ -602,7 +599,7 @@ def convert_image(job):
 
 
 def encoded_image(image):
-    """Return what a process can be sent: a path, or the file's bytes for a row of a Hugging Face dataset."""
+    """Return what can be sent to a process: a path, or for a row of a Hugging Face dataset the file's bytes."""
     if isinstance(image, str):
         return image
     dataset, column, row = image
@@ -611,9 +608,9 @@ def encoded_image(image):
 
 
 def convert_images(frame, args):
-    """Return the final paths of the images, those written, and what is wrong with each, "" if nothing."""
+    """Return the final path of each image, and the problem with it or ""."""
     limits = "".join(f"-{limit:g}" for limit in args.window or ())
-    folder = Path(args.output_dir) / f"{WRITTEN}{args.size}{limits}"  # images made otherwise are not taken for these
+    folder = Path(args.output_dir) / f"{CONVERTED_PREFIX}{args.size}{limits}"  # one for each --size and --window
     names = frame["name"].map(without_suffix)
     names = names.where(~names.duplicated(keep=False), frame["name"])
     targets = [f"{folder / name}.png" for name in names]
@@ -633,14 +630,14 @@ def convert_images(frame, args):
 
 
 def years(age):
-    """Return an age such as 57, 057Y or 003M in whole years; "" if it is none, or above 120 as some of NIH's are."""
+    """Return an age such as 57, 057Y or 003M in whole years, or "" if invalid; some of NIH's are above 120."""
     found = re.fullmatch(r"(\d+)(?:\.\d+)?\s*([YMWD]?)", age.strip().upper())
     whole = int(found[1]) // {"M": 12, "W": 52, "D": 365}.get(found[2], 1) if found else 121
     return str(whole) if whole <= 120 else ""
 
 
 def drop_rows(frame, left_out, args):
-    """Drop and count the rows with a reason in `left_out`. Stop at unreadable images unless they may be skipped."""
+    """Drop and count rows with a reason in left_out. Fail at unreadable images unless they may be skipped."""
     reasons = frame["left_out"]
     unreadable = reasons[reasons.str.startswith("unreadable: ")].str.removeprefix("unreadable: ")
     if len(unreadable) and args.on_bad_image == "stop":
@@ -657,7 +654,7 @@ def label_columns(frame):
 
 
 def standardize(frame, args):
-    """Return the image table: patient, view, sex, age and split in its form, labels in order, no blank columns."""
+    """Return the image table, with values in the form that the scripts expect and without blank columns."""
     text = frame.reindex(columns=list(SOURCE_COLUMNS), fill_value="").fillna("").astype(str)
     view = text.pop("view").map(simplify)
     from_view = view.map(dict.fromkeys(FRONTAL, "Frontal") | LATERAL).fillna("")
@@ -692,24 +689,22 @@ def print_summary(table, frame, left_out, args):
 
     others = [name for name in table if name not in [*LABELS, *SOURCE_COLUMNS, "file_name"]]
     written = (frame["file_name"] != frame["image"]).sum()
-    lines = {
-        "rows": f"{len(table):,}, patients: {table['patient_id'].nunique() if 'patient_id' in table else 'not known'}"
-    }
-    lines["splits"] = values("split", "no test images marked; the scripts split by patient")
+    splits = values("split", "no test images marked; the scripts split by patient")
     if "split" in table and "val" not in set(frame["split"]) and args.val_fraction:
-        lines["splits"] += f" (val is {args.val_fraction:g} of the training patients, chosen here)"
-    lines["views"] = values("Frontal/Lateral", "not known; the scripts take all as frontal")
-    if ", " in lines["views"]:
-        lines["views"] += "; the scripts use the frontal ones"
+        splits += f" (val is {args.val_fraction:g} of the training patients, chosen here)"
+    views = values("Frontal/Lateral", "not known; the scripts take all as frontal")
+    views += "; the scripts use the frontal ones" if ", " in views else ""
+    patients = table["patient_id"].nunique() if "patient_id" in table else "not known"
+    lines = {"rows": f"{len(table):,}, patients: {patients}", "splits": splits, "views": views}
     lines["labels"] = label_counts([name for name in table if name in LABELS]) or "none of CheXpert's 14"
-    lines["others"] = others and f"{label_counts(others)}; to use them, pass --labels"
-    lines["prompts"] = "prompt" in table and f"{(table['prompt'] != '').sum():,}"
+    if others:
+        lines["others"] = f"{label_counts(others)}; to use them, pass --labels"
+    if "prompt" in table:
+        lines["prompts"] = f"{(table['prompt'] != '').sum():,}"
     lines["images"] = f"{written:,} written, {len(table) - written:,} used where they are"
     lines["left out"] = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "nothing"
     lines["wrote"] = Path(args.output_dir) / "table.csv"
-    for name, text in lines.items():
-        if text:
-            print(f"{name:>9}  {text}")
+    print("\n".join(f"{name:>9}  {text}" for name, text in lines.items()))
 
 
 def main(args):

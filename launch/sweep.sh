@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Run the whole study: train every row of the paper's Table 1, sample from each, evaluate (Tables 3 and 4), and report.
+# Run the whole study: train each row of the paper's Table 1, sample from it, evaluate it (Tables 3 and 4), and report.
 #   bash launch/sweep.sh
 #   METHODS="lora bitfit" STUDY=study/small RESOLUTION=256 bash launch/sweep.sh --max_train_steps 2000
 #   TRAIN_CSV=train.csv VALIDATION_CSV=val.csv TEST_CSV=test.csv IMAGE_ROOT=xrays bash launch/sweep.sh
 #   BUDGET=authors bash launch/sweep.sh
 #   SEEDS="0 1 2" bash launch/sweep.sh
 #   MODEL=sd15-fp16 MODEL_FLAGS="--variant fp16" METHODS=lora bash launch/sweep.sh
-# Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. The variables
-# below can be set in the environment. Relative paths start from the repository's folder.
+# Finished steps are skipped and interrupted ones continue. Flags are passed on to the training scripts. Variables can
+# be set in the environment. Paths are relative to the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,11 +18,11 @@ MODEL_FLAGS=(${MODEL_FLAGS:-}) # --variant and --revision of MODEL
 ALL_METHODS="unet text_encoder vae unet_text_encoder unet_vae vae_text_encoder unet_vae_text_encoder"
 ALL_METHODS+=" lora dora bitfit difffit"
 METHODS=(${METHODS-$ALL_METHODS})
-# Train each row once per seed, for verdicts over trainings. The folders of seed 0 are runs/lora and so on; those of
-# another seed K are runs/lora_seedK and so on. Seeds can be added to a finished study.
+# Train each row once per seed, so that the report can tell strategies from single trainings. Seed 0 writes runs/lora,
+# seed 1 writes runs/lora_seed1, and so on. Seeds can be added to a finished study.
 SEEDS=(${SEEDS:-0})
-# Number of processes, and the command that starts a script with them. Without a number, accelerate would take all GPUs
-# and put more images into a step.
+# Number of processes, and the command that starts them. Without a number, accelerate would use all GPUs, and a step
+# would take more images.
 PROCESSES=${PROCESSES:-1}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes $PROCESSES}
 
@@ -31,8 +31,8 @@ TRAIN_CSV=${TRAIN_CSV:-CheXpert-v1.0/train.csv} # or CheXpert-v1.0-small/train.c
 VALIDATION_CSV=${VALIDATION_CSV:-}
 TEST_CSV=${TEST_CSV:-}
 IMAGE_ROOT=${IMAGE_ROOT:-}
-# Label columns that are sampled and evaluated. Trainings' prompts name all of CheXpert's 14 that a table has; or, if one
-# of these is not among the 14, these alone.
+# Label columns to sample and evaluate. If all are among CheXpert's 14, training prompts name each of the 14 that the
+# table has, else only these.
 IFS=, read -ra LABELS <<<"${LABELS:-Cardiomegaly,Lung Opacity,Edema,No Finding,Pneumothorax,Pleural Effusion}"
 LABELS=("${LABELS[@]# }")
 # Settings that all scripts must agree on.
@@ -40,7 +40,7 @@ SPLIT_SEED=${SPLIT_SEED:-0}
 UNCERTAIN=${UNCERTAIN:-ignore}
 PROMPT_TEMPLATE=${PROMPT_TEMPLATE:-Chest X-ray of a subject with {\}}
 
-# The paper's recipe; what its text leaves open is from its authors' code.
+# The paper's recipe, completed from its authors' code.
 RESOLUTION=${RESOLUTION:-512}
 RESIZE_MODE=${RESIZE_MODE:-squash}
 TRAIN_IMAGES=${TRAIN_IMAGES:-20000}
@@ -54,22 +54,22 @@ OPTIMIZER+=(--adam_beta1 0.9 --adam_beta2 0.999 --adam_weight_decay 1e-2 --adam_
 ADAPTER=(--rank 8 --lora_alpha 16 --lora_dropout 0)
 VAE_LOSS=${VAE_LOSS:-anchored} # joint is the paper's; the README says why it is not the default
 MIXED_PRECISION=${MIXED_PRECISION:-bf16} # the paper's is fp16; bf16 needs no loss scaling; no on a CPU
-# equal: every row sees GLOBAL_BATCH images per step (the paper's 4 GPUs x batch 4 x 4 accumulated) for as many steps.
-# authors: the PEFT rows with twice the batch and half the steps, as in the authors' code.
+# equal: GLOBAL_BATCH images per step (the paper's 4 GPUs x batch 4 x 4 accumulated) and as many steps for each row.
+# authors: twice the batch and half the steps for PEFT rows, as in the authors' code.
 BUDGET=${BUDGET:-equal}
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}
 BATCH=${BATCH:-4}
 
-# labels: as many images of each label alone, as in the paper; FID then leaves out real images with several of them.
-# like_test: the combinations of findings of the test images, so that all of these are compared.
+# labels: the same number of images for each single label, as in the paper; FID leaves out real images with several.
+# like_test: the test images' combinations of labels; FID uses all real images.
 SAMPLING=${SAMPLING:-labels}
 [ "$SAMPLING" = like_test ] && number="--num_images 30000" || number="--images_per_label 5000"
 SAMPLE_FLAGS=(${SAMPLE_FLAGS:-$number --num_inference_steps 50 --guidance_scale 7.5})
-# With 66 pairs of 12 models, fewer subsamples would hide most differences from Holm's correction.
+# Fewer subsamples would leave few of the 66 pairs of 12 models significant after Holm's correction.
 EVALUATION_FLAGS=(${EVALUATION_FLAGS:---max_per_label 5000 --num_subsamples 30})
 DOWNSTREAM_FLAGS=(${DOWNSTREAM_FLAGS:---arch efficientnet_b0 --weights imagenet --num_seeds 3})
 REPORT_TITLE=${REPORT_TITLE:-}
-# JUDGE=no only trains and samples the rows, and leaves base model and evaluations to a later call.
+# JUDGE=no only trains and samples the rows; a later call can add the base model and the evaluations.
 JUDGE=${JUDGE:-yes}
 REPORT=${REPORT:-yes}
 
@@ -78,11 +78,11 @@ refuse() {
   exit 2
 }
 
-one_of() { # a variable's name, the values it can have
+one_of() { # variable's name, allowed values
   [[ " ${*:2} " == *" ${!1} "* ]] || refuse "$1=${!1} is none of: ${*:2}"
 }
 
-# Write names of columns as the scripts compare them: without case, spaces and underscores.
+# Ignore case, spaces and underscores in column names, as the scripts do.
 simplify() {
   tr ';|\t' ',,,' <<<"$1" | tr -d ' _"\r' | tr '[:upper:]' '[:lower:]'
 }
@@ -149,7 +149,7 @@ training_data+=("${named[@]}")
 shared=(--split_seed "$SPLIT_SEED" --uncertain "$UNCERTAIN" --resize_mode "$RESIZE_MODE")
 [ -z "$IMAGE_ROOT" ] || shared+=(--image_root "$IMAGE_ROOT")
 
-unless() { # the file that a step writes last, the step
+unless() { # last file that a step writes, command and arguments of the step
   [ -f "$STUDY/$1" ] && return
   echo "== $1"
   "${@:2}"
@@ -190,7 +190,8 @@ classify() { # name, further flags
 compare() { # name
   $LAUNCH eval_generation.py --synthetic "$STUDY/samples/$1" "${generation_data[@]}" "${shared[@]}" \
     --max_train_samples "$TRAIN_IMAGES" --labels "${LABELS[@]}" --classifier "$STUDY/downstream/real/classifier" \
-    --baseline "$STUDY/samples/base" --vae "$MODEL" "${MODEL_FLAGS[@]}" "${EVALUATION_FLAGS[@]}" --output_dir "$STUDY/evaluations/$1"
+    --baseline "$STUDY/samples/base" --vae "$MODEL" "${MODEL_FLAGS[@]}" "${EVALUATION_FLAGS[@]}" \
+    --output_dir "$STUDY/evaluations/$1"
 }
 
 evaluate() { # name: base, a row, or a row with a seed
@@ -199,8 +200,8 @@ evaluate() { # name: base, a row, or a row with a seed
     classify "$1" --synthetic "$STUDY/samples/$1" --reference "$STUDY/downstream/real"
 }
 
-# Every row is compared with the base model's samples. A classifier trained on as many real images is the reference for
-# those trained on synthetic ones (Table 4), and judges whether an image shows its prompt (Table 3).
+# A classifier trained on as many real images as there are samples is the reference for those trained on samples
+# (Table 4), and tells whether an image shows its prompt (Table 3). Rows are also compared with the base model.
 if [ "$JUDGE" != no ]; then
   unless samples/base/metadata.csv sample "$MODEL" base "${MODEL_FLAGS[@]}"
   unless downstream/real/downstream_metrics.json classify real --synthetic "$STUDY/samples/base" --train_on real

@@ -30,6 +30,7 @@ STAND_INS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": str(BASE),
     "samples/stable-diffusion-v1-5": "samples/base",
     "xrv.safetensors": "downstream/real/classifier",
+    "runs/unet/checkpoint-500": "runs/lora",  # no checkpoints are written
 }
 
 
