@@ -1500,8 +1500,8 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
     while state.step < max_train_steps:
         for micro in range(accumulation):
             batch = next(batches)
-            # Dropout is seeded per micro-batch, so that checkpoints need no random state. This comes after `next`, since
-            # starting the loader draws from the same generator.
+            # Dropout is seeded per micro-batch, so that checkpoints need no random state. It comes after `next`,
+            # since starting the loader draws from the same generator.
             torch.manual_seed(keyed_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 loss = state.model(batch)["loss"].mean()
