@@ -199,7 +199,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     separator = ","
-    with contextlib.suppress(Exception):  # csv.Error, of a single column
+    with contextlib.suppress(Exception):  # csv.Error: a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
@@ -216,16 +216,17 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
-    lines to print, each a heading and a text.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print on what its
+    columns are used for.
     """
 
     def plain(name):
         return re.sub(r"[\s_]", "", str(name)).lower()
 
-    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
+    by_plain_name = {plain(name): name for name in reversed(raw.columns)}
+    used = {}  # {column: standard name}
     for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
+        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in (name, *others)]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
@@ -234,7 +235,7 @@ def match_columns(raw, labels, source):
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
     others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
     values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
-    unused = [name for name, found in values.items() if 1.0 in found and len(found) > 1 and None not in found]
+    unused = [name for name, seen in values.items() if 1.0 in seen and len(seen) > 1 and None not in seen]
     for label in [label for label in labels if label in raw]:
         values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
         unknown = [text for text, value in values.items() if value is None]
@@ -252,10 +253,9 @@ def match_columns(raw, labels, source):
 
 # Copied from train_full.resolve_paths
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths.
+    """Return absolute image paths, under the first root where one of the first 1,000 images exists.
 
-    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
-    without that part, and take the first combination under which one of the first 1,000 images exists.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename: try also without that part.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
     roots = [str(root.absolute()) for root in roots]
@@ -271,8 +271,8 @@ def make_table(raw, names, images, lines):
     """Convert a table of `match_columns` to the image table that all scripts share.
 
     Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
-    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
-    to print about them. Images without a patient are treated as separate patients.
+    the labels, `split` if every row has one, and what the evaluations check and group by. `attrs["block"]` holds the
+    lines to print about them. An image without a patient counts as a patient of its own.
     """
     table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])
@@ -280,6 +280,7 @@ def make_table(raw, names, images, lines):
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
+    # Without a view column, these stand in for the view: the first matches as frontal, and both are printed.
     guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
     view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
     table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
@@ -304,7 +305,7 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    raw, form = read_csv(csv)
+    raw, description = read_csv(csv)
     raw, lines = match_columns(raw, labels, csv)
     if "Path" not in raw:
         hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
@@ -315,14 +316,15 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     if (names == "").any():
         fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
     images = resolve_paths(names, csv, image_root) if with_images else names
-    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
+    return make_table(raw, names, images, [("table", f"{csv}, {description}"), *lines])
 
 
 # Copied from train_full.read_classes
 def read_classes(raw, features):
-    """Replace codes of classes by their names, in place, and add a 0/1 column for each class."""
+    """Replace class codes by class names, in place, and add a 0/1 column for each class."""
     for column in [*raw]:
-        classes = getattr(getattr(features[column], "feature", features[column]), "names", None)  # also lists of them
+        feature = getattr(features[column], "feature", features[column])  # the elements' feature, if it is a list
+        classes = getattr(feature, "names", None)
         if classes:
             codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
             rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
@@ -602,7 +604,7 @@ def image_sizes(images):
 
 # Copied from train_full.load_image
 def load_image(image, resolution, resize_mode):
-    """Decode an image, as of `open_image`, to (resolution, resolution, 3) uint8. Raise ValueError if not usable."""
+    """Decode what `open_image` takes to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
     try:
         with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample

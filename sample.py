@@ -182,7 +182,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     separator = ","
-    with contextlib.suppress(Exception):  # csv.Error, of a single column
+    with contextlib.suppress(Exception):  # csv.Error: a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
@@ -199,16 +199,17 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
-    lines to print, each a heading and a text.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print on what its
+    columns are used for.
     """
 
     def plain(name):
         return re.sub(r"[\s_]", "", str(name)).lower()
 
-    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
+    by_plain_name = {plain(name): name for name in reversed(raw.columns)}
+    used = {}  # {column: standard name}
     for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
+        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in (name, *others)]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
@@ -217,7 +218,7 @@ def match_columns(raw, labels, source):
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
     others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
     values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
-    unused = [name for name, found in values.items() if 1.0 in found and len(found) > 1 and None not in found]
+    unused = [name for name, seen in values.items() if 1.0 in seen and len(seen) > 1 and None not in seen]
     for label in [label for label in labels if label in raw]:
         values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
         unknown = [text for text, value in values.items() if value is None]
@@ -235,10 +236,9 @@ def match_columns(raw, labels, source):
 
 # Copied from train_full.resolve_paths
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths.
+    """Return absolute image paths, under the first root where one of the first 1,000 images exists.
 
-    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
-    without that part, and take the first combination under which one of the first 1,000 images exists.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename: try also without that part.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
     roots = [str(root.absolute()) for root in roots]
@@ -254,8 +254,8 @@ def make_table(raw, names, images, lines):
     """Convert a table of `match_columns` to the image table that all scripts share.
 
     Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
-    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
-    to print about them. Images without a patient are treated as separate patients.
+    the labels, `split` if every row has one, and what the evaluations check and group by. `attrs["block"]` holds the
+    lines to print about them. An image without a patient counts as a patient of its own.
     """
     table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])
@@ -263,6 +263,7 @@ def make_table(raw, names, images, lines):
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
+    # Without a view column, these stand in for the view: the first matches as frontal, and both are printed.
     guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
     view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
     table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
@@ -287,7 +288,7 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    raw, form = read_csv(csv)
+    raw, description = read_csv(csv)
     raw, lines = match_columns(raw, labels, csv)
     if "Path" not in raw:
         hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
@@ -298,7 +299,7 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     if (names == "").any():
         fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
     images = resolve_paths(names, csv, image_root) if with_images else names
-    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
+    return make_table(raw, names, images, [("table", f"{csv}, {description}"), *lines])
 
 
 # Copied from train_full.assign_splits
@@ -402,10 +403,10 @@ def fingerprint(module):
 
 # Copied from train_full.load_single_file
 def load_single_file(path):
-    """Load a pipeline from a .safetensors file of all weights, such as v1-5-pruned-emaonly.safetensors.
+    """Load a pipeline from one .safetensors file, such as v1-5-pruned-emaonly.safetensors.
 
-    Configurations and tokenizer are taken from its folder if they lie there as in a diffusers pipeline
-    (model_index.json, unet/config.json, tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    Configurations and tokenizer come from its folder if that has a pipeline's (model_index.json, unet/config.json,
+    tokenizer/, ...), else from the hub (2 MB, cached for offline use).
     """
     config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -418,7 +419,7 @@ def load_single_file(path):
     except (SafetensorError, KeyError, NotImplementedError) as error:
         raise ValueError(f"it is damaged or lacks weights: {error}") from error
     except OSError as error:
-        raise ValueError(f"its configuration is neither in {path.parent} nor to be had from the hub") from error
+        raise ValueError(f"its configuration is neither in {path.parent} nor available from the hub") from error
 
 
 # Copied from train_full.load_pipeline

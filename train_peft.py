@@ -100,7 +100,7 @@ MAX_CACHED_CAPTIONS = 4096
 EXIT_PREEMPTED = 75
 # Copied from train_full.STOP_SIGNALS
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# The attention projections that LoRA and DoRA adapt, in the U-Net and in the text encoder.
+# The attention projections that LoRA and DoRA adapt: in the U-Net by default, and in the text encoder.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 # The last linear layer of each residual branch of a transformer block (attn1, attn2, ff), which DiffFit scales.
@@ -132,8 +132,8 @@ def add_shared_arguments(parser):
     flag("--labels", nargs="+", default=LABELS, help="label columns, in the order of captions (default: CheXpert's)")
     splits = ["train", "val", "test", "all"]
     flag("--split", choices=splits, help="patients to train on (default: train; all with --validation_csv)")
-    flag("--split_seed", type=int, default=0, help="seed of the patient split; must match the other scripts")
-    uncertain = "what -1 means: ones names it in prompts; zeros and ignore do not"
+    flag("--split_seed", type=int, default=0, help="seed of the patient split; use the same in all scripts")
+    uncertain = "how -1 enters prompts: ones names the finding; zeros and ignore leave it out"
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help=uncertain)
     flag("--prompt_template", default=PROMPT_TEMPLATE, help="caption; {} stands for the findings")
     flag("--max_train_samples", type=int, help="train on a random subset of this size, drawn with --split_seed")
@@ -141,7 +141,7 @@ def add_shared_arguments(parser):
     flag("--resolution", type=int, default=512, help="side of the square training images in pixels")
     flag("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how images are made square")
     flag("--caption_dropout", type=float, default=0.1, help="fraction of captions dropped, for guidance; 0: none")
-    flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="what to do about unreadable images")
+    flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="stop at or leave out unreadable images")
     flag("--latent_cache_dir", help="folder of cached latents (default: latent_cache beside --output_dir)")
     flag("--dataloader_num_workers", type=int, help="data loader workers per process (default: 4 on a GPU, else 0)")
 
@@ -168,7 +168,7 @@ def add_shared_arguments(parser):
     flag("--lr_power", type=float, default=1.0, help="power of polynomial")
     flag("--adam_beta1", type=float, default=0.9)
     flag("--adam_beta2", type=float, default=0.999)
-    flag("--adam_weight_decay", type=float, default=1e-2, help="of all trained weights, including biases and norms")
+    flag("--adam_weight_decay", type=float, default=1e-2, help="applied to all trained weights, also biases and norms")
     flag("--adam_epsilon", type=float, default=1e-8)
     flag("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
     flag("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
@@ -181,10 +181,10 @@ def add_shared_arguments(parser):
     flag("--seed", type=int, default=0, help="seed of sample order, noise, timesteps and validation images")
     flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only on a stop signal")
     flag("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep")
-    flag("--resume_from_checkpoint", metavar="PATH|latest", help="latest starts from scratch if there is none")
+    flag("--resume_from_checkpoint", metavar="PATH|latest", help="checkpoint folder; latest: the run's newest, if any")
     flag("--validation_steps", type=int, default=500, help="steps between validations; 0: first and last only")
     flag("--validation_prompts", nargs="+", help="prompts of validation images (default: the most frequent captions)")
-    flag("--num_validation_images", type=int, default=4, help="number of frequent captions to sample; 0: no images")
+    flag("--num_validation_images", type=int, default=4, help="images of the most frequent captions; 0: no images")
     flag("--logging_steps", type=int, default=10, help="steps between log entries and checks for stop signals")
     flag("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard")
     flag("--push_to_hub", action="store_true", help="upload the finished run to a private hub repository")
@@ -235,11 +235,11 @@ def parse_args(argv=None):
     flag("--rank", type=int, default=8, help="rank of LoRA and DoRA")
     flag("--lora_alpha", type=float, default=16, help="LoRA and DoRA updates are scaled by lora_alpha / rank")
     flag("--lora_dropout", type=float, default=0.0, help="dropout on the input of the LoRA layers")
-    flag("--lora_target_modules", nargs="+", help=f"ends of layer names (default: {' '.join(LORA_TARGETS)})")
-    flag("--train_text_encoder", action="store_true", help="LoRA and DoRA on the text encoder's attention too")
+    flag("--lora_target_modules", nargs="+", help=f"suffixes of U-Net layers (default: {' '.join(LORA_TARGETS)})")
+    flag("--train_text_encoder", action="store_true", help="also train LoRA or DoRA on the text encoder's attention")
     flag("--learning_rate", type=float, default=1e-4)
-    flag("--init_from", metavar="RUN", help="start from this finished run's adapter, at step 0")
-    flag("--save_merged", action="store_true", help="also save a full pipeline with the adapter merged to merged/")
+    flag("--init_from", metavar="RUN", help="finished run whose adapter to start from, at step 0")
+    flag("--save_merged", action="store_true", help="also save a pipeline with the adapter merged in, to merged/")
     flag("--save_kohya", action="store_true", help="also save lora_kohya.safetensors, for ComfyUI and others")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -265,12 +265,11 @@ def check_initial_run(parser, args):
     path = Path(args.init_from) / "training_summary.json"
     if not path.is_file():
         parser.error(f"--init_from {args.init_from}: no training_summary.json there; pass a finished run's folder")
-    saved, names = json.loads(path.read_text(encoding="utf-8"))["arguments"], ["method"]
-    if args.method in ("lora", "dora"):
-        names += ["rank", "lora_target_modules", "train_text_encoder"]
-    for name in names:
-        if saved.get(name, getattr(args, name)) != getattr(args, name):
-            parser.error(f"--init_from {args.init_from} has {name}={saved[name]}, not {getattr(args, name)}")
+    saved = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    for name in ("method", "rank", "lora_target_modules", "train_text_encoder"):
+        value = getattr(args, name)
+        if saved.get(name, value) != value:
+            parser.error(f"--init_from {args.init_from} has {name}={saved[name]}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,21 +299,9 @@ def open_image(image):
         raise
 
 
-# Copied from train_full.image_sizes
-def image_sizes(images):
-    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
-
-    def size(image):
-        with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
-            return opened.size
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return Counter(filter(None, pool.map(size, images[:: len(images) // 1000 + 1])))
-
-
 # Copied from train_full.load_image
 def load_image(image, resolution, resize_mode):
-    """Decode an image, as of `open_image`, to (resolution, resolution, 3) uint8. Raise ValueError if not usable."""
+    """Decode what `open_image` takes to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
     try:
         with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
@@ -341,15 +328,13 @@ def to_pixel_values(image):
 
 # Copied from train_full.SampleStream
 class SampleStream(torch.utils.data.Dataset):
-    """Training sample n, determined by (seed, n) alone.
+    """An endless stream of training samples. Sample n is a function of (seed, n) alone.
 
     Each epoch is a seeded permutation of the images; noise, timestep and caption dropout are seeded by n. So samples
-    do not depend on the number of processes, the batch size or interruptions.
+    do not depend on the number of processes, the batch size or interruptions. With `heldout`, sample n is image n,
+    with noise and timesteps (evenly spread by the golden ratio) that are the same in all runs.
 
-    With `heldout`, sample n is image n, with noise and timesteps (spread evenly, by the golden ratio) that are the
-    same in all runs.
-
-    A sample is a dict of
+    `latents` are paths of cached posteriors, and `captions` the results of `encode_captions`. A sample is a dict of
         noise (C, h, w), and posterior_noise (C, h, w), which samples the VAE's posterior
         timesteps ()
         encoder_hidden_states (77, D), or input_ids (77,) if the text encoder runs in the training loop
@@ -501,7 +486,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     separator = ","
-    with contextlib.suppress(Exception):  # csv.Error, of a single column
+    with contextlib.suppress(Exception):  # csv.Error: a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
@@ -518,16 +503,17 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Neither case nor spaces nor underscores matter in names. Return the table, and what its columns are used for as
-    lines to print, each a heading and a text.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print on what its
+    columns are used for.
     """
 
     def plain(name):
         return re.sub(r"[\s_]", "", str(name)).lower()
 
-    found, used = {plain(name): name for name in reversed(raw.columns)}, {}
+    by_plain_name = {plain(name): name for name in reversed(raw.columns)}
+    used = {}  # {column: standard name}
     for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else found.get(plain(column)) for column in (name, *others)]
+        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in (name, *others)]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
@@ -536,7 +522,7 @@ def match_columns(raw, labels, source):
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
     others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
     values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
-    unused = [name for name, found in values.items() if 1.0 in found and len(found) > 1 and None not in found]
+    unused = [name for name, seen in values.items() if 1.0 in seen and len(seen) > 1 and None not in seen]
     for label in [label for label in labels if label in raw]:
         values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
         unknown = [text for text, value in values.items() if value is None]
@@ -554,10 +540,9 @@ def match_columns(raw, labels, source):
 
 # Copied from train_full.resolve_paths
 def resolve_paths(names, csv, image_root):
-    """Return absolute image paths.
+    """Return absolute image paths, under the first root where one of the first 1,000 images exists.
 
-    CheXpert's paths start with the dataset's folder, which resized copies often rename. So try each root with and
-    without that part, and take the first combination under which one of the first 1,000 images exists.
+    CheXpert's paths start with the dataset's folder, which resized copies often rename: try also without that part.
     """
     roots = [Path(image_root)] if image_root else [Path(csv).parent, Path(csv).resolve().parent.parent]
     roots = [str(root.absolute()) for root in roots]
@@ -573,8 +558,8 @@ def make_table(raw, names, images, lines):
     """Convert a table of `match_columns` to the image table that all scripts share.
 
     Its columns are `image` (what `open_image` takes), `name`, `patient`, `frontal`, `prompt` ("" if there is none),
-    the labels, `split` if every row has one, and what the evaluations check and group by; `attrs["block"]` has what
-    to print about them. Images without a patient are treated as separate patients.
+    the labels, `split` if every row has one, and what the evaluations check and group by. `attrs["block"]` holds the
+    lines to print about them. An image without a patient counts as a patient of its own.
     """
     table = pd.DataFrame({"image": images, "name": names})
     path = raw.get("Path", table["name"])
@@ -582,6 +567,7 @@ def make_table(raw, names, images, lines):
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
+    # Without a view column, these stand in for the view: the first matches as frontal, and both are printed.
     guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
     view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
     table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
@@ -606,7 +592,7 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
 
     Without `with_images`, paths are not looked up and may not exist.
     """
-    raw, form = read_csv(csv)
+    raw, description = read_csv(csv)
     raw, lines = match_columns(raw, labels, csv)
     if "Path" not in raw:
         hint = "name it Path (CheXpert) or file_name (imagefolder), or convert the table with launch/make_table.py"
@@ -617,14 +603,15 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     if (names == "").any():
         fail(f"{csv}: row {int((names == '').argmax()) + 1} has no path")
     images = resolve_paths(names, csv, image_root) if with_images else names
-    return make_table(raw, names, images, [("table", f"{csv}, {form}"), *lines])
+    return make_table(raw, names, images, [("table", f"{csv}, {description}"), *lines])
 
 
 # Copied from train_full.read_classes
 def read_classes(raw, features):
-    """Replace codes of classes by their names, in place, and add a 0/1 column for each class."""
+    """Replace class codes by class names, in place, and add a 0/1 column for each class."""
     for column in [*raw]:
-        classes = getattr(getattr(features[column], "feature", features[column]), "names", None)  # also lists of them
+        feature = getattr(features[column], "feature", features[column])  # the elements' feature, if it is a list
+        classes = getattr(feature, "names", None)
         if classes:
             codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
             rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
@@ -703,7 +690,7 @@ class TrainingData:
     heldout: pd.DataFrame
     source: str
     rows: int
-    block: list  # what the table's columns are used for, as lines to print
+    block: list  # (heading, text) lines to print about the table
     own_prompts: int  # number of training images whose caption is the table's, such as a report
     left_out: dict  # number of rows by reason
     notes: list  # warnings
@@ -823,9 +810,8 @@ def check_and_encode(accelerator, images, paths, vae, args):
                 # One image at a time, so that latents do not depend on the batch.
                 posterior = vae.encode(to_pixel_values(image)[None].to(vae.device)).latent_dist.parameters[0]
                 paths[i].parent.mkdir(parents=True, exist_ok=True)
-                temporary = paths[i].with_suffix(f".{os.getpid()}.tmp")
-                with open(temporary, "wb") as file:
-                    np.save(file, posterior.cpu().numpy().astype(np.float16))
+                temporary = paths[i].with_suffix(f".{os.getpid()}.tmp.npy")
+                np.save(temporary, posterior.cpu().numpy().astype(np.float16))
                 os.replace(temporary, paths[i])
     return dict(sorted(gather_object(list(problems.items()))))
 
@@ -895,10 +881,10 @@ def prepare_streams(accelerator, pipeline, data, args, vae_hash):
 
 # Copied from train_full.load_single_file
 def load_single_file(path):
-    """Load a pipeline from a .safetensors file of all weights, such as v1-5-pruned-emaonly.safetensors.
+    """Load a pipeline from one .safetensors file, such as v1-5-pruned-emaonly.safetensors.
 
-    Configurations and tokenizer are taken from its folder if they lie there as in a diffusers pipeline
-    (model_index.json, unet/config.json, tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    Configurations and tokenizer come from its folder if that has a pipeline's (model_index.json, unet/config.json,
+    tokenizer/, ...), else from the hub (2 MB, cached for offline use).
     """
     config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -911,7 +897,7 @@ def load_single_file(path):
     except (SafetensorError, KeyError, NotImplementedError) as error:
         raise ValueError(f"it is damaged or lacks weights: {error}") from error
     except OSError as error:
-        raise ValueError(f"its configuration is neither in {path.parent} nor to be had from the hub") from error
+        raise ValueError(f"its configuration is neither in {path.parent} nor available from the hub") from error
 
 
 # Copied from train_full.load_pipeline
@@ -951,7 +937,7 @@ def load_pipeline(name, revision=None, variant=None):
 
 # Copied from train_full.explain_base
 def explain_base(name):
-    """Return why a base model cannot be loaded and what to pass instead, as far as its path tells, else None."""
+    """Return what is wrong with the path of a base model and what to pass instead, or None if it looks right."""
     path = Path(name)
     if not path.exists():
         return "no such folder, nor a readable hub model; pass a hub id, a pipeline's folder or a .safetensors file"
@@ -971,8 +957,8 @@ def load_base_pipeline(args):
     try:
         pipeline = load_pipeline(name, args.revision, args.variant)
     except (OSError, ValueError) as error:
-        kind = explain_base(name) or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
-        fail(f"{name}: {kind} ({str(error)[:300]})")
+        reason = explain_base(name) or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
+        fail(f"{name}: {reason} ({str(error)[:300]})")
     prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
     if prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name} predicts {prediction_type}; only epsilon and v_prediction are supported")
@@ -998,7 +984,7 @@ def adapter_key(name):
 
 
 def load_initial_adapter(args, pipeline, base_fingerprint):
-    """Copy the adapter of --init_from into the new parameters. A new --lora_alpha does not change what it does."""
+    """Copy the adapter of --init_from into the new parameters, so that it acts the same under another --lora_alpha."""
     run = Path(args.init_from)
     summary = json.loads((run / "training_summary.json").read_text(encoding="utf-8"))
     if summary["identity"]["base_fingerprint"] != base_fingerprint:
@@ -1022,10 +1008,10 @@ def cast_frozen(model, dtype):
 def build_loss(args, pipeline, stream, mixed_precision):
     """Apply the method, cast frozen weights to the autocast dtype, and return the loss module."""
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-    base_fingerprint = pipeline_fingerprint(pipeline) if args.init_from else None
+    base_fingerprint = pipeline_fingerprint(pipeline) if args.init_from else None  # without the adapter's parameters
     apply_method(pipeline.unet, args)
     if args.train_text_encoder:
-        # Not by its own add_adapter, since each version of transformers supports few of PEFT.
+        # Not with its add_adapter: each version of transformers supports only a few versions of PEFT.
         inject_adapter_in_model(lora_config(args, TEXT_ENCODER_TARGETS), pipeline.text_encoder)
     if args.init_from:
         load_initial_adapter(args, pipeline, base_fingerprint)
@@ -1066,7 +1052,7 @@ def make_optimizer(args, parameters):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Settings that must not change when a run is resumed, and those that cause a warning if they do.
+# Settings, of both training scripts, that must not change on resume, and those that cause a warning if they do.
 # Copied from train_full.REFUSE_IF_CHANGED
 REFUSE_IF_CHANGED = (
     "method vae_loss rank lora_alpha lora_dropout lora_target_modules train_text_encoder use_8bit_adam use_ema "
@@ -1078,7 +1064,7 @@ WARN_IF_CHANGED = (
     "adam_beta2 adam_weight_decay adam_epsilon max_grad_norm ema_decay seed caption_dropout noise_offset snr_gamma "
     "vae_recon_weight vae_anchor_weight init_from"
 ).split()
-# What --overwrite_output_dir deletes, besides checkpoints.
+# What --overwrite_output_dir deletes, besides checkpoints; of both training scripts.
 # Copied from train_full.RUN_FILES
 RUN_FILES = (
     "training_summary.json README.md model_index.json unet text_encoder vae tokenizer scheduler merged validation "
@@ -1096,7 +1082,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
-    identity: dict
+    identity: dict  # settings to compare when the run is resumed
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
@@ -1170,10 +1156,10 @@ def check_identity(checkpoint, identity, max_train_steps):
             fail(f"{checkpoint} was trained from a base model with other weights; pass that model")
         if name in REFUSE_IF_CHANGED:
             fail(f"{checkpoint} has {name}={saved_value}, not {value}; restore it or pass another --output_dir")
+        note = f"{name} was {saved_value} in {checkpoint} and is now {value}"
         if name == "data_fingerprint":
-            notes.append(f"the training images, their captions or the resolution differ from those of {checkpoint}")
-            continue
-        notes.append(f"{name} was {saved_value} in {checkpoint} and is now {value}")
+            note = f"the training images, their captions or the resolution differ from those of {checkpoint}"
+        notes.append(note)
     return notes
 
 
@@ -1192,7 +1178,7 @@ def save_checkpoint(accelerator, state, args):
     optimizer = {}
     for i, values in state.optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            # bitsandbytes nests its 8-bit state one level deeper but also loads it flat.
+            # bitsandbytes nests its 8-bit state one level deeper, but loads it flat too.
             inner = value if isinstance(value, dict) else {name: value}
             optimizer |= {f"{i}.{key}": entry for key, entry in inner.items()}
     tensors = {name: value for name, value in optimizer.items() if torch.is_tensor(value)}
@@ -1215,13 +1201,13 @@ def save_checkpoint(accelerator, state, args):
 
 # Copied from train_full.match_layout
 def match_layout(value, parameter):
-    """Copy a tensor to the device and the memory layout of a parameter."""
+    """Copy a tensor to the device and memory layout of a parameter."""
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 # Copied from train_full.load_in_order
 def load_in_order(path, names):
-    """Return a checkpoint's tensors. Version 5 of transformers has dropped `text_model.` from parameters' names."""
+    """Return a checkpoint's tensors in the order of `names`, with or without transformers 4's `text_model.`."""
     tensors = {name.replace(".text_model.", "."): tensor for name, tensor in load_file(path).items()}
     return [tensors[name.replace(".text_model.", ".")] for name in names]
 
@@ -1230,10 +1216,8 @@ def load_in_order(path, names):
 def load_checkpoint(accelerator, state, checkpoint, args):
     """Restore weights, optimizer, learning rate and counters in place."""
     saved = json.loads((checkpoint / "state.json").read_text())
-    parameters, weights = (
-        state.parameters.values(),
-        load_in_order(checkpoint / "trainable.safetensors", state.parameters),
-    )
+    parameters = state.parameters.values()
+    weights = load_in_order(checkpoint / "trainable.safetensors", state.parameters)
     with torch.no_grad():
         for parameter, weight in zip(parameters, weights):
             parameter.copy_(weight)
@@ -1258,8 +1242,7 @@ def load_checkpoint(accelerator, state, checkpoint, args):
         accelerator.scaler.load_state_dict(saved["scaler"])
     for name in ("step", "samples_seen", "seconds", "train_loss"):
         setattr(state, name, saved[name])
-    # Delete the later checkpoints of the run that this one replaces.
-    if accelerator.is_main_process and checkpoint.resolve().parent == Path(args.output_dir).resolve():
+    if accelerator.is_main_process:  # the run goes on from here, so its later checkpoints are obsolete
         for later in list_checkpoints(args.output_dir):
             if int(later.name[11:]) > state.step:
                 remove_checkpoint(later)
@@ -1350,8 +1333,8 @@ def heldout_rows(before, after):
         return [result_row("heldout_diffusion", None, note="no held-out images")]
     rows = []
     for name in before:
-        moved = name == "diffusion" and "reconstruction" in before
-        note = "fixed timesteps and noise" + ("; the VAE, and so the latents, changed too" if moved else "")
+        vae_trained = name == "diffusion" and "reconstruction" in before
+        note = "fixed timesteps and noise" + ("; the VAE, and so the latents, changed too" if vae_trained else "")
         figures = {"_start": before[name], "": after[name], "_change": after[name] - before[name]}
         for suffix, values in figures.items():
             mean, n = float(values.mean()), len(values)
@@ -1423,8 +1406,8 @@ def model_card(args, summary, usage):
     left_out = ("images_", "trainable_")
     prompts = f'Prompts such as "{summary["example_prompt"]}".'
     if summary["own_prompts"]:
-        prompts += f" {summary['own_prompts']:,} images were trained on texts of their own, such as reports, of which"
-        prompts += " the text encoder reads 77 tokens."
+        own_texts = f"{summary['own_prompts']:,} images were trained on texts of their own, such as reports"
+        prompts += f" {own_texts}, truncated to 77 tokens."
     shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith(left_out)]
     table = "\n".join(f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in shown)
     return ModelCard(f"""---
@@ -1468,21 +1451,8 @@ def save_folder(pipeline, folder):
     temporary.rmdir()
 
 
-def adapter_tensors(args, state):
-    """Return the trained weights by their names in the adapter's file.
-
-    LoRA's scale, lora_alpha / rank, is multiplied into B. The file then needs no alpha, which some readers ignore
-    (diffusers before 0.35) and others keep in forms of their own. DoRA's magnitude is that of the scaled weight.
-    """
-    tensors, scale = {}, args.lora_alpha / args.rank
-    for name, parameter in state.parameters.items():
-        weight = parameter.detach().cpu().contiguous()
-        tensors[adapter_key(name)] = weight * scale if ".lora_B." in name else weight
-    return tensors
-
-
 def save_adapter(args, tensors):
-    """Save the trained weights in the form that diffusers and sample.py expect."""
+    """Save the trained weights as diffusers and sample.py load them."""
     output_dir, temporary = Path(args.output_dir), Path(args.output_dir) / ".adapter.tmp"
     if args.method in ("lora", "dora"):
         parts = {f"{component}_lora_layers": {} for component in args.components}
@@ -1499,17 +1469,17 @@ def save_adapter(args, tensors):
 
 
 def kohya_key(key):
-    """Return a layer's name in kohya's form, from its name in the adapter's file."""
+    """Convert a tensor's name in the adapter's file to its layer's name in kohya's format."""
     component, layer = key.split(".lora_")[0].split(".", 1)
     return f"lora_{'te' if component == 'text_encoder' else 'unet'}_{layer.replace('.', '_')}"
 
 
 def save_kohya(args, state, tensors):
-    """Save the adapter in kohya's form, which ComfyUI and AUTOMATIC1111 read too.
+    """Save the adapter in kohya's format, which ComfyUI and AUTOMATIC1111 read too.
 
-    A DoRA is saved as differences of whole weights. The form's `dora_scale` would be applied in three ways: LyCORIS
-    divides it by the row norms of the updated weight, as PEFT does, ComfyUI by those of the base weight, AUTOMATIC1111
-    by column norms. A difference is added by all of them.
+    DoRA is saved as differences of whole weights, which all of them add. They disagree on the format's `dora_scale`:
+    LyCORIS divides it by the row norms of the updated weight, as PEFT does, ComfyUI by those of the base weight,
+    AUTOMATIC1111 by column norms.
     """
     converted, path = {}, Path(args.output_dir) / "lora_kohya.safetensors"
     if args.method == "lora":
@@ -1557,8 +1527,13 @@ def merge_adapter(pipeline, run, lora_scale=1.0):
 
 
 def save_model(args, state, pipeline):
-    """Save the adapter, its kohya form and the base pipeline in float32 with the adapter merged, as asked for."""
-    tensors = adapter_tensors(args, state)
+    """Save the adapter and, if asked for, its kohya format and the base pipeline with the adapter merged in."""
+    # LoRA's scale is multiplied into B, so that the file needs no alpha: some readers ignore it (diffusers before
+    # 0.35), others have formats of their own. DoRA's magnitude is already that of the scaled weight.
+    tensors, scale = {}, args.lora_alpha / args.rank
+    for name, parameter in state.parameters.items():
+        weight = parameter.detach().cpu().contiguous()
+        tensors[adapter_key(name)] = weight * scale if ".lora_B." in name else weight
     save_adapter(args, tensors)
     if args.save_kohya:
         save_kohya(args, state, tensors)
@@ -1617,6 +1592,18 @@ def make_accelerator(args):
     return accelerator
 
 
+# Copied from train_full.image_sizes
+def image_sizes(images):
+    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
+
+    def size(image):
+        with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
+            return opened.size
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return Counter(filter(None, pool.map(size, images[:: len(images) // 1000 + 1])))
+
+
 # Copied from train_full.print_plan
 def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     """Print what the run is about to do, with all warnings."""
@@ -1652,10 +1639,10 @@ def lock_output_dir(accelerator, args, checkpoint):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
             if find_checkpoint(args) != checkpoint:
-                fail(f"another run has written to {args.output_dir} meanwhile; start this one again")
+                fail(f"another run wrote to {args.output_dir} in the meantime; start this one again")
         yield
     except Timeout:
-        fail(f"another run is writing to {args.output_dir}; wait for its end or pass another --output_dir")
+        fail(f"another run is writing to {args.output_dir}; wait until it ends or pass another --output_dir")
     finally:
         if lock.is_locked:
             os.unlink(lock.lock_file)
@@ -1739,8 +1726,8 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
     while state.step < max_train_steps:
         for micro in range(accumulation):
             batch = next(batches)
-            # Seed dropout per micro-batch, so that checkpoints need no random state; and after the first batch, since
-            # starting the loader draws from the same generator.
+            # Dropout is seeded per micro-batch, so that checkpoints need no random state. It comes after `next`,
+            # since starting the loader draws from the same generator.
             torch.manual_seed(keyed_seed(args.seed, "dropout", state.step, micro, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 loss = state.model(batch)["loss"].mean()
