@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "torchvision>=0.21", "accelerate>=1.10", "safetensors>=0.5", "scikit-learn>=1.5", "matplotlib>=3.8",
-#   "datasets>=4.0", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12", "pillow>=10.3", "tqdm>=4.67",
+#   "torch>=2.6", "torchvision>=0.21", "accelerate>=1.10", "safetensors>=0.5", "scikit-learn>=1.5", "matplotlib>=3.9",
+#   "datasets>=4.0", "numpy>=2.0", "pandas>=2.2.2", "scipy>=1.13", "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Train a classifier on synthetic chest radiographs, real ones or both, and test it on real ones.

@@ -3,8 +3,8 @@
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "accelerate>=1.10", "torchxrayvision>=1.5",
 #   "transformers>=4.57.1", "torchmetrics>=1.8", "torch-fidelity>=0.4", "vendi-score>=0.0.3", "scikit-learn>=1.5",
-#   "scikit-image>=0.22", "datasets>=4.0", "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "scipy>=1.12",
-#   "matplotlib>=3.8", "pillow>=10.3", "tqdm>=4.67",
+#   "scikit-image>=0.24", "datasets>=4.0", "safetensors>=0.5", "numpy>=2.0", "pandas>=2.2.2", "scipy>=1.13",
+#   "matplotlib>=3.9", "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Compare generated chest radiographs with real ones: the paper's Table 3, with 95% intervals and floors.

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "torch>=2.6", "diffusers>=0.36", "transformers>=4.57.1", "peft>=0.18", "accelerate>=1.10", "bitsandbytes>=0.48",
-#   "safetensors>=0.5", "numpy>=1.26", "pandas>=2.2", "pillow>=10.3", "tqdm>=4.67",
+#   "safetensors>=0.5", "numpy>=2.0", "pandas>=2.2.2", "pillow>=10.3", "tqdm>=4.67",
 # ]
 # ///
 """Sample chest radiographs from any run of the training scripts, or from any Stable Diffusion pipeline.

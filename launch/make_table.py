@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "numpy>=1.26", "pandas>=2.2", "pillow>=10.3", "tqdm>=4.66", "datasets>=4.0", "pydicom>=3", "python-gdcm>=3.0.24",
+#   "numpy>=2.0", "pandas>=2.2.2", "pillow>=10.3", "tqdm>=4.67", "datasets>=4.0", "pydicom>=3", "python-gdcm>=3.0.24",
 # ]
 # ///
 """Turn a chest X-ray data set into the image table that the scripts read, with 8-bit images where needed.

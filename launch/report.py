@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["matplotlib>=3.8", "numpy>=1.26", "pandas>=2.2", "pillow", "safetensors>=0.5", "scipy>=1.12"]
+# dependencies = ["matplotlib>=3.9", "numpy>=2.0", "pandas>=2.2.2", "pillow", "safetensors>=0.5", "scipy>=1.13"]
 # ///
 """Report which fine-tuning strategies of a study differ, with the paper's Tables 1 to 4 and Figure 2.
 
