@@ -32,6 +32,7 @@ import sys
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from csv import Error as CSVError
 from csv import Sniffer
 from importlib.metadata import version
 from pathlib import Path
@@ -199,7 +200,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     separator = ","
-    with contextlib.suppress(Exception):  # csv.Error: a header of one column
+    with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
@@ -225,19 +226,26 @@ def match_columns(raw, labels, source):
 
     by_plain_name = {plain(name): name for name in reversed(raw.columns)}
     used = {}  # {column: standard name}
-    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in (name, *others)]
+    for name, alternatives in (COLUMNS | dict.fromkeys(labels, ())).items():
+        known = (name, *alternatives)
+        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in known]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
-    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
-    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
-    unused = [name for name, seen in values.items() if 1.0 in seen and len(seen) > 1 and None not in seen]
+
+    def parse(column):
+        return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
+
+    unused = []
+    for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
+        seen = {*parse(name).values()}
+        if 1.0 in seen and len(seen) > 1 and None not in seen:
+            unused.append(name)
     for label in [label for label in labels if label in raw]:
-        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        values = parse(label)
         unknown = [text for text, value in values.items() if value is None]
         if unknown:
             row = int((raw[label] == unknown[0]).argmax())
@@ -280,10 +288,13 @@ def make_table(raw, names, images, lines):
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    # Without a view column, these stand in for the view: the first matches as frontal, and both are printed.
-    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
-    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
-    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    if "Frontal/Lateral" in raw:
+        view = raw["Frontal/Lateral"].str.strip()
+        table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    else:
+        table["frontal"] = ~path.str.contains("(?i)_lateral")
+        guess = {True: "frontal, since there is no view column", False: "_lateral in the path, without a view column"}
+        view = table["frontal"].map(guess)
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
@@ -294,6 +305,7 @@ def make_table(raw, names, images, lines):
     if table["name"].duplicated().any():
         lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
     return table
@@ -367,7 +379,7 @@ def load_dataset_table(name, image_column, caption_column, labels):
 
 # Copied from sample.known_labels
 def known_labels(labels, default=LABELS):
-    """Return the label columns to read or write: the default ones if they include `labels`, else these."""
+    """Return the label columns to read or write: `default` if it includes all of `labels`, else `labels`."""
     return default if {*(labels or ())} <= {*default} else labels
 
 
@@ -441,7 +453,7 @@ def assign_splits(patients, seed):
 
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
     return table["split"] if "split" in table else assign_splits(table["patient"], seed)
 
 
@@ -581,6 +593,8 @@ def open_image(image):
     if isinstance(image, tuple):
         dataset, column, row = image
         encoded = dataset[row][column]
+        if encoded is None:
+            raise ValueError("the cell is empty")
         file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
     try:
         return Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
@@ -592,7 +606,7 @@ def open_image(image):
 
 # Copied from train_full.image_sizes
 def image_sizes(images):
-    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
+    """Count the sizes of up to 1,000 evenly spaced images, as {(width, height): count}."""
 
     def size(image):
         with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
@@ -604,11 +618,12 @@ def image_sizes(images):
 
 # Copied from train_full.load_image
 def load_image(image, resolution, resize_mode):
-    """Decode what `open_image` takes to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
+    """Decode an image (see `open_image`) to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
     try:
         with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
-            # Pillow silently clips deeper images or drops their low bits.
+            # Pillow silently clips deeper images or drops their low bits. Gray ones have mode I or F; deep colors show
+            # only in TIFF's BitsPerSample or in the raw mode of the tiles, such as RGB;16B.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with launch/make_table.py")
             if getattr(opened, "n_frames", 1) > 1:

@@ -33,6 +33,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from csv import Error as CSVError
 from csv import Sniffer
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -101,18 +102,19 @@ COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mo
 }
 # Copied from train_full.SPLIT_FRACTIONS
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
-# The sets of images that are scored, and the suffix of their metrics.
+# The sets of images that are scored, and the suffix of their metrics; real first, since its values are the floors.
 SUFFIXES = {"real": "_real", "synthetic": "", "base model": "_baseline", "through the VAE": "_vae"}
 # torchxrayvision's names of labels, where they differ from CheXpert's.
 XRV_NAMES = {"Pleural Effusion": "Effusion"}
 NEIGHBOURS = 5
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-# KID takes thirds of the images; the cost of KID and of the neighbour metrics grows as n².
+# Metrics that cost n² (KID, precision, ...): the fewest images, so that KID's subsets of n / 3 hold two, and the most
+# per draw.
 MIN_PAIRWISE_IMAGES, MAX_DRAW_IMAGES = 6, 2500
 BOOTSTRAP_DRAWS = 200
 # Enough images for the VAE's floor; encoding and decoding take much longer than features.
 MAX_VAE_IMAGES = 5000
-# MS-SSIM: number of pairs of images, and pixels per side, of which its five scales need more than 160.
+# MS-SSIM: fewest and most pairs of images, and their side in pixels (its five scales need more than 160).
 MIN_PAIRS, MAX_PAIRS, PAIR_SIDE = 6, 100, 176
 # Ranges of metrics other than the defaults of `Results.add`: (0, 1) with `units`, (0, inf) without.
 BOUNDS = {"kid": (-math.inf, math.inf), "class_consistency_margin": (-1.0, 1.0)}
@@ -123,7 +125,7 @@ VISIBLE_COLOUR = 4.0
 THUMBNAIL = 32
 # Rows of a distance matrix held in memory at a time.
 CHUNK = 512
-# Scores are cached under this. Read it before a long run, during which the file may be edited.
+# Part of the cache key of scores; computed at import, since the file may be edited during a long run.
 SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
@@ -159,7 +161,7 @@ def parse_args(argv=None):
     flag("--vae", help="pipeline whose VAE encodes and decodes real images, scored as well (default: none)")
     flag("--revision", help="branch, tag or commit of --vae on the hub")
     flag("--variant", help="variant of --vae's weight files, such as fp16")
-    flag("--labels", nargs="+", help="label columns to score (default: CheXpert's that --synthetic has)")
+    flag("--labels", nargs="+", help="label columns to score (default: CheXpert's 14, where --synthetic has them)")
     flag("--max_per_label", type=int, default=5000, help="maximum images per label, chosen by --seed")
     pools = "in metrics of all images, count each once (unique) or once per label (paper)"
     flag("--pool", choices=["unique", "paper"], default="unique", help=pools)
@@ -181,10 +183,10 @@ def parse_args(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if len(set(map(network_name, args.features))) < len(args.features):
-        parser.error(f"--features {' '.join(args.features)}: two have the same last part, which names their metrics")
+        parser.error(f"--features {' '.join(args.features)}: two end in the same name, so their metrics would clash")
     args.labels = args.labels and list(dict.fromkeys(args.labels))
     if args.labels and len(args.labels) > 62:
-        parser.error("--labels takes at most 62 labels, since each is a bit of label_codes")
+        parser.error("--labels takes at most 62 labels")
     if args.real_csv and args.dataset_name:
         parser.error("pass either --real_csv or --dataset_name")
     args.real_csv = args.real_csv or args.dataset_name or next(filter(os.path.isfile, DEFAULT_TABLES), None)
@@ -194,7 +196,7 @@ def parse_args(argv=None):
     for name in ("real_csv", "train_csv", "synthetic", "baseline"):
         path = getattr(args, name)
         if path and path != args.dataset_name and not os.path.exists(path):
-            parser.error(f"--{name} {path}: neither an image table nor a folder of images")
+            parser.error(f"--{name} {path}: no such file or folder")
     args.output_dir = args.output_dir or str(Path("evaluations") / run_name(args.synthetic))
     return args
 
@@ -237,7 +239,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     separator = ","
-    with contextlib.suppress(Exception):  # csv.Error: a header of one column
+    with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
@@ -263,19 +265,26 @@ def match_columns(raw, labels, source):
 
     by_plain_name = {plain(name): name for name in reversed(raw.columns)}
     used = {}  # {column: standard name}
-    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in (name, *others)]
+    for name, alternatives in (COLUMNS | dict.fromkeys(labels, ())).items():
+        known = (name, *alternatives)
+        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in known]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
-    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
-    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
-    unused = [name for name, seen in values.items() if 1.0 in seen and len(seen) > 1 and None not in seen]
+
+    def parse(column):
+        return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
+
+    unused = []
+    for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
+        seen = {*parse(name).values()}
+        if 1.0 in seen and len(seen) > 1 and None not in seen:
+            unused.append(name)
     for label in [label for label in labels if label in raw]:
-        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        values = parse(label)
         unknown = [text for text, value in values.items() if value is None]
         if unknown:
             row = int((raw[label] == unknown[0]).argmax())
@@ -318,10 +327,13 @@ def make_table(raw, names, images, lines):
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    # Without a view column, these stand in for the view: the first matches as frontal, and both are printed.
-    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
-    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
-    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    if "Frontal/Lateral" in raw:
+        view = raw["Frontal/Lateral"].str.strip()
+        table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    else:
+        table["frontal"] = ~path.str.contains("(?i)_lateral")
+        guess = {True: "frontal, since there is no view column", False: "_lateral in the path, without a view column"}
+        view = table["frontal"].map(guess)
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
@@ -332,6 +344,7 @@ def make_table(raw, names, images, lines):
     if table["name"].duplicated().any():
         lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
     return table
@@ -405,7 +418,7 @@ def load_dataset_table(name, image_column, caption_column, labels):
 
 # Copied from sample.known_labels
 def known_labels(labels, default=LABELS):
-    """Return the label columns to read or write: the default ones if they include `labels`, else these."""
+    """Return the label columns to read or write: `default` if it includes all of `labels`, else `labels`."""
     return default if {*(labels or ())} <= {*default} else labels
 
 
@@ -477,7 +490,7 @@ def assign_splits(patients, seed):
 
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
     return table["split"] if "split" in table else assign_splits(table["patient"], seed)
 
 
@@ -603,9 +616,10 @@ def plan_evaluation(args, accelerator):
         real, synthetic = (label_codes(tables[name], labels, args.uncertain) for name in ("real", "synthetic"))
         labelled = real > 0
         unmatched = labelled & ~np.isin(real, synthetic)
-        text = f"real: {unmatched.sum():,} of {labelled.sum():,} images have labels that no generated one has together"
+        count = f"real: {unmatched.sum():,} of {labelled.sum():,}"
+        text = f"{count} images have labels in a combination that no generated image has"
         if synthetic.any() and labelled.any() and (unmatched == labelled).all():
-            fail(f"{text}; draw the real combinations with sample.py --like_csv")
+            fail(f"{text}; sample the real combinations with sample.py --like_csv")
         if unmatched.any():
             notes.append(f"{text}, and are left out")
         tables["real"] = tables["real"][~unmatched]
@@ -654,10 +668,10 @@ class Sample(NamedTuple):
 
     def subset(self, size, *key):
         """Return `size` images of randomly chosen patients, or all if there are no more."""
-        return self if len(self.features) <= size else self.halves(size, *key)[0]
+        return self if len(self.features) <= size else self.take(shuffle_patients(self.patients, *key)[:size])
 
-    def halves(self, size, *key):
-        """Return `size` images of randomly chosen patients, and `size` others."""
+    def disjoint_subsets(self, size, *key):
+        """Return two subsets of `size` <= n / 2 images of randomly chosen patients; at most one patient is in both."""
         order = shuffle_patients(self.patients, *key)
         return self.take(order[:size]), self.take(order[-size:])
 
@@ -714,7 +728,7 @@ def make_sources(plan, args):
         source.pool["all"] = rows if args.pool == "paper" else np.unique(rows)
         unmatched = (~np.isin(source.codes, sources["real"].codes)).sum()
         if unmatched:
-            text = "have labels that no real image has together: FID and other set metrics leave them out"
+            text = "have labels in a combination that no real image has; FID and other set metrics leave them out"
             plan.warnings.append(f"{name}: {unmatched:,} of {len(source.table):,} images {text}")
     return sources
 
@@ -772,7 +786,7 @@ class Appearance:
     """Colour, and a thumbnail to find copies by their pixels, (n, 1 + THUMBNAIL²); computed and cached like features.
 
     Like a network, it has `prepare`, for one image in a decoding thread, `compute`, for a batch, and a cache `key`.
-    `prepare` takes the image's channels, (3, R, R) uint8, and `to_gray` of them.
+    `prepare` takes the image's channels, (3, R, R) uint8, and `to_gray` of them. `main` sets `folder`, the cache.
     """
 
     key = f"appearance-{THUMBNAIL}"
@@ -816,10 +830,11 @@ class XRVNetwork:
         return channels.mean(axis=0, dtype=np.float32)
 
     def inputs(self, prepared):
-        """Resize as in the network's training, and scale to its range, [-1024, 1024]; (b, 1, 224, 224)."""
+        """Resize as torchxrayvision's XRayResizer does, and scale to the network's range, [-1024, 1024]."""
         gray = torch.from_numpy(np.stack(prepared)).to(self.device)
         matrix = xray_resizer(gray.shape[-1]).to(self.device)
-        # The resizer sees black beyond the edges, and clips to the image's own range.
+        # The resizer takes pixels beyond the edges as 0 (black here; mid-gray if images are scaled first, so that the
+        # outermost pixels differ slightly), and clips to the image's own range.
         resized = (matrix @ gray @ matrix.T).clamp(gray.amin((1, 2), keepdim=True), gray.amax((1, 2), keepdim=True))
         return (2 * (resized / 255) - 1)[:, None] * 1024
 
@@ -931,7 +946,7 @@ def load_networks(args, accelerator):
 
 
 class ThroughVAE:
-    """Encode and decode images, (b, R, R, 3) uint8: the VAE's error is part of every sample's."""
+    """Encode and decode images, (b, R, R, 3) uint8, to measure how much of a sample's error is the VAE's."""
 
     def __init__(self, args, device):
         options = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "use_safetensors": True}
@@ -974,7 +989,7 @@ def network_warnings(features, classifier, plan, args):
             notes.append(f"{flag}: trained with --train_on {spec['train_on']}, not on real images alone")
         shared = len({patient_hash(patient) for patient in patients} & set(spec["split"]["patients"]))
         if shared:
-            notes.append(f"{flag}: trained on {shared:,} of {len(patients):,} real patients, so too good on them")
+            notes.append(f"{flag}: trained on {shared:,} of {len(patients):,} real patients: optimistic about them")
         lows = {label: (auroc or {}).get("low") or 0 for label, auroc in spec["real_test_auroc"].items()}
         chance = [label for label in plan.labels if label in spec["labels"] and lows.get(label, 0) <= 0.5]
         if chance:
@@ -983,7 +998,7 @@ def network_warnings(features, classifier, plan, args):
 
 
 def feature_warnings(name, features, n):
-    """Return warnings that weaken the set metrics of n images: features that hardly vary, or too few images."""
+    """Return warnings about the set metrics of n images: features that hardly vary, or too few images."""
     features, dim, notes = features.astype(np.float64), features.shape[1], []
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
     if spread < 0.01:
@@ -1001,6 +1016,8 @@ def open_image(image):
     if isinstance(image, tuple):
         dataset, column, row = image
         encoded = dataset[row][column]
+        if encoded is None:
+            raise ValueError("the cell is empty")
         file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
     try:
         return Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
@@ -1012,7 +1029,7 @@ def open_image(image):
 
 # Copied from train_full.image_sizes
 def image_sizes(images):
-    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
+    """Count the sizes of up to 1,000 evenly spaced images, as {(width, height): count}."""
 
     def size(image):
         with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
@@ -1024,11 +1041,12 @@ def image_sizes(images):
 
 # Copied from train_full.load_image
 def load_image(image, resolution, resize_mode):
-    """Decode what `open_image` takes to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
+    """Decode an image (see `open_image`) to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
     try:
         with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
-            # Pillow silently clips deeper images or drops their low bits.
+            # Pillow silently clips deeper images or drops their low bits. Gray ones have mode I or F; deep colors show
+            # only in TIFF's BitsPerSample or in the raw mode of the tiles, such as RGB;16B.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with launch/make_table.py")
             if getattr(opened, "n_frames", 1) > 1:
@@ -1212,7 +1230,7 @@ class SetMetric(NamedTuple):
     floor: str | None = None  # "halves": two halves of the real images that share no patient; "itself": real twice
     note: str | None = None
     mean_of_draws: bool = False  # report the mean of the draws instead of the value at `size`
-    mean_of_halves: bool = False  # report the mean of two halves that share no image
+    mean_of_disjoint: bool = False  # report the mean of two subsets that share no image
     draw: Callable | None = None  # a cheaper function for the draws
     pairwise: bool = False  # costs n²
 
@@ -1227,7 +1245,7 @@ def set_metrics(seed):
         SetMetric(["fid_half_n"], fid, "half", "halves", mean, mean_of_draws=True),
         SetMetric(["fid_common_n"], fid, "common", "halves", f"{mean}; one n for all labels", mean_of_draws=True),
         SetMetric(["kid"], partial(kid, seed=seed), "n", "halves", f"{KID_SUBSETS} subsets", draw=mmd, pairwise=True),
-        SetMetric(prdc_names, prdc, "half", "halves", halves_note, mean_of_halves=True, pairwise=True),
+        SetMetric(prdc_names, prdc, "half", "halves", halves_note, mean_of_disjoint=True, pairwise=True),
         SetMetric(["vendi", "vendi_ratio"], vendi, "n", "itself", "floor: the same number of real images"),
     ]
 
@@ -1248,7 +1266,7 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
 
 # Copied from train_full.count_rows
 def count_rows(part, table, labels, uncertain):
-    """Count the images of one part of the data, in all and per label (the paper's Table 2)."""
+    """Count the images of one part of the data, in total and per label (the paper's Table 2)."""
     counts = positive_labels(table, [label for label in labels if label in table], uncertain).sum()
     by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
@@ -1325,7 +1343,7 @@ def split_halves(patients, *key):
 def half_splits(real, n, args):
     """Return --num_subsamples splits of the real images into halves that share no patient, and how many rows to use.
 
-    That is n / 2, or the size of the smallest half where a patient with many images makes halves unequal.
+    That is n / 2, or fewer if a patient with many images makes the halves unequal.
     """
     if n < 4:
         return [], 0
@@ -1341,7 +1359,7 @@ def code_fingerprint():
 
 
 def remember(identity, inputs, compute, args):
-    """Return the array compute(), from the cache if another run has had the same identity, inputs (bytes) and code.
+    """Return compute(), an array, cached under `identity`, `inputs` (buffers) and this script's code.
 
     In a sweep, all runs score the same images of the base model and of the VAE, and the same real images.
     """
@@ -1353,7 +1371,7 @@ def remember(identity, inputs, compute, args):
     if path.exists():
         return np.load(path)
     values = compute()
-    if folder.is_dir():  # made by main; simulations keep nothing
+    if folder.is_dir():  # main makes it; other callers, such as simulations, cache nothing
         save_array(path, values)
     return values
 
@@ -1371,18 +1389,48 @@ def evaluate(function, pairs, args):
     return remember(identity, itertools.chain(*pairs), compute, args)
 
 
-def evaluate_halves(function, samples, size, args, *key):
+def evaluate_disjoint(function, samples, size, args, *key):
     """Return the metrics of `size` random images of each sample, and of `size` others, (2, metrics)."""
-    return evaluate(function, zip(*(sample.halves(size, args.seed, *key) for sample in samples)), args)
+    return evaluate(function, zip(*(sample.disjoint_subsets(size, args.seed, *key) for sample in samples)), args)
+
+
+def evaluate_metric(metric, samples, size, half, draws_of, args):
+    """Return a metric's values, (metrics,), and draws, (draws, metrics), whose spread is the standard error at `size`.
+
+    `samples` are two sets of n images. `draws_of` keeps draws by function and size, since FID's serve two rows.
+    """
+    n, num_draws = len(samples[0].features), args.num_subsamples
+    function, draw_size = metric.draw or metric.function, min(half, size)
+    if metric.pairwise:
+        draw_size = min(draw_size, MAX_DRAW_IMAGES)
+    if metric.mean_of_disjoint:
+        # Leaving an image out changes the neighbours of others, so the spread of subsets would overstate the error.
+        # Two subsets without common images are independent: their mean varies like half their difference.
+        values = evaluate_disjoint(function, samples, size, args, "half").mean(axis=0)
+        pairs = [evaluate_disjoint(function, samples, draw_size, args, "fid", k) for k in range(num_draws)]
+        draws, variance_scale = np.array([(one - two) / 2 for one, two in pairs]), draw_size / size
+    else:
+        if (function, draw_size) not in draws_of:
+            subsets = [[s.subset(draw_size, args.seed, "fid", k) for s in samples] for k in range(num_draws)]
+            draws_of[function, draw_size] = evaluate(function, subsets, args)
+        # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s), is the
+        # variance at n. A bootstrap with replacement would bias these metrics.
+        draws, variance_scale = draws_of[function, draw_size], draw_size / (n - draw_size)
+        if metric.mean_of_draws:
+            # The mean of a few draws also varies with their choice.
+            values, variance_scale = draws.mean(axis=0), variance_scale + 1 / num_draws
+        else:
+            values = evaluate(metric.function, [samples], args)[0]
+    return values, values + (draws - draws.mean(axis=0)) * math.sqrt(variance_scale)
 
 
 def add_set_metrics(results, real, other, label, common, args):
-    """Add the rows of all set metrics. Floors from real halves are computed only with the synthetic images."""
-    n, num_draws = min(len(real.features), len(other.features)), args.num_subsamples
+    """Add the rows of all set metrics. Floors from halves of the real images are added to --synthetic's rows only."""
+    n = min(len(real.features), len(other.features))
     splits, half = half_splits(real, n, args)
     sizes = {"n": n, "half": half, "common": min(common, half)}
     equal = [sample.subset(n, args.seed, "equal") for sample in (real, other)]
-    draws_of = {}  # FID's draws at half of n serve two rows
+    draws_of = {}
     for metric in set_metrics(args.seed):
         if metric.size == "common" and results.network:
             continue  # n is that of all labels
@@ -1391,28 +1439,7 @@ def add_set_metrics(results, real, other, label, common, args):
             for name in metric.names:
                 results.add(name, None, label, n=size, note="too few images, or of too few patients")
             continue
-        function, draw_size = metric.draw or metric.function, min(half, size)
-        if metric.pairwise:
-            draw_size = min(draw_size, MAX_DRAW_IMAGES)
-        if metric.mean_of_halves:
-            # Leaving an image out changes the neighbours of others, so that the spread of subsets would be too wide.
-            # Two halves without common images are independent: their mean varies like half their difference.
-            values = evaluate_halves(function, equal, size, args, "half").mean(axis=0)
-            halves = [evaluate_halves(function, equal, draw_size, args, "fid", k) for k in range(num_draws)]
-            draws, factor = np.array([(one - two) / 2 for one, two in halves]), draw_size / size
-        else:
-            if (function, draw_size) not in draws_of:
-                subsets = [[s.subset(draw_size, args.seed, "fid", k) for s in equal] for k in range(num_draws)]
-                draws_of[function, draw_size] = evaluate(function, subsets, args)
-            # Delete-d jackknife (Shao and Wu, 1989): the variance over subsets of s of n images, times s / (n - s), is
-            # the variance at n. A bootstrap with replacement would bias these metrics.
-            draws, factor = draws_of[function, draw_size], draw_size / (n - draw_size)
-            if metric.mean_of_draws:
-                # The mean of a few draws also varies with their choice.
-                values, factor = draws.mean(axis=0), factor + 1 / num_draws
-            else:
-                values = evaluate(metric.function, [equal], args)[0]
-        draws = values + (draws - draws.mean(axis=0)) * math.sqrt(factor)
+        values, draws = evaluate_metric(metric, equal, size, half, draws_of, args)
         floors = None
         if metric.floor == "itself":
             floors = evaluate(metric.function, [[equal[0], equal[0]]], args)
@@ -1462,15 +1489,17 @@ def weighted_difference(values, rows, other_rows):
 
 
 def weighted_auroc(scores, rows, other_rows):
+    """Return the AUROC of `rows` (positives) against `other_rows`: Mann-Whitney's U, with ties counted half."""
     both = np.concatenate([rows, other_rows])
     order = np.argsort(scores[both], kind="stable")
     positive, both = (np.arange(len(both)) < len(rows))[order], both[order]
     starts = np.flatnonzero(np.diff(scores[both], prepend=-1))  # of runs of equal scores
 
     def statistic(weights):
-        above, below = (np.add.reduceat(weights[:, both] * own, starts, axis=1) for own in (positive, ~positive))
-        lower = below.cumsum(axis=1) - below / 2
-        return (above * lower).sum(axis=1) / (above.sum(axis=1) * below.sum(axis=1))
+        # Weights at each distinct score.
+        ours, others = (np.add.reduceat(weights[:, both] * own, starts, axis=1) for own in (positive, ~positive))
+        others_below = others.cumsum(axis=1) - others / 2
+        return (ours * others_below).sum(axis=1) / (ours.sum(axis=1) * others.sum(axis=1))
 
     return statistic
 
@@ -1501,7 +1530,8 @@ def add_consistency(results, source, heads, uncertain):
             if values is None:
                 results.add(metric, None, name, n=len(own), note=no_head)
             elif not all(map(len, groups)):
-                results.add(metric, None, name, n=len(own), note="no such image")
+                lacking = "of other labels to compare with" if len(own) else "with the label"
+                results.add(metric, None, name, n=len(own), note=f"no image {lacking}")
             else:
                 units = min(len(np.unique(source.patients[rows])) for rows in groups)
                 results.add_image_metric(metric, statistic(values, *groups), name, units, n=len(own), note=note)
@@ -1536,7 +1566,7 @@ def add_ms_ssim(results, source, plan, device, args):
     generator = np.random.default_rng(keyed_seed(args.seed, "pairs"))
     rows = generator.permutation(source.pool["all"])
     # One image of each patient makes pairs independent, so that draws may resample pairs.
-    rows = rows[np.unique(source.patients[rows], return_index=True)[1]]
+    rows = generator.permutation(rows[np.unique(source.patients[rows], return_index=True)[1]])  # unique sorts
     rows = rows[np.argsort(source.codes[rows], kind="stable")]
     one, two = rows[: len(rows) // 2 * 2].reshape(-1, 2).T
     chosen = generator.permutation(np.flatnonzero(source.codes[one] == source.codes[two]))[:MAX_PAIRS]
@@ -1568,9 +1598,10 @@ def nearest(queries, reference):
 def nearer_to_training(generated, seen, unseen, patients):
     """Return the share of generated images that are nearer to a seen than to an unseen image, and its draws.
 
-    Generated images are not independent: a few images are nearest to many of them. So each draw flips a coin for each
-    patient (`patients`: of seen and unseen images) to be seen or unseen, the null hypothesis of no memorisation. For M
-    generated images, the standard deviation of the draws is sqrt(sum over patients of (times nearest)²) / 2M.
+    Generated images are not independent, since a few real images are nearest to many of them. So draw under the null
+    hypothesis of no memorisation: a coin decides for each patient (`patients`: of seen and of unseen images) which of
+    the two it is. The draws' standard deviation is sqrt(sum of c²) / 2M for M generated images, of which c are nearest
+    to a patient.
     """
     (seen_row, to_seen), (unseen_row, to_unseen) = nearest(generated, seen), nearest(generated, unseen)
     # An image may be in both sets, with cosines that differ by rounding.
@@ -1608,17 +1639,18 @@ def add_memorisation(results, generated, real, train, args):
         share, draws = nearer_to_training(ours, trained[seen], others[unseen], patients)
         row = {"floor": 0.5, "note": f"{len(seen):,} training images against as many of other patients"}
         results.add(f"memorisation_nearer_train{suffix}", share, draws=draws, n=n, **row)
-        pairs[kind], (_, unseen_cosine) = nearest(ours, trained), nearest(others[unseen], trained)
-        # A quantile below the maximum, since one duplicate among the unseen would otherwise hide all copies.
+        row_of, cosine = pairs[kind] = nearest(ours, trained)
+        _, unseen_cosine = nearest(others[unseen], trained)
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
+        # Ignore the top 0.1 %, or one to three patients: one duplicate among the unseen would hide all copies.
         count = len(by_patient)
-        limit = count - 1 - max(1, min(3, count // 100), count // 1000)  # ignore the top 0.1 %, or one to three
+        rank = max(0, count - 1 - max(1, min(3, count // 100), count // 1000))
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.
-        groups = train.patients[pairs[kind][0]]
-        suspects = weighted_mean(pairs[kind][1] > by_patient[limit], np.arange(n))
-        share, *draws = suspects(patient_weights(groups, range(1 + BOOTSTRAP_DRAWS)))
-        row = {"floor": (count - limit) / (count + 1)}
-        row["note"] = f"nearer to a training image than {limit + 1:,} of {count:,} unseen patients are"
+        groups = train.patients[row_of]
+        suspect_share = weighted_mean(cosine > by_patient[rank], np.arange(n))
+        share, *draws = suspect_share(patient_weights(groups, range(1 + BOOTSTRAP_DRAWS)))
+        row = {"floor": (count - rank) / (count + 1)}
+        row["note"] = f"nearer to a training image than {rank + 1:,} of {count:,} unseen patients are"
         results.add(f"memorisation_suspects{suffix}", share, draws=draws, units=len(set(groups)), n=n, **row)
     return pairs
 
@@ -1677,7 +1709,7 @@ def plot_consistency(results, labels, path):
 
 
 def plot_pairs(pairs, sources, plan, path):
-    """Show the generated images nearest to training images above those, by features and then by pixels."""
+    """Save the generated images nearest to training images, each above its match: by features, then by pixels."""
     images, count = [], min(6, len(sources["synthetic"].table))
     for index, cosine in pairs.values():
         rows = np.argsort(-cosine, kind="stable")[:count]

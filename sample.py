@@ -31,6 +31,7 @@ import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from csv import Error as CSVError
 from csv import Sniffer
 from pathlib import Path
 
@@ -121,13 +122,22 @@ def parse_args(argv=None):
     flag("--compile", action="store_true", help="torch.compile the U-Net; the first batch takes minutes")
 
     flag = parser.add_argument_group("prompts").add_argument
-    flag("--labels", nargs="+", help="labels, one prompt each (default: the paper's six), or columns of --like_csv")
+    flag(
+        "--labels",
+        nargs="+",
+        help="labels, one prompt each (default: the paper's six or the run's own), or columns of --like_csv",
+    )
     flag("--prompts", nargs="+", help="complete prompts, instead of --labels")
     flag("--images_per_label", type=int, help="images per label or prompt (default: 5000)")
     flag("--like_csv", help="table; sample an image per frontal row, from its prompt or positive labels")
     flag("--split", choices=["train", "val", "test", "all"], default="all", help="rows of --like_csv to use")
     flag("--split_seed", type=int, default=0, help="seed of the random split by patient; must agree across scripts")
-    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="ones: prompts also name -1")
+    flag(
+        "--uncertain",
+        choices=["ones", "zeros", "ignore"],
+        default="ignore",
+        help="-1 in --like_csv: ones counts as positive",
+    )
     flag("--num_images", type=int, help="use this many rows of --like_csv, chosen by --seed (default: all)")
     flag("--prompt_template", help="prompt with {} where the findings go (default: the run's)")
 
@@ -146,7 +156,7 @@ def parse_args(argv=None):
         if getattr(args, name) not in (None, "auto") and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.like_csv and args.images_per_label:
-        parser.error("pass either --labels and --images_per_label, or --like_csv and --num_images")
+        parser.error("--images_per_label does not apply to --like_csv; use --num_images")
     if args.prompts and (args.labels or args.like_csv):
         parser.error("--prompts replaces --labels and --like_csv; pass one of them")
     if args.num_images and not args.like_csv:
@@ -156,7 +166,9 @@ def parse_args(argv=None):
     if args.prompt_template and args.prompt_template.count("{}") != 1:
         parser.error("--prompt_template needs exactly one {}, where the findings go")
     model = Path(args.model).absolute()
-    name = f"{model.parent.name}-{model.name}" if (model / "state.json").is_file() else model.name
+    # The names "merged" and "checkpoint-500" mean nothing without the run's.
+    is_part = model.name == "merged" or (model / "state.json").is_file()
+    name = f"{model.parent.name}-{model.name}" if is_part else model.name
     args.output_dir = Path(args.output_dir or Path("samples") / name)
     return args
 
@@ -182,7 +194,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     separator = ","
-    with contextlib.suppress(Exception):  # csv.Error: a header of one column
+    with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
@@ -208,19 +220,26 @@ def match_columns(raw, labels, source):
 
     by_plain_name = {plain(name): name for name in reversed(raw.columns)}
     used = {}  # {column: standard name}
-    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in (name, *others)]
+    for name, alternatives in (COLUMNS | dict.fromkeys(labels, ())).items():
+        known = (name, *alternatives)
+        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in known]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
-    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
-    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
-    unused = [name for name, seen in values.items() if 1.0 in seen and len(seen) > 1 and None not in seen]
+
+    def parse(column):
+        return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
+
+    unused = []
+    for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
+        seen = {*parse(name).values()}
+        if 1.0 in seen and len(seen) > 1 and None not in seen:
+            unused.append(name)
     for label in [label for label in labels if label in raw]:
-        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        values = parse(label)
         unknown = [text for text, value in values.items() if value is None]
         if unknown:
             row = int((raw[label] == unknown[0]).argmax())
@@ -263,10 +282,13 @@ def make_table(raw, names, images, lines):
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    # Without a view column, these stand in for the view: the first matches as frontal, and both are printed.
-    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
-    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
-    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    if "Frontal/Lateral" in raw:
+        view = raw["Frontal/Lateral"].str.strip()
+        table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    else:
+        table["frontal"] = ~path.str.contains("(?i)_lateral")
+        guess = {True: "frontal, since there is no view column", False: "_lateral in the path, without a view column"}
+        view = table["frontal"].map(guess)
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
@@ -277,6 +299,7 @@ def make_table(raw, names, images, lines):
     if table["name"].duplicated().any():
         lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
     return table
@@ -314,7 +337,7 @@ def assign_splits(patients, seed):
 
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
     return table["split"] if "split" in table else assign_splits(table["patient"], seed)
 
 
@@ -334,7 +357,7 @@ def add_prompts(table, labels, template, uncertain):
 
 
 def known_labels(labels, default=LABELS):
-    """Return the label columns to read or write: the default ones if they include `labels`, else these."""
+    """Return the label columns to read or write: `default` if it includes all of `labels`, else `labels`."""
     return default if {*(labels or ())} <= {*default} else labels
 
 
@@ -348,31 +371,32 @@ def folder_name(prompt, labels):
 
 def plan_samples(args, template, trained_labels=LABELS, quiet=True):
     """Return a row per image: file_name, prompt, index among the images of its prompt, and labels as 1 or 0."""
-    labels, number, lines = known_labels(args.labels, trained_labels), args.images_per_label or 5000, []
+    labels, images_per_label, lines = known_labels(args.labels, trained_labels), args.images_per_label or 5000, []
     if args.like_csv:
         labels = args.labels or trained_labels
         table = load_image_table(args.like_csv, with_images=False, labels=labels)
         lines += table.attrs["block"]
         has_prompt, table = table["prompt"] != "", add_prompts(table, labels, template, args.uncertain)
-        chosen = table["frontal"] & (table["prompt"] != "")
+        selected = table["frontal"] & (table["prompt"] != "")
         if args.split != "all":
-            chosen &= split_of(table, args.split_seed) == args.split
-        if not chosen.any():
+            selected &= split_of(table, args.split_seed) == args.split
+        if not selected.any():
             fail(f"--like_csv {args.like_csv}: no frontal row with a prompt or positive label in split {args.split}")
-        table = table[chosen]
+        table = table[selected]
         if args.num_images and args.num_images < len(table):
             table = table.sample(n=args.num_images, random_state=args.seed % 2**32)
-        labels = labels if {*labels} & {*table} else []
+        labels = labels if {*labels} & {*table} else []  # a table of prompts alone has no labels to record
         positive = positive_labels(table, labels, args.uncertain)
         findings = [tuple(positive.columns[row]) for row in positive.to_numpy(bool)]
         wanted = zip(table["prompt"], findings, has_prompt[table.index])
     elif args.prompts:
-        labels, wanted = [], [(prompt, (), True) for prompt in args.prompts for _ in range(number)]
+        labels, wanted = [], [(prompt, (), True) for prompt in args.prompts for _ in range(images_per_label)]
     else:
         chosen = args.labels or (CONDITIONS if trained_labels == LABELS else trained_labels)
         if {*chosen} - {*trained_labels}:
             lines.append(("warning", f"not labels of the run: {', '.join({*chosen} - {*trained_labels})}"))
-        wanted = [(template.replace("{}", label), (label,), False) for label in chosen for _ in range(number)]
+        prompts = [(template.replace("{}", label), (label,), False) for label in chosen]
+        wanted = [prompt for prompt in prompts for _ in range(images_per_label)]
     rows, counts = [], Counter()
     for prompt, found, is_free in wanted:
         folder, index = folder_name(prompt, () if is_free else found), counts[prompt]
@@ -381,7 +405,7 @@ def plan_samples(args, template, trained_labels=LABELS, quiet=True):
         counts[prompt] += 1
     samples = pd.DataFrame(rows)
     if samples["file_name"].duplicated().any():
-        fail("two labels differ only in punctuation, which folder names drop; rename one")
+        fail("two labels would share a folder, since folder names ignore case and punctuation; rename one")
     lines.append(("prompts", ", ".join(map(repr, samples["prompt"].unique()[:2]))))
     if not quiet:
         print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
@@ -495,38 +519,41 @@ def pipeline_fingerprint(pipeline):
 
 
 def read_summary(model):
-    """Return the training summary of a run, given its folder, its merged/ or a checkpoint; {} for any other model."""
+    """Return a run's training arguments and, over them, its summary or a checkpoint's state; {} for any other model.
+
+    `model` is the run's folder, its merged/ or a checkpoint.
+    """
     folder = Path(model).parent if Path(model).name == "merged" else Path(model)
     for path in (folder / "training_summary.json", folder / "state.json"):
         if path.is_file():
             summary = json.loads(path.read_text(encoding="utf-8"))
-            settings = summary["arguments"]
-            return settings | {"base_model": settings["pretrained_model_name_or_path"]} | summary
+            arguments = summary["arguments"]
+            return arguments | {"base_model": arguments["pretrained_model_name_or_path"]} | summary
     return {}
 
 
 @torch.no_grad()
-def merge_checkpoint(pipeline, checkpoint, settings, lora_scale):
+def merge_checkpoint(pipeline, checkpoint, summary, lora_scale):
     """Put a checkpoint's weights, or their moving average if it has one, into its base model."""
     averaged = checkpoint / "ema.safetensors"
     path = averaged if averaged.is_file() else checkpoint / "trainable.safetensors"
-    if settings["method"] in ("bitfit", "difffit"):
+    if summary["method"] in ("bitfit", "difffit"):
         merge_delta(pipeline.unet, path)
         return
     # Version 5 of transformers has dropped `text_model.` from the names of parameters.
     weights = {name.replace(".text_model.", "."): weight for name, weight in load_file(path).items()}
-    is_lora = settings["method"] in ("lora", "dora")
-    for part in settings["components"]:
+    is_lora = summary["method"] in ("lora", "dora")
+    for part in summary["components"]:
         module, prefix = getattr(pipeline, part), f"{part}."
         if is_lora:
             layers = {name.split(".lora_")[0].removeprefix(prefix) for name in weights if name.startswith(prefix)}
-            options = {"r": settings["rank"], "lora_alpha": settings["lora_alpha"], "target_modules": layers}
-            module.add_adapter(LoraConfig(**options, use_dora=settings["method"] == "dora"))
+            options = {"r": summary["rank"], "lora_alpha": summary["lora_alpha"], "target_modules": layers}
+            module.add_adapter(LoraConfig(**options, use_dora=summary["method"] == "dora"))
         for name, parameter in module.named_parameters():
             if "lora_" in name or not is_lora:
                 parameter.copy_(weights[f"{prefix}{name.removeprefix('text_model.')}"])
     if is_lora:
-        pipeline.fuse_lora(components=settings["components"], lora_scale=lora_scale)
+        pipeline.fuse_lora(components=summary["components"], lora_scale=lora_scale)
         pipeline.unload_lora_weights()
 
 
@@ -574,8 +601,8 @@ def load_model(args, summary):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind = f"an adapter or checkpoint of {base} (see --base_model)" if needs_base else "a finished run or pipeline"
         reason = explain_model(base) or str(error)[:300]
-        if not Path(base).exists():
-            reason = f"no such folder or file, and the Hugging Face hub gives: {reason}"
+        if isinstance(error, OSError) and not Path(base).exists():
+            reason = f"no such folder or file, and the Hugging Face hub says: {reason}"
         fail(f"--model {run}: cannot be loaded as {kind}: {reason}")
     return pipeline
 
@@ -585,8 +612,8 @@ def load_model(args, summary):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw(pipeline, embeddings, rows, resolution, args):
-    """Draw the images of a batch of rows, as uint8 (B, H, W, 3). Each has its own noise, whatever the batch."""
+def generate(pipeline, embeddings, rows, resolution, args):
+    """Return the images of a batch of rows, uint8 (B, H, W, 3). Each image's noise depends on its prompt and index."""
     seeds = [keyed_seed(args.seed, prompt, index) for prompt, index in zip(rows["prompt"], rows["index"])]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     channels, side = pipeline.unet.config.in_channels, resolution // pipeline.vae_scale_factor
@@ -619,7 +646,7 @@ def save_image(image, path):
 
 @torch.no_grad()
 def sample(args, pipeline, samples, num_done, resolution, state):
-    """Draw this process's share of the missing images, and save each batch while the next one is drawn."""
+    """Generate this process's share of the missing images, and save each batch during the next."""
     mine = samples.iloc[state.process_index :: state.num_processes]
     embeddings = {}
     for prompt in [args.negative_prompt, *mine["prompt"].unique()]:
@@ -640,7 +667,7 @@ def sample(args, pipeline, samples, num_done, resolution, state):
         return size
 
     @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=reduce_batch_size)
-    def draw_missing(batch_size, bar):
+    def generate_missing(batch_size, bar):
         saving = []
         with ThreadPoolExecutor(4) as pool:
             for start in range(0, len(mine), batch_size):
@@ -652,11 +679,11 @@ def sample(args, pipeline, samples, num_done, resolution, state):
                 # A smaller last batch would compile the U-Net again, so repeat its first row.
                 filler = [0] * (batch_size - len(rows)) if args.compile else []
                 # Draw whole batches, even if some images exist: in another batch, the rest would round differently.
-                images = draw(pipeline, embeddings, rows.iloc[[*range(len(rows)), *filler]], resolution, args)
+                images = generate(pipeline, embeddings, rows.iloc[[*range(len(rows)), *filler]], resolution, args)
                 list(saving)  # wait for the previous batch
                 new_images, new_paths = [Image.fromarray(images[i]) for i in missing], [paths[i] for i in missing]
                 saving = pool.map(save_image, new_images, new_paths)
-                # The bar of the main process assumes that the others are as far.
+                # Only the main process shows a bar; assume that the others keep pace.
                 bar.update(min(len(missing) * state.num_processes, bar.total - bar.n))
                 bar.set_postfix_str(f"batches of {batch_size}")
             list(saving)
@@ -664,7 +691,7 @@ def sample(args, pipeline, samples, num_done, resolution, state):
     try:
         options = {"total": len(samples), "initial": num_done, "unit": "image", "disable": not state.is_main_process}
         with tqdm(desc="sampling", **options) as bar:
-            draw_missing(bar)
+            generate_missing(bar)
     except (FloatingPointError, MemoryError) as error:
         fail(error)
 
@@ -682,12 +709,12 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-def check_output_dir(output_dir, settings, samples):
+def check_output_dir(output_dir, identity, samples):
     """Create the folder and its sampling.json; fail if it holds other files, or images made with other settings."""
     path = output_dir / "sampling.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in saved | settings if settings.get(name) != saved.get(name)]
+        changed = [name for name in saved | identity if identity.get(name) != saved.get(name)]
         if changed:
             fail(f"{output_dir} holds images made with different {', '.join(changed)}; pass another --output_dir")
         found = {f"{image.parent.name}/{image.name}" for image in output_dir.glob("[!.]*/[!.]*.png")}
@@ -698,7 +725,7 @@ def check_output_dir(output_dir, settings, samples):
     if output_dir.is_dir() and any(not file.name.startswith(".") for file in output_dir.iterdir()):
         fail(f"--output_dir {output_dir}: neither empty nor a folder of samples; pass another")
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    write_text(path, json.dumps(identity, indent=2) + "\n")
 
 
 def write_contact_sheets(samples, output_dir):
@@ -757,7 +784,8 @@ def main(args):
     if state.is_main_process:
         plan = f"{len(samples):,} images of {samples['prompt'].nunique():,} prompts at {resolution}x{resolution}"
         if "step" in summary:
-            plan += f" with the {'averaged ' * summary['use_ema']}weights after step {summary['step']:,}"
+            kind = "averaged weights" if summary["use_ema"] else "weights"
+            plan += f" with the {kind} after step {summary['step']:,}"
         print(f"{plan} to {args.output_dir}, {num_done:,} of them already there", flush=True)
     if num_done < len(samples):
         sample(args, pipeline, samples, num_done, resolution, state)

@@ -13,7 +13,7 @@
     accelerate launch train_full.py --train_unet --train_text_encoder --resume_from_checkpoint latest
 
 Writes a complete diffusers pipeline to --output_dir, with training_summary.json, a model card, validation images, logs
-and checkpoints.
+and checkpoints. "The paper" is TehraniNasab et al. (2025, arXiv 2508.14931), whose strategies these are.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from csv import Error as CSVError
 from csv import Sniffer
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -77,7 +78,7 @@ LABEL_VALUES = (
     | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
     | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
 )
-# The other columns that scripts use, and what else they may be called.
+# Other columns that the scripts use, with their alternative names.
 COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
     "Path": ["file_name"],
     "Frontal/Lateral": ["ViewPosition", "view"],
@@ -89,7 +90,7 @@ DEFAULT_TABLES = ["CheXpert-v1.0/train.csv", "CheXpert-v1.0-small/train.csv"]
 SPLIT_FRACTIONS = {"train": 0.353, "val": 0.141, "test": 0.506}
 # With more distinct captions than this (1 GB of embeddings), the text encoder runs in the training loop.
 MAX_CACHED_CAPTIONS = 4096
-# Exit status (EX_TEMPFAIL) after a signal and a checkpoint; continue with --resume_from_checkpoint latest.
+# Exit status (EX_TEMPFAIL) of a run that saved a checkpoint and stopped on a signal; it can be resumed.
 EXIT_PREEMPTED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -109,14 +110,14 @@ def add_shared_arguments(parser):
     """Add the arguments shared by both training scripts."""
     flag = parser.add_argument_group("data").add_argument
     flag("--data_csv", help=f"image table (default: {' or '.join(DEFAULT_TABLES)})")
-    flag("--validation_csv", help="separate held-out table; --split then defaults to all")
+    flag("--validation_csv", help="separate held-out table, which also changes the default of --split")
     flag("--image_root", help="folder that image paths are relative to (default: the table's folder or its parent)")
     flag("--dataset_name", help="hub id or local folder for datasets.load_dataset, instead of --data_csv")
     flag("--image_column", default="image", help="image column of --dataset_name")
     flag("--caption_column", help="column of --dataset_name (default: prompt, text, caption, else the labels)")
     flag("--labels", nargs="+", default=LABELS, help="label columns, in the order of captions (default: CheXpert's)")
     splits = ["train", "val", "test", "all"]
-    flag("--split", choices=splits, help="patients to train on (default: train; all with --validation_csv)")
+    flag("--split", choices=splits, help="default: train; all with --validation_csv and no split column")
     flag("--split_seed", type=int, default=0, help="seed of the patient split; use the same in all scripts")
     uncertain = "how -1 enters prompts: ones names the finding; zeros and ignore leave it out"
     flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help=uncertain)
@@ -125,7 +126,7 @@ def add_shared_arguments(parser):
     flag("--max_validation_samples", type=int, default=256, help="maximum number of held-out images")
     flag("--resolution", type=int, default=512, help="side of the square training images in pixels")
     flag("--resize_mode", choices=["squash", "pad", "crop"], default="squash", help="how images are made square")
-    flag("--caption_dropout", type=float, default=0.1, help="fraction of captions dropped, for guidance; 0: none")
+    flag("--caption_dropout", type=float, default=0.1, help="fraction of captions left empty, for guidance")
     flag("--on_bad_image", choices=["stop", "skip"], default="stop", help="stop at or leave out unreadable images")
     flag("--latent_cache_dir", help="folder of cached latents (default: latent_cache beside --output_dir)")
     flag("--dataloader_num_workers", type=int, help="data loader workers per process (default: 4 on a GPU, else 0)")
@@ -148,12 +149,12 @@ def add_shared_arguments(parser):
     flag("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
     schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     flag("--lr_scheduler", choices=schedules, default="constant")
-    flag("--lr_warmup_steps", type=int, default=0, help="warm-up steps of any schedule but constant")
+    flag("--lr_warmup_steps", type=int, default=0, help="warm-up steps; not for --lr_scheduler constant")
     flag("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
     flag("--lr_power", type=float, default=1.0, help="power of polynomial")
     flag("--adam_beta1", type=float, default=0.9)
     flag("--adam_beta2", type=float, default=0.999)
-    flag("--adam_weight_decay", type=float, default=1e-2, help="applied to all trained weights, also biases and norms")
+    flag("--adam_weight_decay", type=float, default=1e-2, help="of all trained weights, including biases and norms")
     flag("--adam_epsilon", type=float, default=1e-8)
     flag("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
     flag("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
@@ -166,7 +167,8 @@ def add_shared_arguments(parser):
     flag("--seed", type=int, default=0, help="seed of sample order, noise, timesteps and validation images")
     flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only on a stop signal")
     flag("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep")
-    flag("--resume_from_checkpoint", metavar="PATH|latest", help="checkpoint folder; latest: the run's newest, if any")
+    resume_help = "folder of a checkpoint, or latest; the run's later checkpoints are deleted"
+    flag("--resume_from_checkpoint", metavar="PATH|latest", help=resume_help)
     flag("--validation_steps", type=int, default=500, help="steps between validations; 0: first and last only")
     flag("--validation_prompts", nargs="+", help="prompts of validation images (default: the most frequent captions)")
     flag("--num_validation_images", type=int, default=4, help="images of the most frequent captions; 0: no images")
@@ -250,6 +252,8 @@ def open_image(image):
     if isinstance(image, tuple):
         dataset, column, row = image
         encoded = dataset[row][column]
+        if encoded is None:
+            raise ValueError("the cell is empty")
         file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
     try:
         return Image.open(file, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
@@ -260,11 +264,12 @@ def open_image(image):
 
 
 def load_image(image, resolution, resize_mode):
-    """Decode what `open_image` takes to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
+    """Decode an image (see `open_image`) to (resolution, resolution, 3) uint8. Raise ValueError if it is unusable."""
     try:
         with open_image(image) as opened:
             bits = max(getattr(opened, "tag_v2", {}).get(258, [8]))  # TIFF's BitsPerSample
-            # Pillow silently clips deeper images or drops their low bits.
+            # Pillow silently clips deeper images or drops their low bits. Gray ones have mode I or F; deep colors show
+            # only in TIFF's BitsPerSample or in the raw mode of the tiles, such as RGB;16B.
             if opened.mode[0] in "IF" or bits > 8 or ";16" in str(opened.tile):
                 raise ValueError("more than 8 bits per channel; convert it to 8 bits with launch/make_table.py")
             if getattr(opened, "n_frames", 1) > 1:
@@ -291,17 +296,17 @@ class SampleStream(torch.utils.data.Dataset):
     do not depend on the number of processes, the batch size or interruptions. With `heldout`, sample n is image n,
     with noise and timesteps (evenly spread by the golden ratio) that are the same in all runs.
 
-    `latents` are paths of cached posteriors, and `captions` the results of `encode_captions`. A sample is a dict of
+    `posterior_paths` are files of the VAE's outputs, and `captions` is what `encode_captions` returns. A sample has
         noise (C, h, w), and posterior_noise (C, h, w), which samples the VAE's posterior
         timesteps ()
         encoder_hidden_states (77, D), or input_ids (77,) if the text encoder runs in the training loop
-        posterior (2C, h, w), the VAE's mean and log-variance, if `latents` are given
+        posterior (2C, h, w), the base VAE's mean and log-variance, if there are `posterior_paths`
         pixel_values (3, H, W), in [-1, 1], if `with_pixels`
     """
 
-    def __init__(self, table, latents, captions, pipeline, args, with_pixels=False, heldout=False):
+    def __init__(self, table, posterior_paths, captions, pipeline, args, with_pixels=False, heldout=False):
         self.images, self.prompts = list(table["image"]), list(table["prompt"])
-        self.latents, self.captions = latents, captions
+        self.posterior_paths, self.captions = posterior_paths, captions
         self.has_embeddings = "encoder_hidden_states" in captions[""]
         self.with_pixels = with_pixels
         self.resolution, self.resize_mode = args.resolution, args.resize_mode
@@ -338,8 +343,8 @@ class SampleStream(torch.utils.data.Dataset):
             timestep = torch.tensor(int((n * 0.6180339887498949 + 0.5) % 1 * self.num_train_timesteps))
         sample = {"noise": noise, "posterior_noise": posterior_noise, "timesteps": timestep}
         sample |= self.captions["" if drop_caption else self.prompts[i]]
-        if self.latents:
-            sample["posterior"] = torch.from_numpy(np.load(self.latents[i]).astype(np.float32))
+        if self.posterior_paths:
+            sample["posterior"] = torch.from_numpy(np.load(self.posterior_paths[i]).astype(np.float32))
         if self.with_pixels:
             sample["pixel_values"] = to_pixel_values(load_image(self.images[i], self.resolution, self.resize_mode))
         return sample
@@ -351,10 +356,10 @@ class SampleStream(torch.utils.data.Dataset):
 
 
 class DiffusionLoss(torch.nn.Module):
-    """Compute the training loss in a single forward, for DDP and autocast to wrap.
+    """The training loss as one module, so that DDP and autocast wrap the whole forward pass.
 
-    All random numbers except dropout's come with the batch. Return per-sample losses, (B,) in float32, by name; "loss"
-    is the one to optimize. `text_encoder` is None if the batch holds embeddings.
+    `forward` returns per-sample losses by name, each (B,) in float32; "loss" is the one to optimize. Noise and
+    timesteps come with the batch; only dropout is random here. `text_encoder` is None if the batch holds embeddings.
     """
 
     reported = ("diffusion",)  # losses to measure on held-out images
@@ -400,8 +405,9 @@ class VAELoss(DiffusionLoss):
 
     joint: the paper's loss, diffusion + recon_weight * reconstruction. The diffusion loss has a shortcut: shrink the
     latents until they are easy to predict (collapse, REPA-E, arXiv 2504.10483).
-    anchored: the diffusion loss does not reach the VAE. Instead, the squared 2-Wasserstein distance between its
-    posterior and the base model's, per element of the scaled latents, keeps them close to those that the U-Net knows.
+    anchored: latents are detached before the diffusion loss, so that its gradient does not reach the VAE. An anchor
+    keeps them close to those that the U-Net was trained on: the squared 2-Wasserstein distance between the posteriors
+    of the VAE and of the base VAE, per element of the scaled latents.
     """
 
     reported = ("diffusion", "reconstruction")
@@ -447,7 +453,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     separator = ","
-    with contextlib.suppress(Exception):  # csv.Error: a header of one column
+    with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
@@ -472,19 +478,26 @@ def match_columns(raw, labels, source):
 
     by_plain_name = {plain(name): name for name in reversed(raw.columns)}
     used = {}  # {column: standard name}
-    for name, others in (COLUMNS | dict.fromkeys(labels, ())).items():
-        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in (name, *others)]
+    for name, alternatives in (COLUMNS | dict.fromkeys(labels, ())).items():
+        known = (name, *alternatives)
+        candidates = [column if column in raw else by_plain_name.get(plain(column)) for column in known]
         if any(candidates):
             used[next(filter(None, candidates))] = name
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
     raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
-    others = raw.drop(columns=[*used.values(), "index"], errors="ignore")  # sample.py counts in index
-    values = {name: {LABEL_VALUES.get(text) for text in column.unique()} for name, column in others.items()}
-    unused = [name for name, seen in values.items() if 1.0 in seen and len(seen) > 1 and None not in seen]
+
+    def parse(column):
+        return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
+
+    unused = []
+    for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
+        seen = {*parse(name).values()}
+        if 1.0 in seen and len(seen) > 1 and None not in seen:
+            unused.append(name)
     for label in [label for label in labels if label in raw]:
-        values = {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[label].unique()}
+        values = parse(label)
         unknown = [text for text, value in values.items() if value is None]
         if unknown:
             row = int((raw[label] == unknown[0]).argmax())
@@ -525,10 +538,13 @@ def make_table(raw, names, images, lines):
     if "patient_id" in raw:
         patient = raw["patient_id"].where(raw["patient_id"] != "", patient)
     table["patient"] = patient.fillna(table["name"])
-    # Without a view column, these stand in for the view: the first matches as frontal, and both are printed.
-    guess = {False: "frontal, since there is no view column", True: "_lateral in the path, without a view column"}
-    view = raw.get("Frontal/Lateral", path.str.contains("(?i)_lateral").map(guess)).str.strip()
-    table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    if "Frontal/Lateral" in raw:
+        view = raw["Frontal/Lateral"].str.strip()
+        table["frontal"] = view.str.match(r"(?i)frontal|(?:pa|ap)(?![a-z])")
+    else:
+        table["frontal"] = ~path.str.contains("(?i)_lateral")
+        guess = {True: "frontal, since there is no view column", False: "_lateral in the path, without a view column"}
+        view = table["frontal"].map(guess)
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
@@ -539,6 +555,7 @@ def make_table(raw, names, images, lines):
     if table["name"].duplicated().any():
         lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
     return table
@@ -617,7 +634,7 @@ def assign_splits(patients, seed):
 
 
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split if it has one, else a random one of its patients."""
+    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
     return table["split"] if "split" in table else assign_splits(table["patient"], seed)
 
 
@@ -675,7 +692,7 @@ def load_training_data(args):
         heldout = heldout[heldout["prompt"] != ""]
     shared = len(set(train["patient"]) & set(heldout["patient"]))
     if shared:
-        notes.append(f"{shared:,} patients are in both {source} and {args.validation_csv or 'its split val'}")
+        notes.append(f"{shared:,} training patients are also in {args.validation_csv or 'split val'}, held out")
     if train.empty:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
         fail(f"{source}: no training images left of {rows:,} rows ({reasons}); check --split, --labels and the views")
@@ -800,20 +817,25 @@ def encode_captions(pipeline, data, device, train_text_encoder):
 
 
 def prepare_streams(accelerator, pipeline, data, args, vae_hash):
-    """Return the training and the held-out stream, with latents and embeddings cached where they are constant."""
+    """Check and encode images and captions, and return the training and the held-out stream.
+
+    Unreadable images are dropped from `data`, with a note, or end the run (--on_bad_image).
+    """
     images = [*data.train["image"], *data.heldout["image"]]
     paths = latent_paths(images, vae_hash, args)
     train_vae = "vae" in args.components
-    # A jointly trained VAE changes, so its latents cannot be cached: images are only checked.
+    # The base VAE's posteriors are the input if it is frozen, and the anchor if it is anchored. A joint VAE needs
+    # neither: images are only checked.
     vae = None if train_vae and args.vae_loss == "joint" else pipeline.vae.to(accelerator.device)
     problems = check_and_encode(accelerator, images, paths, vae, args)
     drop_bad_images(data, problems, args.on_bad_image)
-    latents = [path for i, path in enumerate(paths) if i not in problems] if vae else None
+    paths = [path for i, path in enumerate(paths) if i not in problems] if vae else None
     captions = encode_captions(pipeline, data, accelerator.device, "text_encoder" in args.components)
     pipeline.to("cpu")  # frees the device; accelerator.prepare moves what the loss uses
     n = len(data.train)
-    stream = SampleStream(data.train, latents and latents[:n], captions, pipeline, args, train_vae)
-    heldout = SampleStream(data.heldout, latents and latents[n:], captions, pipeline, args, train_vae, heldout=True)
+    shared = {"captions": captions, "pipeline": pipeline, "args": args, "with_pixels": train_vae}
+    stream = SampleStream(data.train, paths and paths[:n], **shared)
+    heldout = SampleStream(data.heldout, paths and paths[n:], **shared, heldout=True)
     return stream, heldout
 
 
@@ -880,7 +902,7 @@ def explain_base(name):
     """Return what is wrong with the path of a base model and what to pass instead, or None if it looks right."""
     path = Path(name)
     if not path.exists():
-        return "no such folder, nor a readable hub model; pass a hub id, a pipeline's folder or a .safetensors file"
+        return "neither a folder nor a readable hub model; pass a hub id, a pipeline's folder or a .safetensors file"
     if path.is_file() and path.suffix != ".safetensors":
         return "not a .safetensors file; pass one, a pipeline's folder or a hub id"
     if any((path / file).is_file() for file in ("pytorch_lora_weights.safetensors", "unet_delta.safetensors")):
@@ -950,7 +972,8 @@ def make_optimizer(args, parameters):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Settings, of both training scripts, that must not change on resume, and those that cause a warning if they do.
+# Arguments of both training scripts that are compared on resume: a change in the first is an error, in the second a
+# warning.
 REFUSE_IF_CHANGED = (
     "method vae_loss rank lora_alpha lora_dropout lora_target_modules train_text_encoder use_8bit_adam use_ema "
     "global_batch_size"
@@ -969,7 +992,7 @@ RUN_FILES = (
 
 @dataclass
 class TrainState:
-    """Everything that changes during training."""
+    """The model, what changes with it during training, and what checkpoints are compared by."""
 
     model: torch.nn.Module
     parameters: dict  # trainable, by name
@@ -996,10 +1019,14 @@ def run_identity(accelerator, args, data, hashes, global_batch_size, max_train_s
     }
 
 
+def checkpoint_step(folder):
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
 def list_checkpoints(output_dir):
     """Return the checkpoints of a run, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    found = (path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted(found, key=checkpoint_step)
 
 
 def remove_checkpoint(folder):
@@ -1033,7 +1060,7 @@ def find_checkpoint(args):
 
 
 def check_identity(checkpoint, identity, max_train_steps):
-    """Fail if the checkpoint is of another model or method; return warnings about other changed settings."""
+    """Fail if the run cannot continue from the checkpoint; return warnings about other changed settings."""
     saved, notes = json.loads((checkpoint / "state.json").read_text()), []
     if saved["step"] > max_train_steps:
         fail(f"{checkpoint} is beyond step {max_train_steps:,}; raise --max_train_steps or --num_train_epochs")
@@ -1044,7 +1071,7 @@ def check_identity(checkpoint, identity, max_train_steps):
         if name == "base_fingerprint":
             fail(f"{checkpoint} was trained from a base model with other weights; pass that model")
         if name in REFUSE_IF_CHANGED:
-            fail(f"{checkpoint} has {name}={saved_value}, not {value}; restore it or pass another --output_dir")
+            fail(f"{checkpoint} was trained with {name}={saved_value}, not {value}; pass that or start a new run")
         note = f"{name} was {saved_value} in {checkpoint} and is now {value}"
         if name == "data_fingerprint":
             note = f"the training images, their captions or the resolution differ from those of {checkpoint}"
@@ -1062,19 +1089,19 @@ def save_checkpoint(accelerator, state, args):
     temporary = Path(args.output_dir) / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    optimizer = {}
+    optimizer_state = {}
     for i, values in state.optimizer.state_dict()["state"].items():
         for name, value in values.items():
             # bitsandbytes nests its 8-bit state one level deeper, but loads it flat too.
             inner = value if isinstance(value, dict) else {name: value}
-            optimizer |= {f"{i}.{key}": entry for key, entry in inner.items()}
-    tensors = {name: value for name, value in optimizer.items() if torch.is_tensor(value)}
+            optimizer_state |= {f"{i}.{key}": entry for key, entry in inner.items()}
+    tensors = {name: value for name, value in optimizer_state.items() if torch.is_tensor(value)}
     save_tensors(state.parameters, temporary / "trainable.safetensors")
     save_tensors(tensors, temporary / "optimizer.safetensors")
     if state.ema:
         save_tensors(dict(zip(state.parameters, state.ema.shadow_params)), temporary / "ema.safetensors")
     progress = {name: getattr(state, name) for name in ("identity", "step", "samples_seen", "seconds", "train_loss")}
-    progress["optimizer"] = {name: value for name, value in optimizer.items() if name not in tensors}
+    progress["optimizer"] = {name: value for name, value in optimizer_state.items() if name not in tensors}
     progress["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
     progress["arguments"] = vars(args)  # for sample.py
     (temporary / "state.json").write_text(json.dumps(progress, indent=2))
@@ -1098,7 +1125,7 @@ def load_in_order(path, names):
 
 
 def load_checkpoint(accelerator, state, checkpoint, args):
-    """Restore weights, optimizer, learning rate and counters in place."""
+    """Restore weights, optimizer, learning rate and counters in place, and delete the run's later checkpoints."""
     saved = json.loads((checkpoint / "state.json").read_text())
     parameters = state.parameters.values()
     weights = load_in_order(checkpoint / "trainable.safetensors", state.parameters)
@@ -1106,14 +1133,14 @@ def load_checkpoint(accelerator, state, checkpoint, args):
         for parameter, weight in zip(parameters, weights):
             parameter.copy_(weight)
     in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    optimizer = {i: {} for i in range(len(in_order))}
+    optimizer_state = {i: {} for i in range(len(in_order))}
     for key, value in (load_file(checkpoint / "optimizer.safetensors") | saved["optimizer"]).items():
         i, name = key.split(".", 1)
         # Fused AdamW ignores strides: its state must have the memory layout of its (channels-last) weight.
         same_shape = torch.is_tensor(value) and value.shape == in_order[int(i)].shape
-        optimizer[int(i)][name] = match_layout(value, in_order[int(i)]) if same_shape else value
+        optimizer_state[int(i)][name] = match_layout(value, in_order[int(i)]) if same_shape else value
     groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+    state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
     # Set the schedule to one step before the saved one, then step it: the learning rate depends on the step alone.
     position = {"last_epoch": saved["step"] - 1, "_step_count": saved["step"] + 1}
     state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | position)
@@ -1126,9 +1153,9 @@ def load_checkpoint(accelerator, state, checkpoint, args):
         accelerator.scaler.load_state_dict(saved["scaler"])
     for name in ("step", "samples_seen", "seconds", "train_loss"):
         setattr(state, name, saved[name])
-    if accelerator.is_main_process:  # the run goes on from here, so its later checkpoints are obsolete
+    if accelerator.is_main_process:  # the run will write them again
         for later in list_checkpoints(args.output_dir):
-            if int(later.name[11:]) > state.step:
+            if checkpoint_step(later) > state.step:
                 remove_checkpoint(later)
 
 
@@ -1199,14 +1226,14 @@ def result_row(metric, value, label="all", low=None, high=None, n=None, floor=No
 
 
 def count_rows(part, table, labels, uncertain):
-    """Count the images of one part of the data, in all and per label (the paper's Table 2)."""
+    """Count the images of one part of the data, in total and per label (the paper's Table 2)."""
     counts = positive_labels(table, [label for label in labels if label in table], uncertain).sum()
     by_label = [result_row(f"images_{part}", int(count), label, n=len(table)) for label, count in counts.items()]
     return [result_row(f"images_{part}", len(table), n=len(table)), *by_label]
 
 
 def heldout_rows(before, after):
-    """Return held-out losses before and after training and their change per image, with normal 95% intervals."""
+    """Return held-out losses before and after training and their mean change, with approximate 95% intervals."""
     if not before:
         return [result_row("heldout_diffusion", None, note="no held-out images")]
     rows = []
@@ -1278,12 +1305,12 @@ def model_card(args, summary, usage):
     tags = ["text-to-image", "stable-diffusion", "chest-x-ray", "medical-imaging"]
     data = ModelCardData(base_model=None if os.path.exists(base) else base, library_name="diffusers", tags=tags)
     trained = ", ".join(f"{name} {count:,}" for name, count in summary["trainable_parameters"].items())
-    left_out = ("images_", "trainable_")
+    hidden = ("images_", "trainable_")
     prompts = f'Prompts such as "{summary["example_prompt"]}".'
     if summary["own_prompts"]:
         own_texts = f"{summary['own_prompts']:,} images were trained on texts of their own, such as reports"
         prompts += f" {own_texts}, truncated to 77 tokens."
-    shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith(left_out)]
+    shown = [row for row in summary["results"] if row["value"] is not None and not row["metric"].startswith(hidden)]
     table = "\n".join(f"| {row['metric']} | {row['value']:.6g} | {row['n'] or ''} |" for row in shown)
     return ModelCard(f"""---
 {data.to_yaml()}
@@ -1325,8 +1352,8 @@ def save_folder(pipeline, folder):
     temporary.rmdir()
 
 
-def save_model(args, state, pipeline):
-    """Load the base pipeline again, in float32, copy the trained weights into it and save it."""
+def save_model(args, state):
+    """Save the base pipeline, loaded again since frozen weights may be in half precision, with the trained weights."""
     trained = load_base_pipeline(args)
     for name, parameter in state.parameters.items():
         component, name = name.split(".", 1)
@@ -1342,7 +1369,7 @@ pipe = StableDiffusionPipeline.from_pretrained("{model}", safety_checker=None)""
 
 
 def finish_run(args, summary, repo_id):
-    """Write the model card, then the summary, which marks the run as finished; upload it with --push_to_hub."""
+    """Write the model card, then the summary, which marks the run as finished; upload all with --push_to_hub."""
     output_dir = Path(args.output_dir)
     model_card(args, summary, usage_example(args, repo_id or args.output_dir)).save(output_dir / "README.md")
     write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")
@@ -1375,7 +1402,7 @@ def make_accelerator(args):
 
 
 def image_sizes(images):
-    """Return how many of at most 1,000 images, spread evenly, have each size, as {(width, height): number}."""
+    """Count the sizes of up to 1,000 evenly spaced images, as {(width, height): count}."""
 
     def size(image):
         with contextlib.suppress(Exception), open_image(image) as opened:  # unreadable images are reported later
@@ -1429,7 +1456,7 @@ def lock_output_dir(accelerator, args, checkpoint):
 
 
 def start_run(accelerator, args, checkpoint):
-    """Prepare the output folder, the hub repository and the trackers. Return the repository's id, or None."""
+    """Delete an overwritten run, create the hub repository, start the trackers; return the repository's id or None."""
     repo_id, output_dir = None, Path(args.output_dir)
     if accelerator.is_main_process:
         resumes_here = checkpoint and checkpoint.resolve().parent == output_dir.resolve()
@@ -1509,7 +1536,7 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                     # A gradient scaler skips steps with infinite gradients; they count as 0 in the logged norm.
-                    sums[1] += norm.nan_to_num(0.0, 0.0, 0.0) if accelerator.scaler else norm
+                    sums[1] += norm.nan_to_num(0.0, posinf=0.0, neginf=0.0) if accelerator.scaler else norm
                 state.optimizer.step()
                 state.optimizer.zero_grad()
             sums[0] += loss.detach() / accumulation
@@ -1527,7 +1554,7 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
         if state.step % args.logging_steps == 0 or checkpointing or validating or last:
             stopped = accelerator.check_trigger()
             state.train_loss, mean_norm = (accelerator.reduce(sums, "mean") / count).tolist()
-            # The scale starts at 65,536 and is halved by each overflow: below 1e-4, that happened about 30 times.
+            # The scale starts at 65,536 and is halved by each overflow: below 1e-4, about 30 were not made up for.
             overflowing = accelerator.scaler and accelerator.scaler.get_scale() < 1e-4
             if overflowing or not math.isfinite(state.train_loss + mean_norm):
                 bar.close()
@@ -1536,9 +1563,11 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
                 hint = "--lr_scheduler constant_with_warmup, --max_grad_norm, --snr_gamma or --mixed_precision no"
                 fail(f"diverged by step {state.step:,}: {figures}; try a lower learning rate, {hint}")
             rate = count * global_batch_size / (time.perf_counter() - window_began)
-            logs = {"loss": state.train_loss, "gradient_norm": mean_norm, "lr": state.lr_scheduler.get_last_lr()[0]}
-            bar.set_postfix_str(f"loss {state.train_loss:.4f}, lr {logs['lr']:.1e}, {rate:.3g} images/s")
-            accelerator.log(logs | {"images_per_second": rate}, step=state.step)
+            rates = dict(zip(args.learning_rates, state.lr_scheduler.get_last_lr()))
+            shown = ", ".join(f"{lr:.1e}" for lr in rates.values())
+            bar.set_postfix_str(f"loss {state.train_loss:.4f}, lr {shown}, {rate:.3g} images/s")
+            logs = {"loss": state.train_loss, "gradient_norm": mean_norm, "images_per_second": rate}
+            accelerator.log(logs | {f"lr_{name}": lr for name, lr in rates.items()}, step=state.step)
             sums, count, window_began = torch.zeros_like(sums), 0, time.perf_counter()
         if checkpointing or validating or stopped or last:
             state.seconds += time.perf_counter() - began
@@ -1585,7 +1614,7 @@ def main(args):
         frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
         prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
         run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
-        before = run_validation()  # of the base model, so before the checkpoint is loaded
+        before = run_validation()  # at step 0, also if the run is resumed
         if checkpoint:
             load_checkpoint(accelerator, state, checkpoint, args)
         with stop_on_signals(accelerator):
@@ -1601,7 +1630,7 @@ def main(args):
         if accelerator.is_main_process:
             # Before saving, which can raise the peak memory.
             summary = summarize(accelerator, args, state, data, (before, after))
-            save_model(args, state, pipeline)
+            save_model(args, state)
             finish_run(args, summary, repo_id)
         accelerator.end_training()
 

@@ -74,7 +74,7 @@ def test_ready_made_tables_are_used_in_full_with_a_warning_about_shared_patients
     (tmp_path / "valid.csv").write_text("".join([header, *rows[3:]]))
     data = load(tmp_path / "train.csv", f"--validation_csv={tmp_path / 'valid.csv'}")
     assert (len(data.train), len(data.heldout)) == (5, 6)
-    assert any(note.startswith("2 patients are in both") for note in data.notes)
+    assert any(note.startswith("2 training patients are also in") for note in data.notes)
 
 
 @pytest.mark.parametrize("layout", ["root", "parent", "renamed", "image_root"])

@@ -77,7 +77,8 @@ def record(row, folder, *flags, **options):
         patch.setattr(script, "prepare_streams", lambda *args: streams.extend(prepare(*args)) or streams)
         patch.setattr(Accelerator, "log", lambda self, values, step: logs.append(values))
         summary = train(row, folder, *flags, **options)
-    losses, rates = ([values[name] for values in logs if name in values] for name in ("loss", "lr"))
+    first_rate = next(name for values in logs for name in values if name.startswith("lr_"))
+    losses, rates = ([values[name] for values in logs if name in values] for name in ("loss", first_rate))
     found = {"folder": folder, "saved": folder / ("merged" if row in PEFT_ROWS else ""), "pipeline": pipelines[0]}
     return SimpleNamespace(**found, summary=summary, losses=losses, rates=rates, streams=streams)
 

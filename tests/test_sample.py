@@ -169,16 +169,16 @@ def test_an_image_that_is_not_a_number_is_not_saved(base, tmp_path, capsys):
 
 
 def test_auto_halves_the_batch_until_it_fits(whole, tmp_path, monkeypatch, capsys):
-    sizes, draw = [], sample.draw
+    sizes, generate = [], sample.generate
 
     def limited(pipeline, embeddings, rows, *rest):
         sizes.append(len(rows))
         # The second batch of three does not fit either, as if another process had taken memory.
         if len(rows) > 3 or sizes == [6, 3, 3]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return draw(pipeline, embeddings, rows, *rest)
+        return generate(pipeline, embeddings, rows, *rest)
 
-    monkeypatch.setattr(sample, "draw", limited)
+    monkeypatch.setattr(sample, "generate", limited)
     assert run(tmp_path / "auto", *LABELS, 3).equals(whole[1])
     assert sizes == [6, 3, 3, 1, 1, 1] and difference(whole[2], pixels(tmp_path / "auto")) <= 1
     refused(capsys, "out of memory at 64x64; lower --batch_size", tmp_path / "s", *LABELS, 3, "--batch_size=4")
@@ -407,7 +407,7 @@ def test_an_adapters_base_is_loaded_in_the_runs_revision_and_variant(base, tmp_p
     settings = {"revision": "v2", "variant": "fp16", "pretrained_model_name_or_path": "x/y"}
     path.write_text(json.dumps({"base_model": "x/y", "arguments": settings}))
     for flags in ([], ["--base_model=z"], ["--revision=v3"]):
-        refused(capsys, "hub gives: offline", tmp_path / "x", *flags, model=tmp_path / "run")
+        refused(capsys, "hub says: offline", tmp_path / "x", *flags, model=tmp_path / "run")
     path.unlink()
     refused(capsys, "no training_summary.json", tmp_path / "x", model=tmp_path / "run")
     expected = [("x/y", "v2", "fp16"), ("z", None, None), ("x/y", "v3", "fp16")]
