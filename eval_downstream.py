@@ -12,8 +12,8 @@
     accelerate launch eval_downstream.py --synthetic samples/bitfit --reference downstream/real_bitfit  # and the ratio
     python eval_downstream.py --classifier downstream/real/classifier --real_csv other_hospital.csv --split all
 
-Writes downstream_metrics.json, downstream_draws.safetensors (each figure in each bootstrap draw), roc.png and, for
-eval_generation.py, the classifier to --output_dir. Rerun an interrupted command to train the remaining classifiers.
+Writes downstream_metrics.json, downstream_draws.safetensors (bootstrap draws of each metric), roc.png and the
+classifier that eval_generation.py takes to --output_dir. Rerun an interrupted command to train what is missing.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("classifier").add_argument
     architectures = ["efficientnet_b0", "resnet18", "resnet50", "densenet121"]
     flag("--arch", choices=architectures, default="efficientnet_b0", help="torchvision network; a sigmoid per label")
-    flag("--weights", default="imagenet", help="imagenet, none or FILE.safetensors, not trained on the test images")
+    flag("--weights", default="imagenet", help="imagenet, none or FILE.safetensors that has not seen the test images")
     flag("--resolution", type=int, default=224, help="pixels per side of the network's input")
     flag("--classifier", metavar="DIR", help="score this saved classifier on real images instead of training one")
     flag = parser.add_argument_group("training").add_argument
@@ -549,7 +549,7 @@ def load_tables(args, spec, accelerator):
     sides = {*recorded["resolution"], args.source_resolution} - {None}
     if len(sides) > 1 and not args.mixed_geometry:
         sizes = ", ".join(map(str, sorted(sides)[:5]))
-        fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow them by --mixed_geometry")
+        fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow it with --mixed_geometry")
     geometry = args.source_resolution or max(recorded["resolution"], default=512), modes[0] if modes else "squash"
 
     test, split = tables[test_csv], args.split or ("all" if args.test_csv else "test")
@@ -564,7 +564,7 @@ def load_tables(args, spec, accelerator):
     if shared:
         notes.append(f"{shared:,} patients are in both training and test, so the scores are optimistic")
     if args.num_seeds == 1 and not spec:
-        notes.append("one classifier (--num_seeds 1): its intervals leave out how trainings vary")
+        notes.append("one classifier (--num_seeds 1), so the intervals leave out how trainings vary")
     test = subset(test, args.max_test_images or len(test), args.split_seed)
     counts = {"train": len(train), "validation": len(val), "test": len(test)}
     counts |= {"test_patients": test["patient"].nunique(), "patients_in_training_and_test": shared}
@@ -925,7 +925,7 @@ def weighted_metrics(target, probability, weights):
     true_positives, false_positives = positive_by_score.cumsum(axis=1), negative_by_score.cumsum(axis=1)
     below = negatives[:, None] - false_positives + negative_by_score / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        both = np.where(positives * negatives > 0, 1.0, np.nan)
+        nan_if_one_class = np.where(positives * negatives > 0, 1.0, np.nan)
         accuracy, constant = (hits + correct_negatives) / total, np.maximum(positives, negatives) / total
         precision = true_positives / np.maximum(true_positives + false_positives, 1)
         return {
@@ -935,8 +935,8 @@ def weighted_metrics(target, probability, weights):
             "predicted_positive_rate": predictions / total,
             "balanced_accuracy": (hits / positives + correct_negatives / negatives) / 2,
             "auroc": (positive_by_score * below).sum(axis=1) / (positives * negatives),
-            "auprc": both * (positive_by_score * precision).sum(axis=1) / positives,
-            "f1": both * 2 * hits / (predictions + positives),
+            "auprc": nan_if_one_class * (positive_by_score * precision).sum(axis=1) / positives,
+            "f1": nan_if_one_class * 2 * hits / (predictions + positives),
         }
 
 
@@ -1014,19 +1014,19 @@ def interval(draws, minimum=0.0, maximum=1.0):
 
 def verdict(metric, low, rates):
     """Return the warning for a metric, or None; `rates` are predicted-positive rates, (labels, seeds)."""
-    constant = (rates < CONSTANT_RATE) | (rates > 1 - CONSTANT_RATE)
     if low is None:
         return "no interval: undefined in all draws"
     if metric.startswith("auroc") and low <= 0.5:
         return "no better than chance"
     if metric == "accuracy_gain" and low <= 0:
         return "does not beat the constant predictor"
-    if metric not in ("accuracy", "predicted_positive_rate") or not constant.any():
-        return None
-    if len(rates) > 1:
+    constant = (rates < CONSTANT_RATE) | (rates > 1 - CONSTANT_RATE)
+    if metric in ("accuracy", "predicted_positive_rate") and constant.any():
+        if len(rates) == 1:
+            return "CONSTANT" if constant.all() else f"constant in {constant.sum()} of {constant.size} seeds"
         count = constant.all(axis=1).sum()
         return f"CONSTANT in {count} of {len(rates)} labels" if count else None
-    return "CONSTANT" if constant.all() else f"constant in {constant.sum()} of {constant.size} seeds"
+    return None
 
 
 def result_rows(labels, groups, figures, noise, targets):
@@ -1071,12 +1071,13 @@ def load_reference(args, settings):
         fail(f"--reference {args.reference}: no finished run; pass the folder of one with --train_on real")
     found = json.loads(path.read_text(encoding="utf-8"))
     draws = load_file(path.with_name("downstream_draws.safetensors"))
-    may_differ = ("training", "seed", "mixed_geometry")
+    # The digest `test` compares the images themselves.
+    may_differ = ("training", "seed", "mixed_geometry", "on_bad_image", "split")
     theirs = found["settings"] | {"bootstrap_samples": found["arguments"]["bootstrap_samples"]}
     ours = settings | {"train_on": "real", "bootstrap_samples": args.bootstrap_samples}
     differing = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
     if differing:
-        fail(f"--reference {args.reference}: not a run with --train_on real that has the same {', '.join(differing)}")
+        fail(f"--reference {args.reference}: not a run with --train_on real and the same {', '.join(differing)}")
     values = {f"{row['metric']}/{row['label']}": row["value"] for row in found["results"]}
     return {name: np.append(values[name], tensor.numpy()) for name, tensor in draws.items()}
 
@@ -1154,9 +1155,11 @@ def run_settings(args, tables, spec, images, num_processes):
     """Return what must match to continue a run and, apart from the training images, to compare two runs."""
     train, val, test = images
     # These may differ; the digests below compare the images themselves.
-    names = ["synthetic", "real_csv", "validation_csv", "test_csv", "image_root", "classifier", "output_dir"]
-    names += ["dataset_name", "image_column", "image_cache_dir", "reference", "bootstrap_samples", "max_test_images"]
-    settings = {key: value for key, value in vars(args).items() if key not in names}
+    not_compared = (
+        "synthetic real_csv validation_csv test_csv image_root dataset_name image_column image_cache_dir classifier "
+        "reference bootstrap_samples max_test_images output_dir"
+    )
+    settings = {key: value for key, value in vars(args).items() if key not in not_compared.split()}
     settings["source_resolution"], settings["resize_mode"] = tables.geometry
     settings |= {"labels": tables.labels, "processes": num_processes, "weights_sha256": spec.get("model_sha256")}
     settings |= {"num_train_images": len(tables.train), "num_val_images": len(tables.val)}
@@ -1260,7 +1263,8 @@ def main(args):
     for k, (_, losses) in enumerate(results):
         values = pd.DataFrame({name: figures[name][:, k, 0] for name in METRICS}, labels, dtype=object)
         metrics = values.where(values.notna(), None).to_dict()
-        summary["seeds"].append({"seed": args.seed + k, "validation_losses": losses, "metrics": metrics})
+        seed = None if spec else args.seed + k
+        summary["seeds"].append({"seed": seed, "validation_losses": losses, "metrics": metrics})
     with replacing(output_dir / "downstream_metrics.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 

@@ -108,7 +108,7 @@ def parse_args(argv=None):
     flag("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD", help="to run (default: all)")
     flag("--start", action="store_true", help="also time accelerate launch until the end of the first step")
     flag("--peer", type=Path, help="compare with this train_text_to_image_lora.py of diffusers instead")
-    flag("--study", nargs="...", help="forecast launch/sweep.sh, with the flags after this one, instead")
+    flag("--study", nargs=argparse.REMAINDER, help="forecast launch/sweep.sh, with the flags after this one, instead")
     flag("--base", type=Path, help="pipeline folder (default: Stable Diffusion v1.5 with random weights)")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU if there is one")
     flag("--resolution", type=int, default=512, help="side of the square images in pixels")
@@ -324,7 +324,8 @@ def train_plain(script, args, clock):
     table = script.load_training_data(args).train
     rows = list(zip(table["image"], table["prompt"]))
     collate_fn = functools.partial(plain_batch, script, pipeline, args)
-    loader = torch.utils.data.DataLoader(rows, args.train_batch_size, shuffle=True, collate_fn=collate_fn)
+    options = {"shuffle": True, "drop_last": True, "collate_fn": collate_fn}
+    loader = torch.utils.data.DataLoader(rows, args.train_batch_size, **options)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     *trained, optimizer, loader = accelerator.prepare(*trained, optimizer, loader)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -346,10 +347,10 @@ def train_plain(script, args, clock):
 
 def sample_project(script, args, clock):
     """Measure sample.py. Half of the images are a warm-up, which also finds the batch size."""
-    sample, draw, sizes = script.sample, clock.timed("U-Net forward", script.draw), []
+    sample, generate, sizes = script.sample, clock.timed("U-Net forward", script.generate), []
 
-    def timed_draw(pipeline, embeddings, rows, *rest):
-        images = draw(pipeline, embeddings, rows, *rest)
+    def timed_generate(pipeline, embeddings, rows, *rest):
+        images = generate(pipeline, embeddings, rows, *rest)
         sizes.append(len(rows))  # not of a batch that ran out of memory
         return images
 
@@ -361,7 +362,7 @@ def sample_project(script, args, clock):
             sample(args, pipeline, rows, *rest)
             args.batch_size, args.compile = max(sizes), False  # the U-Net stays compiled
 
-    script.draw, script.sample = timed_draw, timed_sample
+    script.generate, script.sample = timed_generate, timed_sample
     script.main(args)
     return clock.figures(args.images_per_label // 2)
 
@@ -474,8 +475,8 @@ def measure_start(args, csv):
     return {"method": method, "import_seconds": imports, "first_step_seconds": first_steps, "ratio": ratio}
 
 
-def run_training(command, folder):
-    """Run a training. Return the seconds of the command, and per step after the second, by its TensorBoard log."""
+def run_training(command, folder, warmup_steps):
+    """Run a training. Return its wall time and, from its TensorBoard log, the seconds per step after the warm-up."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     began, flags = time.perf_counter(), ["--report_to=tensorboard", f"--output_dir={folder}"]
@@ -486,27 +487,28 @@ def run_training(command, folder):
     for log in map(str, Path(folder).rglob("events.out.*")):
         scalars = EventAccumulator(log).Reload()
         for tag in {"loss", "train_loss"} & {*scalars.Tags()["scalars"]}:  # ours and diffusers'
-            times = [event.wall_time for event in scalars.Scalars(tag)][1:]
+            times = [event.wall_time for event in scalars.Scalars(tag)][warmup_steps:]
             return {"command": whole, "step": (times[-1] - times[0]) / (len(times) - 1)}
+    sys.exit(f"{command[0]} logged no loss to TensorBoard")
 
 
 def compare_peer(args, csv):
     """Run diffusers' script and train_peft.py in turn on the same base, images and steps; return the ratios."""
     flags = {"pretrained_model_name_or_path": args.base, "resolution": args.resolution, "rank": 8, "seed": 0}
     flags |= {"train_batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
-    flags |= {"max_train_steps": args.warmup_steps + args.steps + 2, "learning_rate": 1e-4}
+    flags |= {"max_train_steps": args.warmup_steps + args.steps + 1, "learning_rate": 1e-4}
     flags |= {"gradient_accumulation_steps": 1, "lr_scheduler": "constant", "lr_warmup_steps": 0}
     of_peer = {"train_data_dir": csv.parent, "caption_column": "prompt", "checkpointing_steps": 10**9}
-    ours = {"data_csv": csv, "split": "all", "logging_steps": 1, "checkpointing_steps": 0, "num_validation_images": 0}
+    ours = {"method": "lora", "data_csv": csv, "split": "all"}
+    ours |= {"logging_steps": 1, "checkpointing_steps": 0, "num_validation_images": 0}
     commands = {"peer": [args.peer, flags | of_peer], "project": [ROOT / "train_peft.py", flags | ours]}
     rounds = {name: [] for name in commands}
     for _ in range(args.repeats):
         for name, (script, options) in commands.items():
             print(f"{name} ...", flush=True)
-            method = ["--method=lora"] * (name == "project")
-            command = [script, *method, *(f"--{key}={value}" for key, value in options.items())]
+            command = [script, *(f"--{key}={value}" for key, value in options.items())]
             with tempfile.TemporaryDirectory() as folder:
-                rounds[name].append(run_training(command, f"{folder}/run"))
+                rounds[name].append(run_training(command, f"{folder}/run", args.warmup_steps))
     result = {"rounds": rounds}
     for part in ("step", "command"):
         result[part] = statistics.median(peer[part] / project[part] for peer, project in zip(*rounds.values()))
@@ -521,8 +523,8 @@ def compare_peer(args, csv):
 
 
 def plan_study(flags):
-    """Return {file that the step writes last: (script, flags)} of launch/sweep.sh."""
-    with tempfile.TemporaryDirectory() as empty:
+    """Return the steps of launch/sweep.sh as {file that marks the step as finished: (script, flags)}."""
+    with tempfile.TemporaryDirectory() as empty:  # in an empty study, sweep.sh skips no step; it prints the commands
         variables = {"STUDY": empty, "LAUNCH": r"printf %s\n", "REPORT": "no"}
         command = ["bash", ROOT / "launch" / "sweep.sh", *flags]
         done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
@@ -534,9 +536,9 @@ def plan_study(flags):
 
 
 def count_units(script, args, samples, first, processes=1):
-    """Return {function: its number of steps or images} of a script; `first` if its caches are still empty."""
+    """Return how many steps or images each function of a script processes. `first`: its caches are empty."""
     if script.__name__ == "sample":
-        return {"draw": len(script.plan_samples(args, args.prompt_template or script.PROMPT_TEMPLATE)) / processes}
+        return {"generate": len(script.plan_samples(args, args.prompt_template or script.PROMPT_TEMPLATE)) / processes}
     if script.__name__.startswith("train"):
         data = script.load_training_data(args)
         size = args.train_batch_size * args.gradient_accumulation_steps * processes
@@ -548,10 +550,12 @@ def count_units(script, args, samples, first, processes=1):
     if script.__name__ == "eval_downstream":
         csv = args.test_csv or args.real_csv
         table = script.load_image_table(csv, args.image_root)
-        splits = script.assign_splits(table["patient"], args.split_seed)
-        test = int((table["frontal"] & (splits.eq("test") | bool(args.test_csv))).sum())
+        split = args.split or ("all" if args.test_csv else "test")
+        chosen = (split == "all") | (script.split_of(table, args.split_seed) == split)
+        test = int((table["frontal"] & chosen).sum())
         test = min(test, args.max_test_images or test)
-        train, val = args.num_train_images or round(0.86 * samples), round(0.14 * samples)
+        val = round(script.SPLIT_FRACTIONS["val"] * samples)
+        train = args.num_train_images or samples - val
         epochs = args.num_seeds * args.num_train_epochs / processes
         predicted = epochs * val + args.num_seeds * test / processes
         counts = {"load_images": train + val + test * first, "train_epoch": epochs * train, "predict": predicted}
@@ -569,7 +573,7 @@ def count_units(script, args, samples, first, processes=1):
 def measure_step(name, few, planned, samples, args):
     """Run a script with the flags `few`. Return the seconds of its functions, and a forecast for the flags `planned`.
 
-    `samples` is the number of samples under each of the two.
+    `samples` are the numbers of samples in the short run and in the study.
     """
     script, clock = load_script(name), Clock("cpu", 0, 1)
     few, planned = script.parse_args(few), script.parse_args(planned)
@@ -597,6 +601,7 @@ def seconds_of_scores(script, args, samples):
     images = len(np.unique(np.concatenate([*rows])))
     computed = [path for path in script.cache_folder(args).glob("*/*/*.npy") if "appearance" not in str(path)]
     dim, seconds = np.load(computed[0]).size, [0.0, 0.0]
+    # The time is linear in the number of subsamples: measure one and four of all images and of each label's.
     for size in (min(samples, images), *(min(len(own), samples * len(own) // images) for own in rows)):
         sets = np.random.default_rng(0).standard_normal((2, size, dim), np.float32)
         pair = [script.Sample(features, np.arange(size).astype(str)) for features in sets]
@@ -606,7 +611,8 @@ def seconds_of_scores(script, args, samples):
             began, settings = time.perf_counter(), argparse.Namespace(**vars(args) | changed)
             script.add_set_metrics(script.Results([], {}, "_model", None), *pair, str(size), size // 2, settings)
             seconds[i] += time.perf_counter() - began
-    return seconds[0] + (args.num_subsamples - 1) * (seconds[1] - seconds[0]) / 3
+    one, four = seconds
+    return one + (args.num_subsamples - 1) * (four - one) / 3
 
 
 def measure_study(steps, args):
@@ -633,7 +639,8 @@ def measure_study(steps, args):
             sys.exit(f"{key}: {found['note']}")
         found["rest"] = time.perf_counter() - began - found.pop("after") - sum(found["few"].values())
         if kind == "samples":
-            samples = round(found["few_units"]["draw"]), round(found["units, caches empty"]["draw"] * args.processes)
+            units = found["few_units"]["generate"], found["units, caches empty"]["generate"] * args.processes
+            samples = tuple(map(round, units))
     return costs
 
 
@@ -648,7 +655,8 @@ def forecast_study(steps, args):
     for name in steps:
         cost, kind = costs[cost_key(name)], name.split("/")[0]
         forecast[name] = cost["rest"] + sum(cost["filled" if kind in filled else "empty"].values())
-        filled |= set() if kind == "runs" and "vae" in name else {kind}  # rows that train the VAE cache no latents
+        if kind != "runs" or "vae" not in name:  # rows that train the VAE may cache no latents
+            filled.add(kind)
     # launch/sweep.sh runs one step after another, so a step took the time since the previous result.
     times = sorted(((study / name).stat().st_mtime, name) for name in steps if (study / name).is_file())
     taken = {name: end - start for (start, _), (end, name) in itertools.pairwise(times)}
@@ -657,7 +665,7 @@ def forecast_study(steps, args):
     print(f"{'hours':>9} {'measured':>9} {'peak GiB':>9}")
     for group, names in (groups | {"all that were measured": [*taken]} if taken else groups).items():
         hours = [sum(seconds.get(name, 0) for name in names) / 3600 for seconds in (forecast, taken)]
-        peak = max(costs[cost_key(name)]["peak_bytes"] for name in names) / 2**30
+        peak = max((costs[cost_key(name)]["peak_bytes"] for name in names), default=0) / 2**30
         print(f"{hours[0]:9.3f} {f'{hours[1]:.3f}' if hours[1] else '':>9} {peak:9.1f}  {group}")
     summary = {"arguments": vars(args), "forecast_seconds": forecast, "measured_seconds": taken, "costs": costs}
     (args.output_dir / "study.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
@@ -749,7 +757,9 @@ def main(args):
         args.base = args.output_dir / "base"
         if not (args.base / "model_index.json").is_file():
             print("making Stable Diffusion v1.5 with random weights ...", flush=True)
-            in_new_process(make_base, args.base)
+            failed = in_new_process(make_base, args.base)
+            if failed:
+                sys.exit(f"{args.base}: {failed['note']}")
     csv = make_images(args.output_dir / "images", min(500, args.batch_size * (args.warmup_steps + args.steps)))
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else processor_name()
     summary = {

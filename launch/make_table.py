@@ -13,8 +13,8 @@
 
 Writes table.csv to --output_dir. Images that the scripts can read stay where they are; DICOM, images of more than
 8 bits and Hugging Face datasets are written beside the table as 8-bit PNG. Rerun an interrupted command to continue.
-DICOM pixels go through the modality LUT and the VOI window, and MONOCHROME1 is inverted. Without a window, the 0.5th
-and 99.5th percentiles become black and white.
+DICOM pixels go through the modality LUT and the VOI window, and MONOCHROME1 is inverted. Without a window, 8 bits
+stay as they are, and of deeper pixels the 0.5th and 99.5th percentiles become black and white.
 
 Synonyms of CheXpert's 14 labels are renamed to them. Patient ids are copied, so DICOM files that are not de-identified
 put the hospital's own ids into the table.
@@ -191,7 +191,7 @@ def read_table(path, **options):
 
 
 def find_table(files, args, *patterns, needed=True):
-    """Read the file that matches the first possible pattern; of several, the one nearest to the root."""
+    """Read a file that matches the first pattern with any match: the one nearest to the root."""
     for pattern in patterns:
         found = [path for path in files if fnmatch(os.path.basename(path).lower(), pattern.lower())]
         if found:
@@ -226,7 +226,7 @@ def find_images(files, names, depth=1):
             repeated[first] = path
     if repeated:
         taken, other = next(iter(repeated.items()))
-        print(f"note: {len(repeated):,} images exist more than once; using {taken}, not {other}")
+        print(f"note: {len(repeated):,} images exist more than once; for example, using {taken}, not {other}")
     return names.map(key).map(found).fillna("")
 
 
@@ -380,7 +380,9 @@ def folder(files, args):
     if len(names) < 2:
         found = f"only the class folder {names[0]}" if len(names) else "no class folders"
         fail(f"{found} under {where}; pass the folder that holds the class folders, or the labels as --labels_csv")
-    return frame.assign(split=splits, left_out=reasons.mask(masks, "segmentation masks")).join(one_hot(classes))
+    return frame.assign(split=splits, left_out=reasons.mask(masks, "segmentation masks")).join(
+        one_hot(classes.mask(masks))
+    )
 
 
 def join_labels(frame, names, args):
@@ -399,11 +401,13 @@ def join_labels(frame, names, args):
         fail(f"{args.labels_csv}: no column names any of the {len(frame):,} images; expected {expected}")
     if listed.duplicated().any():
         name = listed[listed.duplicated()].iloc[0]
-        fail(f"{args.labels_csv}: column {column!r} names several rows by {name}; leave one")
+        fail(f"{args.labels_csv}: column {column!r} lists {name} more than once; keep one row")
     # Images of a patient or study may share a row.
     if ours[simplify(column)] is names and images.duplicated().any():
         name = images[images.duplicated()].iloc[0]
-        fail(f"{args.labels_csv}: {name} in column {column!r} names several images; write paths below --data_dir")
+        fail(
+            f"{args.labels_csv}: {name} in column {column!r} matches several images; use paths relative to --data_dir"
+        )
     labels = describe(raw.drop(columns=[key for key in keys if simplify(key) != "patientid"]), args)
     known = {*keys, *ALIASES, args.prompt_column}
     unused = [name for name in raw if label_name(name) not in labels and not {name, simplify(name)} & known]
@@ -552,7 +556,7 @@ def read_dicom(path, limits):
             raise ValueError("has a VOI LUT of 8 bits with more than 256 entries; pass --window")
         outputs = apply_voi_lut(np.arange(first, first + (entries or 2**16)), file)
         limits = float(outputs.min()), float(outputs.max())
-    elif not limits and pixels is stored and stored.dtype == np.uint8:
+    elif not limits and stored.dtype == np.uint8 and np.array_equal(pixels, stored):  # 8 bits, not rescaled
         limits = 0, 255
     grey = to_grey(shown, limits)
     return 255 - grey if file.PhotometricInterpretation == "MONOCHROME1" else grey
@@ -629,15 +633,17 @@ def convert_images(frame, args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def years(age):
-    """Return an age such as 57, 057Y or 003M in whole years, or "" if invalid; some of NIH's are above 120."""
-    found = re.fullmatch(r"(\d+)(?:\.\d+)?\s*([YMWD]?)", age.strip().upper())
-    whole = int(found[1]) // {"M": 12, "W": 52, "D": 365}.get(found[2], 1) if found else 121
-    return str(whole) if whole <= 120 else ""
+def age_in_years(text):
+    """Return an age such as 57, 057Y or 003M in whole years, or "" if invalid or above 120, as some of NIH's are."""
+    found = re.fullmatch(r"(\d+)(?:\.\d+)?\s*([YMWD]?)", text.strip().upper())
+    if not found:
+        return ""
+    age = int(found[1]) // {"M": 12, "W": 52, "D": 365}.get(found[2], 1)
+    return str(age) if age <= 120 else ""
 
 
 def drop_rows(frame, left_out, args):
-    """Drop and count rows with a reason in left_out. Fail at unreadable images unless they may be skipped."""
+    """Drop and count rows with a reason in left_out. Fail on unreadable images unless --on_bad_image skip."""
     reasons = frame["left_out"]
     unreadable = reasons[reasons.str.startswith("unreadable: ")].str.removeprefix("unreadable: ")
     if len(unreadable) and args.on_bad_image == "stop":
@@ -661,7 +667,7 @@ def standardize(frame, args):
     text["Frontal/Lateral"] = text["Frontal/Lateral"].str.title().where(text["Frontal/Lateral"] != "", from_view)
     text["AP/PA"] = text["AP/PA"].where(text["AP/PA"] != "", view.map(FRONTAL).fillna(""))
     text["Sex"] = text["Sex"].str.upper().str[:1].map({"M": "Male", "F": "Female"}).fillna("")
-    text["Age"] = text["Age"].map(years)
+    text["Age"] = text["Age"].map(age_in_years)
     if not {"train", "test"} <= set(text["split"]):
         text["split"] = ""
     elif "val" not in set(text["split"]):

@@ -78,6 +78,8 @@ UNITS |= dict.fromkeys(["auroc", "auroc_by_group", "class_consistency_auroc", "m
 UNITS |= dict.fromkeys(["heldout_diffusion", "heldout_diffusion_change"], (4, 1)) | {"seconds_per_epoch": (1, 1)}
 # Settings that should be the same in all rows: fields of the JSON files, but for samples columns of metadata.csv. The
 # report warns of any that differ, and does not compare rows that differ in one of evaluations or downstream.
+# Phrases in the warnings of eval_generation.py that the report repeats.
+SERIOUS = ("hardly vary", "10 times")
 SHARED = {
     "runs": "images steps global_batch_size identity.data_fingerprint identity.base_fingerprint resolution "
     "resize_mode uncertain prompt_template mixed_precision device arguments.seed arguments.caption_dropout "
@@ -214,8 +216,10 @@ def read_trainings(folder, row):
         parts = {part for part, results in training.items() if results.exists}
         needed = needed or parts
         if parts and parts >= needed:
-            seed = training["runs"].dig("arguments.seed", name.removeprefix(row).removeprefix("_seed"))
-            trainings.setdefault(str(seed), training)
+            seed = str(training["runs"].dig("arguments.seed", name.removeprefix(row).removeprefix("_seed")))
+            if seed in trainings:
+                fail(f"{folder / 'runs' / name} has seed {seed}, as another training of {row} has; remove one")
+            trainings[seed] = training
     return trainings
 
 
@@ -250,7 +254,7 @@ def merge_trainings(files):
 
 
 class Study(namedtuple("Study", ["strategies", "missing", "num_trainings", "unused", *FILES])):
-    """The results of a study: by part, ResultFile of each strategy that ran, of "base" and of "real"."""
+    """A study's results: for each part, {row: ResultFile}, with rows "base" and "real" besides the strategies."""
 
     def existing(self, part):
         return {row: found for row, found in getattr(self, part).items() if found.exists}
@@ -269,7 +273,7 @@ class Study(namedtuple("Study", ["strategies", "missing", "num_trainings", "unus
 
 
 def read_study(folder, rows):
-    """Read the trainings of the rows that ran with the seeds that all of them have, or else the first of each row."""
+    """Read each row's trainings with the seeds that every row has or, if there are none, each row's first training."""
     rows = [row for row in STRATEGIES if row in rows]
     found = {row: read_trainings(folder, row) for row in [*rows, "base", "real"]}
     ran = [row for row in rows if found[row]]
@@ -311,12 +315,12 @@ def compare_draws(value, other, draws, other_draws, paired=True):
     """Return (difference, low, high, p, n) of two values whose draws, (n,), are on the same images, patients or seeds.
 
     The standard error is the standard deviation of the differences draw by draw; the 95% interval and the two-sided p
-    are Student's t with n - 1 degrees of freedom. Draws without any spread say nothing: p is 1. Several trainings and
-    the draws of a single one (the base model's) are not `paired` but independent, with Welch's degrees of freedom.
+    are Student's t with n - 1 degrees of freedom. Draws without any spread say nothing: p is 1. If not `paired`
+    (several trainings against the base model, which has one), draws are independent, with Welch's degrees of freedom.
     """
     if paired and draws.shape == other_draws.shape:
-        paired = (draws - other_draws)[np.isfinite(draws - other_draws)]
-        error, n = paired.std(ddof=1), len(paired)
+        differences = (draws - other_draws)[np.isfinite(draws - other_draws)]
+        error, n = differences.std(ddof=1), len(differences)
         degrees = n - 1
     else:
         variances, n = np.array([np.nanvar(values, ddof=1) for values in (draws, other_draws)]), len(draws)
@@ -410,7 +414,7 @@ def format_setting(value):
 
 
 def describe_pair(pair, metric):
-    """Return "lower by 21.6" or "not shown to differ" with the interval (of the decrease, if it is "lower by")."""
+    """Return a Cell: "lower by 21.6" or "not shown to differ", with the interval (of the decrease, if "lower by")."""
     (digits, scale), lower = UNITS.get(metric, (2, 1)), bool(pair.better) and pair.value < 0
     values = (-pair.value, -pair.high, -pair.low) if lower else (pair.value, pair.low, pair.high)
     size, low, high = (format_number(scale * value, digits) for value in values)
@@ -474,7 +478,7 @@ def check_strategy(study, row, deciding):
         "visible tint": find_excess(study, row, "colour_visible"),
         "prompts answered below chance": ", ".join(below) if aurocs else None,
         same_answer: ", ".join(constant) if accuracies else None,
-        "another strategy is better for some labels, see the table Label by label": ", ".join(dict.fromkeys(beaten)),
+        "another row is better for some labels, see the table Label by label": ", ".join(dict.fromkeys(beaten)),
     }
 
 
@@ -492,7 +496,7 @@ def write_objections(study, leaders, deciding):
         if texts:
             objections.append(f"{name} ({'; '.join(texts.values())})")
         if any(check[name] is None for check in checks):
-            unknown.append(name.split(",")[0])
+            unknown.append(name.split(",")[0])  # without the explanation
     if unknown:
         objections.append(f"not checked ({', '.join(unknown)})")
     return objections or ["none"]
@@ -525,12 +529,13 @@ def find_differences(study, part):
 def find_warnings(study, deciding):
     """Return a sentence for each thing that makes rows incomparable or values meaningless."""
     titles = {"runs": "The trainings differ in", "samples": "The samples differ in"}
-    titles |= {part: f"Not compared where the {part} results differ:" for part in ("evaluations", "downstream")}
+    for part in ("evaluations", "downstream"):
+        titles[part] = f"Rows are not compared where they differ in these settings of {part}:"
     differences = {title: find_differences(study, part) for part, title in titles.items()}
     found = [f"{title} {'; '.join(settings)}." for title, settings in differences.items() if settings]
     if study.unused:
         unused = join_words(study.unused)
-        found.append(f"Not used, because not all strategies have a complete training with this: seed {unused}.")
+        found.append(f"Ignored, since not every strategy has a complete training with that seed: seed {unused}.")
     files = [file for part in titles for _, file in study.files(part)]
     seeds = {file.dig(path) for file in files for path in ("arguments.split_seed", "settings.split_seed")} - {None}
     if len(seeds) > 1:
@@ -543,7 +548,7 @@ def find_warnings(study, deciding):
     if real and real["low"] is not None and real["low"] <= 0.5:
         found.append("The classifier is at chance on real images: prompt AUROC and class consistency are meaningless.")
     texts = dict.fromkeys(text for _, file in evaluations for text in file.dig("warnings") or [])
-    found += [f"Warning: {text}." for text in texts if "hardly vary" in text or "10 times" in text]
+    found += [f"Warning: {text}." for text in texts if any(phrase in text for phrase in SERIOUS)]
     missing = [c.measure.name for c in deciding if not c.compared()]
     if missing:
         found.append(f"Not compared between strategies: {join_words(missing)}.")
@@ -580,7 +585,7 @@ def plot_forest(study, comparison):
     figure = Figure(figsize=(4.2, 1.3 + 0.28 * len(pairs)), layout="constrained")
     axis, rows = figure.subplots(), range(len(pairs))
     low, middle, high = scale * np.array([(pair.low, pair.value, pair.high) for pair in pairs]).T
-    # FID's floor is that of two halves of the real images. It stands with fid_half_n, because FID depends on n.
+    # FID's floor is that of two halves of the real images. It is stored with fid_half_n, because FID depends on n.
     floor = (files[pairs[0].first].get("fid_half_n" if measure.metric == "fid" else measure.metric) or {}).get("floor")
     ends = [0.0, *low, *high] + ([] if floor is None else [scale * floor - base])
     margin = 0.06 * (max(ends) - min(ends) or 1.0)
@@ -588,7 +593,8 @@ def plot_forest(study, comparison):
     if floor is not None:
         # Shade what is as good as real images, or no better than a trivial predictor.
         above, x = "real" in measure.floor and measure.arrow == "↑", scale * floor - base
-        axis.axvspan(x, right if above else left, color="#dcdcdc", linewidth=0)
+        color = "#d8ecd8" if "real" in measure.floor else "#dcdcdc"
+        axis.axvspan(x, right if above else left, color=color, linewidth=0)
         side = "right" if above or x > (left + right) / 2 else "left"
         axis.text(x, len(pairs) - 0.55, f" {measure.floor} ", fontsize=7, color="0.3", ha=side)
     axis.hlines(rows, low, high, color="#1f4e79", linewidth=2)
@@ -786,10 +792,10 @@ def label_table(study, comparisons):
 
 SAMPLES_LEAD = "The first of each prompt. The study's folder has more in samples/ROW/.contact_sheets."
 FOREST_LEAD = (
-    "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Grey: as good as "
-    "real images, or no better than chance or a constant answer. Orange: the paper's value (arrow: beyond the axis). "
-    "Prompt AUROC: how well a classifier of real images tells the samples of a prompt from the others. Downstream: "
-    "classifiers trained on the samples, tested on real images."
+    "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Green: as good "
+    "as real images. Grey: no better than chance or a constant answer. Orange: the paper's value (arrow: beyond the "
+    "axis). Prompt AUROC: how well a classifier of real images tells the samples of a prompt from the others. "
+    "Downstream: classifiers trained on the samples, tested on real images."
 )
 TABLES_LEAD = (
     "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above "

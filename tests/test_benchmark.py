@@ -85,7 +85,7 @@ def test_figures_of_a_tiny_run(tmp_path, monkeypatch):
     # All in this process, to import the libraries once; what the benchmark replaces in the scripts is restored.
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for script in (train_full, train_peft, sample):
-        for name in {"train", "iterate_batches", "draw", "sample"} & set(vars(script)):
+        for name in {"train", "iterate_batches", "generate", "sample"} & set(vars(script)):
             monkeypatch.setattr(script, name, getattr(script, name))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert benchmark.in_new_process(os.getpid) != os.getpid()
@@ -118,7 +118,7 @@ def test_time_to_the_first_step(tmp_path):
 
 
 # Functions that a forecast wraps.
-MEASURED = {"draw", "train", "check_and_encode", "draw_validation", "heldout_losses", "load_images", "train_epoch"}
+MEASURED = {"generate", "train", "check_and_encode", "draw_validation", "heldout_losses", "load_images", "train_epoch"}
 MEASURED |= {"predict", "score", "compute_features", "__call__", "add_set_metrics"}
 
 

@@ -544,7 +544,7 @@ def test_pools_have_as_many_images_of_each_combination_of_labels(run, tmp_path, 
     assert f"real: {normal} of {edema + normal} images have labels" in found["warnings"][1]
     assert any("synthetic: 20 of 23 images have labels" in note for note in found["warnings"])
     frame.assign(**dict.fromkeys(LABELS, 1)).to_csv(tmp_path / "made.csv", index=False)
-    run("refused", *flags[:2], "--labels", "No Finding", "Edema", error="draw the real combinations with sample.py")
+    run("refused", *flags[:2], "--labels", "No Finding", "Edema", error="sample the real combinations with sample.py")
 
 
 def test_pools_match_below_the_cap_per_label():
@@ -655,7 +655,7 @@ def test_everyday_mistakes_end_in_a_sentence(run, tmp_path, classifier, xrv_file
         ("expected prompt, text or any of Oedema; see --labels", "--labels", "Oedema"),
         ("--max_per_label must be at least 1", "--max_per_label=0"),
         ("no images, or not finished by sample.py", f"--synthetic={tmp_path / 'part'}"),
-        ("--real_csv none.csv: neither", "--real_csv=none.csv"),
+        ("--real_csv none.csv: no such file", "--real_csv=none.csv"),
         ("--features none: neither a classifier nor", "--features=none"),
         ("none of its images exist", f"--real_csv={tmp_path / 'gone.csv'}", "--real_split=all"),
         ("synthetic images: none has any of Fracture", "--labels", "Fracture"),

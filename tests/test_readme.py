@@ -86,7 +86,7 @@ def test_every_script_is_run(folder):
 
 
 def test_the_python_runs(folder, monkeypatch):
-    """On what the commands have left; each paragraph loads a pipeline or a data set that can be used."""
+    """On what the commands have left; each paragraph loads a pipeline that can be used."""
     monkeypatch.chdir(folder)
     if not (folder / "runs/difffit").exists():
         module = load("train_peft.py")
@@ -103,7 +103,7 @@ def test_the_python_runs(folder, monkeypatch):
                 pipelines += 1
                 (image,) = names["pipe"]("Edema", height=64, width=64, num_inference_steps=1).images
                 assert image.size == (64, 64)
-    assert pipelines == 4 and names["images"][0]["image"].size == (64, 64)
+    assert pipelines == 4
 
 
 def test_files_and_flags_that_the_text_mentions_exist():

@@ -225,7 +225,7 @@ def test_results_of_other_draws_or_features_are_not_compared(study, field, draws
     text, _ = make(study)
     lora, dora = (read_table(text, "Pair by pair")[f"U-Net against {name}"] for name in ("LoRA", "DoRA"))
     assert lora["FID ↓"] == "" and lora["downstream AUROC ↑"] and dora["FID ↓"]
-    assert f"Not compared where the evaluations results differ: {field}" in text
+    assert f"Rows are not compared where they differ in these settings of evaluations: {field}" in text
 
 
 def test_rows_are_compared_if_their_training_images_are_the_same_or_unknown(study):
@@ -370,7 +370,7 @@ def test_what_a_single_training_did_or_had_is_said(tmp_path, no_plots):
             study / f"evaluations/{name}/generation_metrics.json", lambda info, rows, pool=pool: info.update(pool=pool)
         )
     text = make(study)[0]
-    assert "results differ: pool unique (LoRA) and paper (LoRA)." in text
+    assert "settings of evaluations: pool unique (LoRA) and paper (LoRA)." in text
     assert read_table(text, "Pair by pair")["U-Net against LoRA"]["FID ↓"] == ""
 
 

@@ -31,7 +31,7 @@ IMAGES = "[!.]*/[!.]*.png"
 MISTAKES = {
     "--prompts replaces --labels": ["--prompts", "A film", "--labels", "Edema"],
     "--like_csv absent.csv: no such file": ["--like_csv", "absent.csv"],
-    "or --like_csv and --num_images": ["--images_per_label", "5", "--like_csv", "absent.csv"],
+    "--images_per_label does not apply to --like_csv": ["--images_per_label", "5", "--like_csv", "absent.csv"],
     "--num_images needs --like_csv": ["--num_images", "5"],
     "exactly one {}": ["--prompt_template", "A film"],
     "--images_per_label must be at least 1": ["--images_per_label", "0"],
@@ -380,7 +380,7 @@ def test_a_run_is_sampled_with_what_it_trained(row, tmp_path, capsys):
 def test_lora_scale_is_that_of_diffusers(method, tmp_path):
     train(method, tmp_path / "run", "--learning_rate=1e-2", "--checkpointing_steps=2")
     pipeline = pipeline_of(BASE)
-    pipeline.load_lora_weights(tmp_path / "run")
+    pipeline.load_lora_weights(tmp_path / "run", weight_name="pytorch_lora_weights.safetensors")
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
         table = run(tmp_path / folder.name / "s", *LABELS, 1, "--lora_scale=0.5", model=folder)
         images = own_calls(pipeline, table, cross_attention_kwargs={"scale": 0.5})
