@@ -123,9 +123,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("prompts").add_argument
     flag(
-        "--labels",
-        nargs="+",
-        help="labels, one prompt each (default: the paper's six or the run's own), or columns of --like_csv",
+        "--labels", nargs="+", help="labels, one prompt each (default: the run's or the paper's six), or of --like_csv"
     )
     flag("--prompts", nargs="+", help="complete prompts, instead of --labels")
     flag("--images_per_label", type=int, help="images per label or prompt (default: 5000)")

@@ -669,7 +669,7 @@ def test_everyday_mistakes_end_in_a_sentence(run, tmp_path, classifier, xrv_file
         ("cannot load a VAE", f"--vae={classifier}"),
         ("neither a classifier nor a vision model", f"--features={tmp_path}"),
         ("it has no layernorm.weight", f"--features={tmp_path / 'part'}"),
-        ("two have the same last part", "--features", classifier, f"elsewhere/{classifier.name}"),
+        ("two end in the same name", "--features", classifier, f"elsewhere/{classifier.name}"),
     ):
         run("refused", *flags, error=error)
 

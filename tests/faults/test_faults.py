@@ -94,6 +94,7 @@ def test_a_signal_ends_training_after_a_checkpoint_and_nothing_is_lost(number, r
     assert same(trained_weights(row, tmp_path / "cut"), trained_weights(row, tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_die_together_and_continue_as_one(tmp_path):
     """SIGUSR1 to one of two processes, then SIGKILL to one; then one process with the same global batch."""
     run, flags = tmp_path / "cut", ["--checkpointing_steps=4", "--resume_from_checkpoint=latest"]
