@@ -37,7 +37,7 @@ from csv import Error as CSVError
 from csv import Sniffer
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -662,9 +662,11 @@ def hash_files(accelerator, paths):
 class Sample(NamedTuple):
     features: np.ndarray  # (n, d)
     patients: np.ndarray  # (n,)
+    key: bytes  # identifies the features in the cache of scores
 
     def take(self, rows):
-        return Sample(self.features[rows], self.patients[rows])
+        key = hashlib.sha256(self.key + rows.tobytes()).digest()
+        return Sample(self.features[rows], self.patients[rows], key)
 
     def subset(self, size, *key):
         """Return `size` images of randomly chosen patients, or all if there are no more."""
@@ -697,8 +699,12 @@ class Source:
     def patients(self):
         return self.table["patient"].to_numpy()
 
+    @cached_property
+    def key(self):
+        return hashlib.sha256(np.ascontiguousarray(self.features)).digest()
+
     def sample(self, label):
-        return Sample(self.features, self.patients).take(self.pool[label])
+        return Sample(self.features, self.patients, self.key).take(self.pool[label])
 
     def choose_combinations(self, rows, counts, seed):
         """Return at most `counts[code]` of the rows with each combination of labels."""
@@ -1358,16 +1364,14 @@ def code_fingerprint():
     return f"{SCRIPT_SHA256} {[version(name) for name in packages]}"
 
 
-def remember(identity, inputs, compute, args):
-    """Return compute(), an array, cached under `identity`, `inputs` (buffers) and this script's code.
+def remember(identity, compute, args):
+    """Return compute(), an array, cached under `identity`, a list of JSON values, and this script's code.
 
     In a sweep, all runs score the same images of the base model and of the VAE, and the same real images.
     """
-    digest = hashlib.sha256(json.dumps([code_fingerprint(), *identity]).encode())
-    for values in inputs:
-        digest.update(values)
+    digest = hashlib.sha256(json.dumps([code_fingerprint(), *identity]).encode()).hexdigest()
     folder = cache_folder(args) / "scores"
-    path = folder / f"{digest.hexdigest()[:32]}.npy"
+    path = folder / f"{digest[:32]}.npy"
     if path.exists():
         return np.load(path)
     values = compute()
@@ -1380,18 +1384,16 @@ def evaluate(function, pairs, args):
     """Return the metrics of each pair of samples, (pairs, metrics)."""
 
     def compute():
-        return np.array([np.atleast_1d(function(*pair)) for pair in pairs])
+        return np.array([np.atleast_1d(function(one.features, two.features)) for one, two in pairs])
 
-    pairs = [[np.ascontiguousarray(sample.features) for sample in pair] for pair in pairs]
     called = getattr(function, "func", function)  # `function` may be a partial
-    shapes = [features.shape for pair in pairs for features in pair]
-    identity = [called.__name__, getattr(function, "keywords", None), shapes]
-    return remember(identity, itertools.chain(*pairs), compute, args)
+    keys = [sample.key.hex() for pair in pairs for sample in pair]
+    return remember([called.__name__, getattr(function, "keywords", None), keys], compute, args)
 
 
-def evaluate_disjoint(function, samples, size, args, *key):
-    """Return the metrics of `size` random images of each sample, and of `size` others, (2, metrics)."""
-    return evaluate(function, zip(*(sample.disjoint_subsets(size, args.seed, *key) for sample in samples)), args)
+def disjoint_pairs(samples, size, *key):
+    """Return two pairs of samples: `size` random images of both, and `size` others of both."""
+    return list(zip(*(sample.disjoint_subsets(size, *key) for sample in samples)))
 
 
 def evaluate_metric(metric, samples, size, half, draws_of, args):
@@ -1406,9 +1408,10 @@ def evaluate_metric(metric, samples, size, half, draws_of, args):
     if metric.mean_of_disjoint:
         # Leaving an image out changes the neighbours of others, so the spread of subsets would overstate the error.
         # Two subsets without common images are independent: their mean varies like half their difference.
-        values = evaluate_disjoint(function, samples, size, args, "half").mean(axis=0)
-        pairs = [evaluate_disjoint(function, samples, draw_size, args, "fid", k) for k in range(num_draws)]
-        draws, variance_scale = np.array([(one - two) / 2 for one, two in pairs]), draw_size / size
+        values = evaluate(function, disjoint_pairs(samples, size, args.seed, "half"), args).mean(axis=0)
+        pairs = [pair for k in range(num_draws) for pair in disjoint_pairs(samples, draw_size, args.seed, "fid", k)]
+        both = evaluate(function, pairs, args)
+        draws, variance_scale = (both[::2] - both[1::2]) / 2, draw_size / size
     else:
         if (function, draw_size) not in draws_of:
             subsets = [[s.subset(draw_size, args.seed, "fid", k) for s in samples] for k in range(num_draws)]
@@ -1584,7 +1587,7 @@ def add_ms_ssim(results, source, plan, device, args):
         options = {"reduction": "none", "data_range": 1.0}
         return multiscale_structural_similarity_index_measure(*gray.split(count), **options).cpu().numpy()
 
-    values = remember(["ms_ssim", plan.resize_mode, PAIR_SIDE, hashes], (), compute, args)
+    values = remember(["ms_ssim", plan.resize_mode, PAIR_SIDE, hashes], compute, args)
     value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values / count
     results.add("ms_ssim", value, draws=draws, n=count, note="pairs with the same labels; lower is more varied")
 

@@ -604,7 +604,7 @@ def seconds_of_scores(script, args, samples):
     # The time is linear in the number of subsamples: measure one and four of all images and of each label's.
     for size in (min(samples, images), *(min(len(own), samples * len(own) // images) for own in rows)):
         sets = np.random.default_rng(0).standard_normal((2, size, dim), np.float32)
-        pair = [script.Sample(features, np.arange(size).astype(str)) for features in sets]
+        pair = [script.Sample(features, np.arange(size).astype(str), b"") for features in sets]
         for i, subsamples in enumerate((1, 4)):
             # devnull is no folder, so no score is cached.
             changed = {"num_subsamples": subsamples, "feature_cache_dir": os.devnull}

@@ -73,7 +73,7 @@ def compare_strategies(generator, n, dim, fids, names):
     sets = [0.5 + scales * generator.standard_normal((n, dim)) for _ in range(3)]
     for images, fid in zip(sets[1:], fids):
         images[:, 0] += fid**0.5
-        samples = [evaluation.Sample(features, np.arange(n).astype(str)) for features in (sets[0], images)]
+        samples = [evaluation.Sample(features, np.arange(n).astype(str), b"") for features in (sets[0], images)]
         results.append(evaluate(samples, *names))
     differences = {}
     for key in results[0].draws:

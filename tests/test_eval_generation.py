@@ -252,7 +252,7 @@ def test_intervals_of_set_metrics_have_the_width_of_repeated_experiments(monkeyp
     for seed in range(25):
         real, other = correlated(120, 4, 2 * seed), correlated(120, 4, 2 * seed + 1, 0.4)
         results = evaluation.Results([], {}, "", None)
-        samples = evaluation.Sample(real, patients), evaluation.Sample(other, np.arange(120).astype(str))
+        samples = evaluation.Sample(real, patients, b""), evaluation.Sample(other, np.arange(120).astype(str), b"")
         evaluation.add_set_metrics(results, *samples, "all", 30, args)
         for row in results.rows:
             found.setdefault(row["metric"], []).append((row["value"], (row["high"] - row["low"]) / 2, row["floor"]))
