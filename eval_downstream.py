@@ -516,6 +516,23 @@ def draw_rows(args, tables, synthetic_csv, left_out):
     return result
 
 
+def common_geometry(args, spec, synthetic_csv, tables):
+    """Return pixels per side and resize mode; fail if they differ, unless --mixed_geometry."""
+    recorded = {"resize_mode": [], "resolution": []}
+    if synthetic_csv:
+        recorded = read_geometry(tables[synthetic_csv], synthetic_csv)
+    if spec:
+        recorded = {"resize_mode": [spec["resize_mode"]], "resolution": [spec["source_resolution"]]}
+    modes = list(dict.fromkeys(filter(None, [args.resize_mode, *recorded["resize_mode"]])))
+    if len(modes) > 1 and not args.mixed_geometry:
+        fail(f"images made with --resize_mode {' and '.join(modes)}; pass --mixed_geometry to compare them")
+    sides = {*recorded["resolution"], args.source_resolution} - {None}
+    if len(sides) > 1 and not args.mixed_geometry:
+        sizes = ", ".join(map(str, sorted(sides)[:5]))
+        fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow it with --mixed_geometry")
+    return args.source_resolution or max(recorded["resolution"], default=512), modes[0] if modes else "squash"
+
+
 def load_tables(args, spec, accelerator):
     """Load the tables, split real images by patient and draw training rows; `spec` is --classifier's JSON, or {}."""
     synthetic_csv, test_csv = args.synthetic and table_path(args.synthetic), args.test_csv or args.real_csv
@@ -537,20 +554,7 @@ def load_tables(args, spec, accelerator):
         fail(f"labels that {' and '.join(tables)} have in common: {', '.join(columns) or 'none'}; pass --labels")
     if set(spec.get("labels", labels)) - set(labels):
         notes.append(f"{test_csv} has no {', '.join(set(spec['labels']) - set(labels))}: not scored")
-
-    recorded = {"resize_mode": [], "resolution": []}
-    if synthetic_csv:
-        recorded = read_geometry(tables[synthetic_csv], synthetic_csv)
-    if spec:
-        recorded = {"resize_mode": [spec["resize_mode"]], "resolution": [spec["source_resolution"]]}
-    modes = list(dict.fromkeys(filter(None, [args.resize_mode, *recorded["resize_mode"]])))
-    if len(modes) > 1 and not args.mixed_geometry:
-        fail(f"images made with --resize_mode {' and '.join(modes)}; pass --mixed_geometry to compare them")
-    sides = {*recorded["resolution"], args.source_resolution} - {None}
-    if len(sides) > 1 and not args.mixed_geometry:
-        sizes = ", ".join(map(str, sorted(sides)[:5]))
-        fail(f"images of different sizes ({sizes} px), which a classifier may learn; allow it with --mixed_geometry")
-    geometry = args.source_resolution or max(recorded["resolution"], default=512), modes[0] if modes else "squash"
+    geometry = common_geometry(args, spec, synthetic_csv, tables)
 
     test, split = tables[test_csv], args.split or ("all" if args.test_csv else "test")
     test = test if split == "all" else test[split_of(test, args.split_seed) == split]
@@ -1186,47 +1190,9 @@ def open_output(output_dir, settings):
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def main(args):
-    output_dir = Path(args.output_dir)
-    classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
-    # The other processes wait, possibly for hours, while the main process decodes images.
-    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
-    # Without `cpu`, processes that torchrun starts on a machine without a GPU would each train for themselves.
-    cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    if args.mixed_precision is None:
-        gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "no").lower() in ("no", "false", "0")
-        args.mixed_precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
-    accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[timeout])
-    # Make runs repeatable, and keep TF32 out of float32 scores.
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cudnn.allow_tf32 = False
-
-    tables = load_tables(args, spec, accelerator)
-    labels = tables.labels
-    if not spec:
-        # If the weights cannot be loaded, fail before hours of decoding.
-        load_initial_weights(accelerator, build_classifier(args.arch, len(labels)), args)
-    images = load_images(accelerator, tables, spec.get("resolution", args.resolution), args)
-    train, _, test = images
-    settings = run_settings(args, tables, spec, images, accelerator.num_processes)
-    reference = load_reference(args, settings) if args.reference else None
-    if accelerator.is_main_process:
-        open_output(output_dir, settings)
-    accelerator.wait_for_everyone()
-
-    if spec:
-        classifier.to(accelerator.device)
-        logits = predict(accelerator, classifier, test.pixels, spec["normalisation"])
-        results = [(logits[:, [spec["labels"].index(label) for label in labels]], [])]
-    else:
-        try:
-            results = [train_seed(args, accelerator, args.seed + k, images) for k in range(args.num_seeds)]
-        except torch.OutOfMemoryError as error:
-            fail(f"{error}; lower --train_batch_size or --resolution")
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-
+def save_results(args, tables, spec, images, results, settings, reference):
+    """Score `results`, (logits, validation losses) of each classifier, and write all files, the metrics last."""
+    output_dir, labels, (train, _, test) = Path(args.output_dir), tables.labels, images
     names, patients = (tables.test[key].to_numpy(object) for key in ("name", "patient"))
     probabilities = [torch.from_numpy(logits).double().sigmoid().numpy() for logits, _ in results]
     figures = score(test.targets, patients, probabilities, args.bootstrap_samples)
@@ -1267,6 +1233,45 @@ def main(args):
         summary["seeds"].append({"seed": seed, "validation_losses": losses, "metrics": metrics})
     with replacing(output_dir / "downstream_metrics.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def main(args):
+    classifier, spec = load_classifier(args.classifier) if args.classifier else (None, {})
+    # The other processes wait, possibly for hours, while the main process decodes images.
+    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
+    # Without `cpu`, processes that torchrun starts on a machine without a GPU would each train for themselves.
+    cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    if args.mixed_precision is None:
+        gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "no").lower() in ("no", "false", "0")
+        args.mixed_precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
+    accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[timeout])
+    # Make runs repeatable, and keep TF32 out of float32 scores.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = False
+
+    tables = load_tables(args, spec, accelerator)
+    if not spec:
+        # If the weights cannot be loaded, fail before hours of decoding.
+        load_initial_weights(accelerator, build_classifier(args.arch, len(tables.labels)), args)
+    images = load_images(accelerator, tables, spec.get("resolution", args.resolution), args)
+    settings = run_settings(args, tables, spec, images, accelerator.num_processes)
+    reference = load_reference(args, settings) if args.reference else None
+    if accelerator.is_main_process:
+        open_output(Path(args.output_dir), settings)
+    accelerator.wait_for_everyone()
+
+    if spec:
+        classifier.to(accelerator.device)
+        logits = predict(accelerator, classifier, images[-1].pixels, spec["normalisation"])
+        results = [(logits[:, [spec["labels"].index(label) for label in tables.labels]], [])]
+    else:
+        try:
+            results = [train_seed(args, accelerator, args.seed + k, images) for k in range(args.num_seeds)]
+        except torch.OutOfMemoryError as error:
+            fail(f"{error}; lower --train_batch_size or --resolution")
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        save_results(args, tables, spec, images, results, settings, reference)
 
 
 if __name__ == "__main__":

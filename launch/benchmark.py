@@ -89,7 +89,7 @@ LOOPS = ("plain", "project")
 FEW = {
     "samples": "",
     "runs": "--max_train_samples=48 --max_validation_samples=8 --checkpointing_steps=0 --validation_steps=0",
-    "downstream": "--num_train_images=16 --train_batch_size=16 --num_train_epochs=4 --num_seeds=1 "
+    "downstream": "--num_train_images=32 --train_batch_size=16 --num_train_epochs=4 --num_seeds=1 "
     "--max_test_images=48 --bootstrap_samples=20 --patience=0",
     "evaluations": "--max_per_label=16 --max_train_samples=48 --num_subsamples=2",
 }
@@ -535,6 +535,17 @@ def plan_study(flags):
     return {name: (script.removesuffix(".py"), argv) for name, script, *argv in blocks}
 
 
+def count_test_images(script, args):
+    """Return how many images eval_downstream.py tests on."""
+    table = script.load_image_table(
+        args.test_csv or args.real_csv, args.image_root, labels=script.known_labels(args.labels)
+    )
+    split = args.split or ("all" if args.test_csv else "test")
+    chosen = (split == "all") | (script.split_of(table, args.split_seed) == split)
+    count = int((table["frontal"] & chosen).sum())
+    return min(count, args.max_test_images or count)
+
+
 def count_units(script, args, samples, first, processes=1):
     """Return how many steps or images each function of a script processes. `first`: its caches are empty."""
     if script.__name__ == "sample":
@@ -548,19 +559,14 @@ def count_units(script, args, samples, first, processes=1):
         counts = {"train": steps, "check_and_encode": images / processes, "draw_validation": validations}
         return counts | {"heldout_losses": validations * len(data.heldout) / processes}
     if script.__name__ == "eval_downstream":
-        csv = args.test_csv or args.real_csv
-        table = script.load_image_table(csv, args.image_root)
-        split = args.split or ("all" if args.test_csv else "test")
-        chosen = (split == "all") | (script.split_of(table, args.split_seed) == split)
-        test = int((table["frontal"] & chosen).sum())
-        test = min(test, args.max_test_images or test)
+        test = count_test_images(script, args)
         val = round(script.SPLIT_FRACTIONS["val"] * samples)
         train = args.num_train_images or samples - val
         epochs = args.num_seeds * args.num_train_epochs / processes
         predicted = epochs * val + args.num_seeds * test / processes
         counts = {"load_images": train + val + test * first, "train_epoch": epochs * train, "predict": predicted}
-        return counts | {"score": args.num_seeds * args.bootstrap_samples * test}
-    real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
+        return counts | {"score": args.num_seeds * (args.bootstrap_samples + 1)}
+    real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed, args)
     rows = script.label_rows(real, args.labels, args).values()
     images = first * len(np.unique(np.concatenate([*rows])))
     through_vae = min(script.MAX_VAE_IMAGES, images)
@@ -583,12 +589,14 @@ def measure_step(name, few, planned, samples, args):
         clock.patch(path, getattr(script, owner) if owner else script, function)
     script.main(few)
     ended, seconds = time.perf_counter(), {path: clock.parts()[path] for path in units}
-    scores = seconds_of_scores(script, planned, samples[1]) if name == "eval_generation" else 0
+    scored = {"eval_generation": ("add_set_metrics", seconds_of_scores), "eval_downstream": ("score", seconds_of_draw)}
+    part, measured = scored.get(name, (None, None))
+    scores = measured(script, planned, samples[1]) if part else 0
     for caches, first in (("empty", True), ("filled", False)):
         counts = count_units(script, planned, samples[1], first, args.processes)
         found[caches] = {path: seconds[path] * counts[path] / max(units[path], 1) for path in units}
-        if scores:
-            found[caches]["add_set_metrics"] = counts["add_set_metrics"] * scores
+        if part:
+            found[caches][part] = counts[part] * scores
         found[f"units, caches {caches}"] = counts
     found |= {"few": seconds, "few_units": units, "peak_bytes": peak_bytes(args.device == "cuda")}
     return found | {"after": time.perf_counter() - ended}  # not part of the step
@@ -596,7 +604,7 @@ def measure_step(name, few, planned, samples, args):
 
 def seconds_of_scores(script, args, samples):
     """Return the seconds of all set metrics of one model, on random features."""
-    real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed)
+    real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed, args)
     rows = script.label_rows(real, args.labels, args).values()
     images = len(np.unique(np.concatenate([*rows])))
     computed = [path for path in script.cache_folder(args).glob("*/*/*.npy") if "appearance" not in str(path)]
@@ -613,6 +621,15 @@ def seconds_of_scores(script, args, samples):
             seconds[i] += time.perf_counter() - began
     one, four = seconds
     return one + (args.num_subsamples - 1) * (four - one) / 3
+
+
+def seconds_of_draw(script, args, samples):
+    """Return the seconds per bootstrap draw of a classifier's scores, on random predictions for all test images."""
+    probabilities = np.random.default_rng(0).random((count_test_images(script, args), len(args.labels)))
+    began = time.perf_counter()
+    script.score((probabilities > 0.5).astype(np.float32), np.arange(len(probabilities)), [probabilities], 49)
+    # Images of each sex, age group and view are scored once more.
+    return 4 * (time.perf_counter() - began) / 50
 
 
 def measure_study(steps, args):

@@ -36,7 +36,7 @@ FLAGS = {
     "--method prefix": "invalid choice: 'prefix'",
     "--rank 0": "--rank must be at least 1, and --lora_alpha above 0",
     "--lora_alpha 0": "--rank must be at least 1, and --lora_alpha above 0",
-    "--method bitfit --train_text_encoder": "--train_text_encoder is for --method lora and dora",
+    "--method bitfit --train_text_encoder": "--train_text_encoder needs --method lora or dora",
     "--max_grad_norm -1": "--max_grad_norm must not be negative",
     "--checkpointing_steps -1": "--checkpointing_steps must not be negative",
     "--train_batch_size 0": "--train_batch_size must be at least 1",
@@ -175,7 +175,7 @@ def test_what_is_no_base_model_is_named(refused, base, tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionXLPipeline"}))
     expected = {tmp_path / "adapter": "an adapter; pass its base model", tmp_path / "unfinished": "an unfinished run"}
     expected |= {tmp_path / "old" / "model.ckpt": "not a .safetensors file", base: "it is a StableDiffusionXLPipeline"}
-    for path, words in (expected | {"runs/nothing": "no such folder"}).items():
+    for path, words in (expected | {"runs/nothing": "neither a folder nor"}).items():
         sentence = refused("bitfit", f"--pretrained_model_name_or_path={path}")
         assert f"{path}: " in sentence and words in sentence
 
@@ -242,8 +242,8 @@ def test_resuming_with_what_does_not_fit(refused, tmp_path, base, capsys):
     train("lora", tmp_path / "run", "--checkpointing_steps=1")
     resume = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"
     for row in ("dora", "unet"):
-        assert f"has method=lora, not {row}" in refused(row, resume)
-    assert "has rank=8, not 4" in refused("lora", resume, "--rank=4")
+        assert f"trained with method=lora, not {row}" in refused(row, resume)
+    assert "trained with rank=8, not 4" in refused("lora", resume, "--rank=4")
     assert "has global_batch_size=2, not 4" in refused("lora", resume, "--gradient_accumulation_steps=2")
     past = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"
     assert "is beyond step 1" in refused("lora", past, "--max_train_steps=1")
