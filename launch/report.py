@@ -804,9 +804,11 @@ TABLES_LEAD = (
     f"{', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
 )
 PAIRS_LEAD = (
-    "First minus second, draw by draw or training by training, with the 95 % interval of this pair alone. Lower or "
-    "higher: p < 0.05 after Holm's correction over the column; an interval that excludes 0 may not be enough."
+    "First minus second, with the 95 % interval of this pair alone: over the choice of images or, with several "
+    "trainings of each strategy, over trainings judged on the same images. Lower or higher: p < 0.05 after Holm's "
+    "correction over the column; an interval that excludes 0 may not be enough."
 )
+COSTS_LEAD = "Squares: PEFT. Lines: 95 % intervals. Numbers, if any: rows of Table 1."
 LABELS_LEAD = "Strategies that no other row beats, after Holm's correction over the column. report.csv has the pairs."
 STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; color: #1c1e21; margin: 0; }
@@ -903,7 +905,7 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
         f"<p>Not run: {join_names(study.missing)}.</p>" if study.missing else "",
         html_images("Figure 2. Samples", SAMPLES_LEAD, samples, "columns"),
         html_images("Against the base model", FOREST_LEAD, forests),
-        html_images("Quality against cost", "Squares: PEFT. Lines: 95 % intervals. Numbers: rows of Table 1.", costs),
+        html_images("Quality against cost", COSTS_LEAD, costs),
         f"<h2>Tables</h2><p>{TABLES_LEAD}</p>",
         *(html_table(table) for table in tables if table.rows),
         html_notes("Where the paper contradicts itself", PAPER_NOTES),
