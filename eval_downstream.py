@@ -30,6 +30,7 @@ import re
 import shutil
 import sys
 import warnings
+import zlib
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from csv import Error as CSVError
@@ -68,6 +69,8 @@ LABEL_VALUES = (
     | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
     | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
 )
+# Copied from train_full.BLANKS
+BLANKS = ["nan", "NaN", "NAN", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "<NA>", "NaT"]
 # Copied from train_full.COLUMNS
 COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
     "Path": ["file_name"],
@@ -194,11 +197,14 @@ def keyed_seed(*key):
 def read_csv(path):
     """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
     data = Path(path).read_bytes()
-    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     try:
-        text, encoding = data.decode("utf-8-sig"), "UTF-8"
-    except UnicodeDecodeError:
-        text, encoding = data.decode("latin-1"), "Latin-1"
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"{path}: not a readable .gz file ({error})")
+    for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            break
     separator = ","
     with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
@@ -210,7 +216,7 @@ def read_csv(path):
             raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{path}: not a readable CSV ({error})")
-    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding.removesuffix('-sig')}"
 
 
 # Copied from train_full.match_columns
@@ -234,7 +240,7 @@ def match_columns(raw, labels, source):
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
-    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    raw = raw.rename(columns=used).replace(BLANKS, "")
 
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
@@ -271,7 +277,7 @@ def resolve_paths(names, csv, image_root):
         paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
         if any(map(os.path.isfile, paths[:1000])):
             return paths
-    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; see --image_root")
 
 
 # Copied from train_full.make_table
@@ -302,8 +308,11 @@ def make_table(raw, names, images, lines):
         if table["split"].isna().any():
             del table["split"]
             lines.append(("split", "the column is not used, since not every row has train, val or test"))
-    if table["name"].duplicated().any():
-        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+        else:
+            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+    repeated = path.mask(path == "", table["name"]).duplicated().sum()
+    if repeated:
+        lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
@@ -467,10 +476,11 @@ def read_geometry(table, csv):
 
     Where no resolution is recorded, look at the images: it is their longer side.
     """
+    recorded = table.get("resolution", pd.Series("", table.index)) != ""
     modes, sides = ([value for value in table.get(name, []) if value] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
         fail(f"{csv}: the column resize_mode or resolution has values that sample.py does not write")
-    sides = sides or sorted(map(max, image_sizes(list(table["image"]))), reverse=True)
+    sides += sorted(map(max, image_sizes(list(table["image"][~recorded]))), reverse=True)
     return {"resize_mode": list(dict.fromkeys(modes)), "resolution": list(dict.fromkeys(map(int, sides)))}
 
 
@@ -516,6 +526,14 @@ def draw_rows(args, tables, synthetic_csv, left_out):
     return result
 
 
+# Copied from eval_generation.merge_duplicates
+def merge_duplicates(table, column):
+    """Keep the first row of each value of a column, with every label that any of its rows has."""
+    labels = [name for name in table if table[name].dtype == float]
+    merged = table.assign(**table.groupby(column, sort=False)[labels].transform("max"))
+    return merged[~table[column].duplicated()].reset_index(drop=True)
+
+
 def common_geometry(args, spec, synthetic_csv, tables):
     """Return pixels per side and resize mode; fail if they differ, unless --mixed_geometry."""
     recorded = {"resize_mode": [], "resolution": []}
@@ -542,7 +560,7 @@ def load_tables(args, spec, accelerator):
         table = load_table(csv, None if csv == synthetic_csv else args.image_root, known, args)
         print_block(accelerator, table)
         left_out["not frontal"] += int((~table["frontal"]).sum())
-        tables[csv] = table = table[table["frontal"]]
+        tables[csv] = table = merge_duplicates(table[table["frontal"]], "image")
         if args.on_bad_image == "skip":
             # Before rows are drawn, so that runs on synthetic and on real images train on equally many.
             bad = find_bad_images(accelerator, list(table["image"]), args)
@@ -551,7 +569,8 @@ def load_tables(args, spec, accelerator):
     columns = [label for label in known if all(label in table for table in tables.values())]
     labels = args.labels or [label for label in spec.get("labels", CONDITIONS) if label in columns]
     if not labels or set(labels) - set(columns):
-        fail(f"labels that {' and '.join(tables)} have in common: {', '.join(columns) or 'none'}; pass --labels")
+        hint = "pass --labels" if columns else "a folder of images without a table has none, and cannot be used here"
+        fail(f"labels that {' and '.join(tables)} have in common: {', '.join(columns) or 'none'}; {hint}")
     if set(spec.get("labels", labels)) - set(labels):
         notes.append(f"{test_csv} has no {', '.join(set(spec['labels']) - set(labels))}: not scored")
     geometry = common_geometry(args, spec, synthetic_csv, tables)

@@ -30,6 +30,7 @@ import os
 import re
 import sys
 import warnings
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,8 @@ LABEL_VALUES = (
     | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
     | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
 )
+# Copied from train_full.BLANKS
+BLANKS = ["nan", "NaN", "NAN", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "<NA>", "NaT"]
 # Copied from train_full.COLUMNS
 COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
     "Path": ["file_name"],
@@ -233,11 +236,14 @@ def run_name(synthetic):
 def read_csv(path):
     """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
     data = Path(path).read_bytes()
-    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     try:
-        text, encoding = data.decode("utf-8-sig"), "UTF-8"
-    except UnicodeDecodeError:
-        text, encoding = data.decode("latin-1"), "Latin-1"
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"{path}: not a readable .gz file ({error})")
+    for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            break
     separator = ","
     with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
@@ -249,7 +255,7 @@ def read_csv(path):
             raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{path}: not a readable CSV ({error})")
-    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding.removesuffix('-sig')}"
 
 
 # Copied from train_full.match_columns
@@ -273,7 +279,7 @@ def match_columns(raw, labels, source):
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
-    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    raw = raw.rename(columns=used).replace(BLANKS, "")
 
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
@@ -310,7 +316,7 @@ def resolve_paths(names, csv, image_root):
         paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
         if any(map(os.path.isfile, paths[:1000])):
             return paths
-    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; see --image_root")
 
 
 # Copied from train_full.make_table
@@ -341,8 +347,11 @@ def make_table(raw, names, images, lines):
         if table["split"].isna().any():
             del table["split"]
             lines.append(("split", "the column is not used, since not every row has train, val or test"))
-    if table["name"].duplicated().any():
-        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+        else:
+            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+    repeated = path.mask(path == "", table["name"]).duplicated().sum()
+    if repeated:
+        lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
@@ -512,10 +521,11 @@ def read_geometry(table, csv):
 
     Where no resolution is recorded, look at the images: it is their longer side.
     """
+    recorded = table.get("resolution", pd.Series("", table.index)) != ""
     modes, sides = ([value for value in table.get(name, []) if value] for name in ("resize_mode", "resolution"))
     if set(modes) - {"squash", "pad", "crop"} or not all(side.isdecimal() and int(side) for side in sides):
         fail(f"{csv}: the column resize_mode or resolution has values that sample.py does not write")
-    sides = sides or sorted(map(max, image_sizes(list(table["image"]))), reverse=True)
+    sides += sorted(map(max, image_sizes(list(table["image"][~recorded]))), reverse=True)
     return {"resize_mode": list(dict.fromkeys(modes)), "resolution": list(dict.fromkeys(map(int, sides)))}
 
 
@@ -1003,15 +1013,19 @@ def network_warnings(features, classifier, plan, args):
     return notes
 
 
-def feature_warnings(name, features, n):
-    """Return warnings about the set metrics of n images: features that hardly vary, or too few images."""
+def feature_warnings(name, features, n, label_n=None):
+    """Return warnings about the set metrics of n images: features that hardly vary, or too few images.
+
+    `label_n` is the smallest number of images of any label.
+    """
     features, dim, notes = features.astype(np.float64), features.shape[1], []
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
     if spread < 0.01:
         notes.append(f"{name}: the features hardly vary among real images ({spread:.1g} of the mean): FID says little")
+    what, n = ("n", n) if n < 10 * dim else ("n per label, from", label_n or n)
     if n < 10 * dim:
         effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
-        notes.append(f"{name}: n = {n:,} is below 10 times the {dim:,} features: {effect}")
+        notes.append(f"{name}: {what} = {n:,} is below 10 times the {dim:,} features: {effect}")
     return notes
 
 
@@ -1433,7 +1447,7 @@ def add_set_metrics(results, real, other, label, common, args):
     splits, half = half_splits(real, n, args)
     sizes = {"n": n, "half": half, "common": min(common, half)}
     equal = [sample.subset(n, args.seed, "equal") for sample in (real, other)]
-    draws_of = {}
+    draws_of, patients = {}, min(len(np.unique(sample.patients)) for sample in equal)
     for metric in set_metrics(args.seed):
         if metric.size == "common" and results.network:
             continue  # n is that of all labels
@@ -1452,7 +1466,7 @@ def add_set_metrics(results, real, other, label, common, args):
             floors = evaluate(metric.function, pairs, args)
         for i, name in enumerate(metric.names):
             row = {"n": size, "note": metric.note, "floor": None if floors is None else floors[:, i].mean()}
-            units = n if name in ("precision", "recall", "coverage") else None
+            units = patients if name in ("precision", "recall", "coverage") else None
             results.add(name, values[i], label, draws[:, i], units, **row)
         if metric.mean_of_draws and floors is not None:
             name = metric.names[0].replace("fid", "fid_real_halves")
@@ -1509,7 +1523,9 @@ def weighted_auroc(scores, rows, other_rows):
 
 def add_consistency(results, source, heads, uncertain):
     """Add how often each head fires (probability above 0.5) for each label, and how well it separates the labels."""
-    rows_of = {label: rows for label, rows in source.rows_of.items() if label != "all"}
+    # Real images with the prompts' combinations of labels, and all images of each prompt.
+    rows_of = source.rows_of if source.name in ("synthetic", "base model") else source.pool
+    rows_of = {label: rows for label, rows in rows_of.items() if label != "all"}
     labels = list(rows_of)
     may_have = positive_labels(source.table, labels, "zeros" if uncertain == "zeros" else "ones")
     scores = {head: source.probabilities[:, i] for i, head in enumerate(heads)}
@@ -1682,7 +1698,7 @@ def score_sources(sources, networks, plan, classifier, args):
     for name, label in tqdm(list(itertools.product(compared, n)), "scoring", unit="set", leave=False):
         add_set_metrics(results[name], real.sample(label), sources[name].sample(label), label, common, args)
     (first, _), *further = networks.items()
-    plan.warnings += feature_warnings(first, real.features, min(filter(None, n.values()), default=0))
+    plan.warnings += feature_warnings(first, real.features, n["all"], min(filter(None, n.values()), default=0))
     for tag, network in further:
         samples = {}
         for name in results:

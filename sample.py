@@ -29,6 +29,7 @@ import os
 import re
 import sys
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from csv import Error as CSVError
@@ -47,7 +48,6 @@ from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
-from peft import LoraConfig
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -68,6 +68,8 @@ LABEL_VALUES = (
     | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
     | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
 )
+# Copied from train_full.BLANKS
+BLANKS = ["nan", "NaN", "NAN", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "<NA>", "NaT"]
 # Copied from train_full.COLUMNS
 COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
     "Path": ["file_name"],
@@ -186,11 +188,14 @@ def keyed_seed(*key):
 def read_csv(path):
     """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
     data = Path(path).read_bytes()
-    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     try:
-        text, encoding = data.decode("utf-8-sig"), "UTF-8"
-    except UnicodeDecodeError:
-        text, encoding = data.decode("latin-1"), "Latin-1"
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"{path}: not a readable .gz file ({error})")
+    for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            break
     separator = ","
     with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
@@ -202,7 +207,7 @@ def read_csv(path):
             raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{path}: not a readable CSV ({error})")
-    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding.removesuffix('-sig')}"
 
 
 # Copied from train_full.match_columns
@@ -226,7 +231,7 @@ def match_columns(raw, labels, source):
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
-    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    raw = raw.rename(columns=used).replace(BLANKS, "")
 
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
@@ -263,7 +268,7 @@ def resolve_paths(names, csv, image_root):
         paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
         if any(map(os.path.isfile, paths[:1000])):
             return paths
-    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; see --image_root")
 
 
 # Copied from train_full.make_table
@@ -294,8 +299,11 @@ def make_table(raw, names, images, lines):
         if table["split"].isna().any():
             del table["split"]
             lines.append(("split", "the column is not used, since not every row has train, val or test"))
-    if table["name"].duplicated().any():
-        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+        else:
+            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+    repeated = path.mask(path == "", table["name"]).duplicated().sum()
+    if repeated:
+        lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
@@ -367,8 +375,11 @@ def folder_name(prompt, labels):
     return f"{name[:50]}-{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
 
 
-def plan_samples(args, template, trained_labels=LABELS, quiet=True):
-    """Return a row per image: file_name, prompt, index among the images of its prompt, and labels as 1 or 0."""
+def plan_samples(args, template, trained_labels=LABELS, seen=(), quiet=True):
+    """Return a row per image: file_name, prompt, index among the images of its prompt, and labels as 1 or 0.
+
+    `seen` are the labels that training images had, if known.
+    """
     labels, images_per_label, lines = known_labels(args.labels, trained_labels), args.images_per_label or 5000, []
     if args.like_csv:
         labels = args.labels or trained_labels
@@ -391,8 +402,12 @@ def plan_samples(args, template, trained_labels=LABELS, quiet=True):
         labels, wanted = [], [(prompt, (), True) for prompt in args.prompts for _ in range(images_per_label)]
     else:
         chosen = args.labels or (CONDITIONS if trained_labels == LABELS else trained_labels)
-        if {*chosen} - {*trained_labels}:
-            lines.append(("warning", f"not labels of the run: {', '.join({*chosen} - {*trained_labels})}"))
+        unseen = [label for label in chosen if (seen and label not in seen) or label not in trained_labels]
+        if unseen and not args.labels:
+            chosen = [label for label in chosen if label not in unseen]
+            lines.append(("left out", f"no training image has {', '.join(unseen)}"))
+        elif unseen:
+            lines.append(("warning", f"no training image has {', '.join(unseen)}"))
         prompts = [(template.replace("{}", label), (label,), False) for label in chosen]
         wanted = [prompt for prompt in prompts for _ in range(images_per_label)]
     rows, counts = [], Counter()
@@ -530,6 +545,14 @@ def read_summary(model):
     return {}
 
 
+# Copied from train_peft.adapter_key
+def adapter_key(name):
+    """Return a trained parameter's name in the adapter file, whatever the versions of PEFT and transformers."""
+    if ".lora_" not in name:
+        return name.removeprefix("unet.")
+    return name.replace(".default.", ".").replace("text_encoder.encoder.", "text_encoder.text_model.encoder.")
+
+
 @torch.no_grad()
 def merge_checkpoint(pipeline, checkpoint, summary, lora_scale):
     """Put a checkpoint's weights, or their moving average if it has one, into its base model."""
@@ -538,21 +561,19 @@ def merge_checkpoint(pipeline, checkpoint, summary, lora_scale):
     if summary["method"] in ("bitfit", "difffit"):
         merge_delta(pipeline.unet, path)
         return
-    # Version 5 of transformers has dropped `text_model.` from the names of parameters.
-    weights = {name.replace(".text_model.", "."): weight for name, weight in load_file(path).items()}
-    is_lora = summary["method"] in ("lora", "dora")
-    for part in summary["components"]:
-        module, prefix = getattr(pipeline, part), f"{part}."
-        if is_lora:
-            layers = {name.split(".lora_")[0].removeprefix(prefix) for name in weights if name.startswith(prefix)}
-            options = {"r": summary["rank"], "lora_alpha": summary["lora_alpha"], "target_modules": layers}
-            module.add_adapter(LoraConfig(**options, use_dora=summary["method"] == "dora"))
-        for name, parameter in module.named_parameters():
-            if "lora_" in name or not is_lora:
-                parameter.copy_(weights[f"{prefix}{name.removeprefix('text_model.')}"])
-    if is_lora:
-        pipeline.fuse_lora(components=summary["components"], lora_scale=lora_scale)
+    weights = load_file(path)
+    if summary["method"] in ("lora", "dora"):
+        scale = summary["lora_alpha"] / summary["rank"]  # a part of B in the file of a finished run
+        weights = {name: weight * scale if ".lora_B." in name else weight for name, weight in weights.items()}
+        pipeline.load_lora_weights({adapter_key(name): weight for name, weight in weights.items()})
+        pipeline.fuse_lora(components=["unet", "text_encoder"], lora_scale=lora_scale)
         pipeline.unload_lora_weights()
+        return
+    # Version 5 of transformers has dropped `text_model.` from the names of parameters.
+    weights = {name.replace(".text_model.", "."): weight for name, weight in weights.items()}
+    for part in summary["components"]:
+        for name, parameter in getattr(pipeline, part).named_parameters():
+            parameter.copy_(weights[f"{part}.{name.removeprefix('text_model.')}"])
 
 
 def explain_model(name):
@@ -569,7 +590,10 @@ def explain_model(name):
 
 
 def load_model(args, summary):
-    """Load --model in float32; merge an adapter or a checkpoint into its base model."""
+    """Load --model in float32, with an adapter or a checkpoint merged into its base model. Return also a fingerprint.
+
+    It is of the weights before they are merged: after it, they depend on the matrix product of the machine.
+    """
     run, is_checkpoint = Path(args.model), (Path(args.model) / "state.json").is_file()
     needs_base = is_checkpoint or any((run / name).is_file() for name in ADAPTER_FILES)
     if args.base_model and not needs_base:
@@ -590,19 +614,24 @@ def load_model(args, summary):
             raise ValueError(f"{kind}; pass a text-to-image model of Stable Diffusion 1 or 2")
         if not hasattr(pipeline.scheduler, "init_noise_sigma"):
             raise ValueError(f"flow matching ({type(pipeline.scheduler).__name__}) is not supported")
-        if recorded and pipeline_fingerprint(pipeline) != summary["identity"]["base_fingerprint"]:
+        weights = pipeline_fingerprint(pipeline)
+        if recorded and weights != summary["identity"]["base_fingerprint"]:
             raise ValueError("trained on a base model with other weights; pass --base_model to use these anyway")
         if is_checkpoint:
             merge_checkpoint(pipeline, run, summary, args.lora_scale)
         elif needs_base:
             merge_adapter(pipeline, run, args.lora_scale)
+        if needs_base:
+            files = [run / name for name in (*ADAPTER_FILES, "trainable.safetensors", "ema.safetensors")]
+            digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+            weights = hashlib.sha256("".join([weights, *digests]).encode()).hexdigest()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind = f"an adapter or checkpoint of {base} (see --base_model)" if needs_base else "a finished run or pipeline"
         reason = explain_model(base) or str(error)[:300]
         if isinstance(error, OSError) and not Path(base).exists():
             reason = f"no such folder or file, and the Hugging Face hub says: {reason}"
         fail(f"--model {run}: cannot be loaded as {kind}: {reason}")
-    return pipeline
+    return pipeline, weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -747,9 +776,15 @@ def main(args):
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
     summary = read_summary(args.model)
     template = args.prompt_template or summary.get("prompt_template", PROMPT_TEMPLATE)
-    samples = plan_samples(args, template, summary.get("labels", LABELS), not state.is_main_process)
-    pipeline = load_model(args, summary)
-    weights = pipeline_fingerprint(pipeline)
+    counts = [row for row in summary.get("results", []) if row["metric"] == "images_train" and row["value"]]
+    seen = {row["label"] for row in counts} - {"all"}
+    samples = plan_samples(args, template, summary.get("labels", LABELS), seen, not state.is_main_process)
+    pipeline, weights = load_model(args, summary)
+    prompts = samples["prompt"].unique().tolist()
+    length, ids = pipeline.tokenizer.model_max_length, pipeline.tokenizer(prompts).input_ids
+    cut = sum(len(tokens) > length for tokens in ids)
+    if cut and state.is_main_process:
+        print(f"{'warning':>9}  {cut:,} of {len(prompts):,} prompts are truncated to {length} tokens", flush=True)
     scale, sample_size = pipeline.vae_scale_factor, pipeline.unet.config.sample_size
     resolution = args.resolution or summary.get("resolution") or sample_size * scale
     if resolution % scale:
@@ -765,8 +800,6 @@ def main(args):
         pipeline.vae.to(memory_format=torch.channels_last)
     # Decode one image at a time: the VAE needs more memory per image than the U-Net.
     pipeline.vae.enable_slicing()
-    # Let diffusers warn of a prompt that is truncated to the tokenizer's limit.
-    diffusers.utils.logging.set_verbosity_warning()
 
     # The settings become columns of metadata.csv; sampling.json also has what else the images depend on.
     settings = {"model": str(Path(args.model)), "seed": args.seed, "guidance_scale": args.guidance_scale}

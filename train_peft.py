@@ -29,11 +29,13 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from csv import Error as CSVError
@@ -80,6 +82,8 @@ LABEL_VALUES = (
     | dict.fromkeys(["0", "0.0", "false", "absent", "negative"], 0.0)
     | dict.fromkeys(["-1", "-1.0", "uncertain"], -1.0)
 )
+# Copied from train_full.BLANKS
+BLANKS = ["nan", "NaN", "NAN", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "<NA>", "NaT"]
 # Copied from train_full.COLUMNS
 COLUMNS = {name: [] for name in ("patient_id", "split", "resolution", "resize_mode", "Sex", "Age", "AP/PA")} | {
     "Path": ["file_name"],
@@ -198,7 +202,7 @@ def check_arguments(parser, args):
     """Check values and combinations of arguments, and find the default table."""
     at_least_one = (
         "resolution train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps logging_steps "
-        "checkpoints_total_limit max_train_samples max_validation_samples"
+        "checkpoints_total_limit max_train_samples max_validation_samples lr_num_cycles"
     )
     for name in at_least_one.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -212,6 +216,11 @@ def check_arguments(parser, args):
         parser.error("--snr_gamma must be above 0; leave it out to turn the weighting off")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant; use constant_with_warmup")
+    for name, default, schedule in (("lr_num_cycles", 1, "cosine_with_restarts"), ("lr_power", 1.0, "polynomial")):
+        if getattr(args, name) != default and args.lr_scheduler != schedule:
+            parser.error(f"--{name} needs --lr_scheduler {schedule}")
+    if args.validation_prompts and not args.num_validation_images:
+        parser.error("--validation_prompts has no effect with --num_validation_images 0")
     if args.prompt_template.count("{}") != 1:
         parser.error("--prompt_template needs exactly one {}, where the findings go")
     args.labels = list(dict.fromkeys(args.labels))
@@ -265,6 +274,8 @@ def parse_args(argv=None):
 def check_initial_run(parser, args):
     """Check that --init_from is a finished run whose adapter fits the flags."""
     path = Path(args.init_from) / "training_summary.json"
+    if Path(args.init_from).resolve() == Path(args.output_dir).resolve():
+        parser.error("--init_from is the run in --output_dir; pass another --output_dir")
     if not path.is_file():
         parser.error(f"--init_from {args.init_from}: no training_summary.json there; pass a finished run's folder")
     saved = json.loads(path.read_text(encoding="utf-8"))["arguments"]
@@ -485,11 +496,14 @@ def apply_method(unet, args):
 def read_csv(path):
     """Read a CSV, also .csv.gz, as strings. Return the table and its format in words."""
     data = Path(path).read_bytes()
-    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     try:
-        text, encoding = data.decode("utf-8-sig"), "UTF-8"
-    except UnicodeDecodeError:
-        text, encoding = data.decode("latin-1"), "Latin-1"
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"{path}: not a readable .gz file ({error})")
+    for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            break
     separator = ","
     with contextlib.suppress(CSVError):  # a header of one column
         separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
@@ -501,7 +515,7 @@ def read_csv(path):
             raw = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         fail(f"{path}: not a readable CSV ({error})")
-    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding}"
+    return raw, f"{len(raw):,} rows, separated by {separator!r}, {encoding.removesuffix('-sig')}"
 
 
 # Copied from train_full.match_columns
@@ -525,7 +539,7 @@ def match_columns(raw, labels, source):
     if not {*labels, "prompt"} & {*used.values()}:
         hint = f"expected prompt, text or any of {', '.join(labels)}; see --labels and launch/make_table.py"
         fail(f"{source}: no label or prompt column among {', '.join(map(str, raw.columns))}; {hint}")
-    raw = raw.rename(columns=used).replace(["nan", "NaN", "None", "null"], "")
+    raw = raw.rename(columns=used).replace(BLANKS, "")
 
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
@@ -562,7 +576,7 @@ def resolve_paths(names, csv, image_root):
         paths = [os.path.join(root, name.split("/", skip)[-1]) for name in names]
         if any(map(os.path.isfile, paths[:1000])):
             return paths
-    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; pass --image_root")
+    fail(f"{csv}: none of its images exist under {' or '.join(roots)}, such as {names[0]}; see --image_root")
 
 
 # Copied from train_full.make_table
@@ -593,8 +607,11 @@ def make_table(raw, names, images, lines):
         if table["split"].isna().any():
             del table["split"]
             lines.append(("split", "the column is not used, since not every row has train, val or test"))
-    if table["name"].duplicated().any():
-        lines.append(("repeated", f"{table['name'].duplicated().sum():,} rows list the image of another row"))
+        else:
+            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+    repeated = path.mask(path == "", table["name"]).duplicated().sum()
+    if repeated:
+        lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
     others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
@@ -859,9 +876,10 @@ def encode_captions(pipeline, data, device, train_text_encoder):
     tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
     captions = [*sorted({*data.train["prompt"], *data.heldout["prompt"]}), ""]
     length = tokenizer.model_max_length
-    num_cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
-    if num_cut:
-        data.notes.append(f"{num_cut:,} of {len(captions) - 1:,} captions are truncated to {length} tokens")
+    cut = {caption for caption, ids in zip(captions, tokenizer(captions).input_ids) if len(ids) > length}
+    if cut:
+        count = data.train["prompt"].isin(cut).sum()
+        data.notes.append(f"the captions of {count:,} training images are truncated to {length} tokens")
     padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     input_ids = tokenizer(captions, **padding).input_ids
     if train_text_encoder or len(captions) > MAX_CACHED_CAPTIONS:
@@ -978,7 +996,10 @@ def load_base_pipeline(args):
     try:
         pipeline = load_pipeline(name, args.revision, args.variant)
     except (OSError, ValueError) as error:
-        reason = explain_base(name) or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
+        known = isinstance(error, OSError) or os.path.exists(name)
+        reason = (
+            explain_base(name) if known else None
+        ) or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
         fail(f"{name}: {reason} ({str(error)[:300]})")
     prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
     if prediction_type not in ("epsilon", "v_prediction"):
@@ -1505,7 +1526,7 @@ def kohya_key(key):
 def save_kohya(args, state, tensors):
     """Save the adapter in kohya's format, which ComfyUI and AUTOMATIC1111 read too.
 
-    DoRA is saved as full weight differences, which all readers add. They disagree on the format's own `dora_scale`:
+    DoRA is saved as full weight differences, for ComfyUI, AUTOMATIC1111 and LyCORIS. These disagree on `dora_scale`:
     LyCORIS, like PEFT, divides it by the row norms of the updated weight, ComfyUI by those of the base weight, and
     AUTOMATIC1111 by column norms.
     """
@@ -1574,11 +1595,15 @@ def save_model(args, state):
 def usage_example(args, model):
     """Return the Python that loads the run from `model`, a folder or a hub repository."""
     if args.method in ("bitfit", "difffit"):
-        return f"# Sample with `python sample.py --model {model}`, or train with --save_merged and load merged/."
+        download = "" if model == args.output_dir else f"# First: hf download {model} --local-dir run\n"
+        folder = shlex.quote(model) if not download else "run"
+        return f"{download}# `python sample.py --model {folder}`, or train with --save_merged and load merged/."
     base = args.pretrained_model_name_or_path
     load = f'from_single_file("{base}"' if os.path.isfile(base) else f'from_pretrained("{base}"'
     if args.revision:
         load += f', revision="{args.revision}"'
+    if args.variant:
+        load += f', variant="{args.variant}"'
     return f"""from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.{load}, safety_checker=None)
@@ -1632,20 +1657,30 @@ def image_sizes(images):
         return Counter(filter(None, pool.map(size, images[:: len(images) // 1000 + 1])))
 
 
+# Copied from train_full.print_lines
+def print_lines(lines):
+    print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
+
+
+# Copied from train_full.print_table
+def print_table(data):
+    """Print what the table's columns are used for, two captions, and the most frequent sizes of the images."""
+    captions, sizes = data.train["prompt"].unique(), image_sizes(list(data.train["image"]))
+    captions = f"{len(captions):,}, such as {', '.join(map(repr, captions[:2]))}"
+    sizes = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
+    print_lines([*data.block, ("captions", captions), ("sizes", sizes)])
+
+
 # Copied from train_full.print_plan
 def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
     """Print what the run is about to do, with all warnings."""
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items() if count)
     train, size = data.train, state.identity["global_batch_size"]
-    captions, sizes = train["prompt"].unique(), image_sizes(list(train["image"]))
     factors = f"batch {args.train_batch_size} x accumulation {args.gradient_accumulation_steps}"
     factors += f" x processes {accelerator.num_processes}"
     lines = [
-        *data.block,
         ("left out", left_out or "none"),
         ("train", f"{len(train):,} images, {train['patient'].nunique():,} patients"),
-        ("captions", f"{len(captions):,}, such as {', '.join(map(repr, captions[:2]))}"),
-        ("sizes", ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))),
         ("held out", f"{len(data.heldout):,} images, {data.heldout['patient'].nunique():,} patients"),
         ("method", f"{args.method}, {sum(p.numel() for p in state.parameters.values()):,} trainable parameters"),
         ("steps", f"{max_train_steps:,}, {max_train_steps * size / len(train):.1f} epochs"),
@@ -1654,7 +1689,7 @@ def print_plan(accelerator, args, state, data, max_train_steps, checkpoint):
         ("output", f"{args.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}"),
         *(("warning", note) for note in data.notes),
     ]
-    print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
+    print_lines(lines)
 
 
 # Copied from train_full.lock_output_dir
@@ -1814,6 +1849,8 @@ def train(accelerator, state, stream, max_train_steps, run_validation, args):
 def main(args):
     accelerator = make_accelerator(args)
     data = load_training_data(args)
+    if accelerator.is_main_process:
+        print_table(data)  # before images are encoded, which may take hours
     checkpoint = find_checkpoint(args)
     pipeline = load_base_pipeline(args)
     hashes = {name: fingerprint(getattr(pipeline, name)) for name in ("unet", "text_encoder", "vae")}

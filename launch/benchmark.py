@@ -369,7 +369,7 @@ def sample_project(script, args, clock):
 
 def sample_plain(script, args, clock):
     """Measure plain calls of the pipeline, batch by batch. Half of the images are a warm-up."""
-    pipeline = script.load_model(args, {}).to("cuda" if clock.cuda else "cpu", DTYPES[args.mixed_precision])
+    pipeline = script.load_model(args, {})[0].to("cuda" if clock.cuda else "cpu", DTYPES[args.mixed_precision])
     clock.patch("text encoder", pipeline, "encode_prompt")
     clock.patch("VAE", pipeline.vae, "decode")
     draw, size = clock.timed("U-Net forward", pipeline), {"height": args.resolution, "width": args.resolution}

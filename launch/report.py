@@ -79,7 +79,7 @@ UNITS |= dict.fromkeys(["heldout_diffusion", "heldout_diffusion_change"], (4, 1)
 # Settings that should be the same in all rows: fields of the JSON files, but for samples columns of metadata.csv. The
 # report warns of any that differ, and does not compare rows that differ in one of evaluations or downstream.
 # Phrases in the warnings of eval_generation.py that the report repeats.
-SERIOUS = ("hardly vary", "10 times")
+SERIOUS = ("hardly vary", "10 times", "not shown to beat chance")
 SHARED = {
     "runs": "images steps global_batch_size identity.data_fingerprint identity.base_fingerprint resolution "
     "resize_mode uncertain prompt_template mixed_precision device arguments.seed arguments.caption_dropout "
@@ -458,7 +458,9 @@ def find_excess(study, row, metric):
     if base and metric.startswith("memorisation"):
         floor = max(floor, base["value"])  # the base model has not seen the training images
     excess = found.get("max_low", found["low"]) > max(2 * floor, 0.005)
-    return f"{100 * found.get('max_value', found['value']):.1f} % of images" if excess else ""
+    share = f"{100 * found.get('max_value', found['value']):.1f} % of images"
+    share += f", base model {100 * base['value']:.1f} %" if base else ""
+    return share if excess else ""
 
 
 def check_strategy(study, row, deciding):
@@ -549,9 +551,10 @@ def find_warnings(study, deciding):
         found.append("The classifier is at chance on real images: prompt AUROC and class consistency are meaningless.")
     texts = dict.fromkeys(text for _, file in evaluations for text in file.dig("warnings") or [])
     found += [f"Warning: {text}." for text in texts if any(phrase in text for phrase in SERIOUS)]
-    missing = [c.measure.name for c in deciding if not c.compared()]
-    if missing:
-        found.append(f"Not compared between strategies: {join_words(missing)}.")
+    for comparison in deciding:
+        absent = [row for row in study.strategies if row not in comparison.compared()]
+        if absent:
+            found.append(f"Not compared with other strategies in {comparison.measure.name}: {join_names(absent)}.")
     return found
 
 
@@ -792,10 +795,10 @@ def label_table(study, comparisons):
 
 SAMPLES_LEAD = "The first of each prompt. The study's folder has more in samples/ROW/.contact_sheets."
 FOREST_LEAD = (
-    "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Green: as good "
-    "as real images. Grey: no better than chance or a constant answer. Orange: the paper's value (arrow: beyond the "
-    "axis). Prompt AUROC: how well a classifier of real images tells the samples of a prompt from the others. "
-    "Downstream: classifiers trained on the samples, tested on real images."
+    "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Green: as good as "
+    "real images (FID: as halves of n, which have a higher FID). Grey: no better than chance or a constant answer. "
+    "Orange: the paper's value (arrow: beyond the axis). Prompt AUROC: how well a classifier of real images tells the "
+    "samples of a prompt from the others. Downstream: classifiers trained on the samples, tested on real images."
 )
 TABLES_LEAD = (
     "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above "

@@ -18,8 +18,16 @@ from common import BASE, PEFT_ROWS, draw, phantoms, pipeline_of
 import sample
 
 RATES = {row: ["--learning_rate=1e-2", "--rank=4", "--save_merged"] for row in PEFT_ROWS}
+RATES["lora"] += ["--train_text_encoder"]
+RATES["dora"] += ["--train_text_encoder"]
 RATES["unet_vae_text_encoder"] = ["--unet_lr=1e-3", "--text_encoder_lr=1e-3", "--vae_lr=1e-3"]
 OPTIONS = ["--checkpointing_steps=2", "--lr_scheduler=cosine"]
+
+
+def sample_run(run, images):
+    """Make the first `images` images of a run; those that exist are kept."""
+    flags = ["--labels=Edema", "--num_inference_steps=2", "--resolution=64", f"--images_per_label={images}"]
+    common.run_main(sample, ["--model", str(run), *flags, f"--output_dir={run}-samples"])
 
 
 def saved_pipeline(row, run):
@@ -31,6 +39,7 @@ def train(folder, csv):
     for row, rates in RATES.items():
         common.train(row, folder / row, *OPTIONS, *rates, csv=csv, steps=4)
         np.save(folder / f"{row}.npy", draw(saved_pipeline(row, folder / row)))
+        sample_run(folder / row, 1)
 
 
 def use(folder, csv):
@@ -42,11 +51,12 @@ def use(folder, csv):
             pipelines["load_lora_weights"].load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
         for model in (run, run / "checkpoint-4"):
             args = sample.parse_args(["--model", str(model)])
-            pipelines[f"sample.py --model {model.name}"] = sample.load_model(args, sample.read_summary(model))
+            pipelines[f"sample.py --model {model.name}"], _ = sample.load_model(args, sample.read_summary(model))
         images = np.load(folder / f"{row}.npy")
         found = {name: abs(draw(pipeline) - images).max() for name, pipeline in pipelines.items()}
         resume = f"--resume_from_checkpoint={run / 'checkpoint-2'}"
         resumed = common.train(row, folder / "resumed" / row, *OPTIONS, *rates, resume, csv=csv, steps=4)
+        sample_run(run, 2)
         losses = [common.result(summary, "heldout_diffusion") for summary in (sample.read_summary(run), resumed)]
         found["--resume_from_checkpoint"] = abs(losses[0] - losses[1])
         print(row, {name: f"{value:.1e}" for name, value in found.items()}, flush=True)

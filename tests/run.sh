@@ -17,9 +17,9 @@ if [ "${1:-}" = --lowest ]; then
   source .venv-lowest/bin/activate
   sed -n 's/>=/==/p' requirements.txt >.venv-lowest/lowest.txt
   use_environment .venv-lowest/lowest.txt tests/requirements.txt
-  files=(tests/{lowest,test_standalone,test_methods,test_sample,test_eval_generation,test_eval_downstream}.py)
+  files=(tests/{lowest,test_standalone,test_adapters,test_methods,test_sample,test_eval_generation,test_eval_downstream}.py)
   parts="lowest or standalone or bit_identical or adapters_load or own_call or sampled_with or lora_scale"
-  parts+=" or libraries or writes_everything or vision_features or same_results or saved_classifier"
+  parts+=" or both_models or other_readers or single_file or libraries or writes_everything or vision_features or same_results or saved_classifier"
   python -m pytest "${files[@]}" -n 2 --timeout 1500 --durations=15 -k "$parts" "${@:2}"
   exit
 fi

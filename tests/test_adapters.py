@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import sample
 import train_full
 import train_peft
 
@@ -26,7 +27,7 @@ def runs(tmp_path_factory):
     """Train LoRA and DoRA of both models, at a scale of 4."""
     folders = {method: tmp_path_factory.mktemp("both") / method for method in ("lora", "dora")}
     for method, folder in folders.items():
-        train(method, folder, *FLAGS, "--save_merged", "--save_kohya")
+        train(method, folder, *FLAGS, "--save_merged", "--save_kohya", "--checkpointing_steps=100")
     return folders
 
 
@@ -74,13 +75,16 @@ def test_adapters_of_both_models_load_in_a_fresh_process_and_equal_the_merged_pi
         merged = draw(pipeline_of(folder / "merged"))
         assert abs(merged - base).max() > 1e-2
         assert abs(np.load(folder / "images.npy") - merged).max() < 1e-6, method
+        for model in (folder, *folder.glob("checkpoint-*")):
+            pipeline, _ = sample.load_model(sample.parse_args([f"--model={model}"]), sample.read_summary(model))
+            assert abs(draw(pipeline) - merged).max() < 1e-5, model
 
 
 def merge_as_other_readers_do(pipeline, tensors):
     """Merge a file in kohya's form by the rules of ComfyUI, AUTOMATIC1111 and kohya's scripts; return unknown keys.
 
     A layer is lora_unet_ or lora_te_text_model_ and its module's name with underscores. Its update is up @ down *
-    alpha / rank (alpha is the rank if it is missing), or diff.
+    alpha / rank (alpha is the rank if it is missing), or diff, which kohya's scripts do not read.
     """
     known = set()
     for prefix, model in (("lora_unet_", pipeline.unet), ("lora_te_text_model_", pipeline.text_encoder)):
@@ -136,6 +140,7 @@ def test_a_run_goes_on_from_an_adapter(method, tmp_path, capsys):
     if method == "lora":
         refusals |= {"--rank=8": "has rank=4, not 8", "--method=dora": "has method=lora, not dora"}
         refusals |= {f"--init_from={base}": "no training_summary.json there"}
+        refusals |= {f"--output_dir={tmp_path / 'one'}": "--init_from is the run in --output_dir"}
     for flag, words in refusals.items():
         with pytest.raises(SystemExit) as ended:
             train(method, tmp_path / "three", *init, flag)
@@ -217,6 +222,9 @@ def test_a_single_file_is_a_base_model(single_file, tmp_path, capsys):
     base = f"--pretrained_model_name_or_path={single_file}"
     assert train("lora", tmp_path / "run", base, steps=1)["base_model"] == str(single_file)
     assert f'from_single_file("{single_file}"' in (tmp_path / "run" / "README.md").read_text()
+    assert train("unet", tmp_path / "full", base, steps=1)["steps"] == 1
+    pipeline, _ = sample.load_model(sample.parse_args([f"--model={single_file}"]), {})
+    assert same(weights_of(pipeline), weights_of(pipeline_of(BASE)))
     (single_file.parent / "model_index.json").unlink()
     with pytest.raises(SystemExit) as ended:
         train("unet", tmp_path / "offline", base)

@@ -115,8 +115,9 @@ TABLES_OF_OTHERS = {
     "unused labels": (NIH, [], {"b": "Edema"}, "0/1 columns Effusion, Mass; name them with --labels"),
     "their labels": (NIH, ["--labels", "Mass", "Effusion"], {"a": "Mass, Effusion", "b": "Mass"}, "columns Edema;"),
     "spelling": (SPELLED, [], {"a": "No Finding", "c": "Pleural Effusion"}, "No Finding (from 'No finding')"),
-    "split": (OWN_SPLIT, ["--split=train"], {"a": "Edema"}, "split"),
+    "split": (OWN_SPLIT, ["--split=train"], {"a": "Edema"}, "of the table: {'train': 1, 'test': 1, 'val': 1}"),
     "half a split": (OWN_SPLIT.replace("test", ""), [], {x: "Edema" for x in "abc"}, "not every row has train"),
+    "blanks": (TEXTS.replace("nan", "N/A"), [], {"a": "Small effusion.", "b": "Edema"}, "prompt (from 'text')"),
     "texts": (TEXTS, [], {"a": "Small effusion.", "b": "Edema"}, "prompt (from 'text')"),
     "three labels": (
         THREE,
@@ -124,7 +125,7 @@ TABLES_OF_OTHERS = {
         {"a": "Tuberculosis, COVID-19", "c": "Tuberculosis"},
         "columns Lung Opacity;",
     ),
-    "semicolons": (LATIN, [], {"a": "Erguß, links"}, "separated by ';', Latin-1"),
+    "semicolons": (LATIN, [], {"a": "Erguß, links"}, "separated by ';', Windows-1252"),
     "tabs": (OWN_SPLIT.replace(",", "\t"), [], {x: "Edema" for x in "abc"}, "separated by '\\t', UTF-8"),
     "gzip": (gzip.compress(OWN_SPLIT.encode()), [], {x: "Edema" for x in "abc"}, "3 rows, separated by ','"),
     "repeated": ("Path,Edema\na.png,1\na.png,1\nb.png,1\n", [], {"a": "Edema", "b": "Edema"}, "1 rows list the"),
@@ -143,7 +144,26 @@ def test_tables_of_others_are_read_right_and_nothing_is_ignored_in_silence(case,
     assert words in "; ".join(text for _, text in data.block)
     if case == "split":
         assert list(data.heldout["name"]) == ["c.png"] and list(data.val_counts[0].values())[2] == 1
-    assert data.own_prompts == {"texts": 1, "semicolons": 1}.get(case, 0)
+    assert data.own_prompts == {"texts": 1, "blanks": 1, "semicolons": 1}.get(case, 0)
+
+
+def test_a_folder_called_inpatient_is_no_patient(tmp_path):
+    rows = [{"Path": f"inpatient2020/{i}.png", "Edema": "1"} for i in range(60)]
+    for row in rows:
+        picture(tmp_path / row["Path"])
+    data = load(write_table(tmp_path / "t.csv", rows))
+    assert data.train["patient"].is_unique and 0 < len(data.train) < 60 and len(data.heldout)
+    assert any(note.startswith("some rows have no patient_id") for note in data.notes)
+
+
+def test_a_wrong_image_root_is_named(tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    (tmp_path / "other").mkdir()
+    table = write_table(tmp_path / "t.csv", [{"Path": "a.png", "Edema": "1"}])
+    with pytest.raises(SystemExit) as ended:
+        load(table, f"--image_root={tmp_path / 'other'}")
+    assert ended.value.code == 2
+    assert f"none of its images exist under {tmp_path / 'other'}, such as a.png" in capsys.readouterr().err
 
 
 def save_dataset(folder, features, **columns):

@@ -21,6 +21,7 @@ from sklearn import metrics
 from torchvision.models import get_model
 
 import eval_downstream
+import eval_generation
 import train_full
 
 QUICK = {"arch": "resnet18", "weights": "none", "resolution": 32, "source_resolution": 64, "num_seeds": 1}
@@ -355,6 +356,11 @@ def test_a_dataset_is_split_and_read_like_its_table(samples, tmp_path):
     assert [open(path, "rb").read() for path in ours.test["image"]] == [
         open(path, "rb").read() for path in theirs.test["image"]
     ]
+    hashes = []
+    for more in (flags, [f"--real_csv={phantoms()}"]):
+        args = eval_generation.parse_args([f"--synthetic={samples}", f"--output_dir={tmp_path / 'g'}", *more])
+        hashes.append(list(eval_generation.plan_evaluation(args, Accelerator(cpu=True)).tables["real"]["hash"]))
+    assert hashes[0] and hashes[0] == hashes[1]
 
 
 def test_ready_made_tables_are_used_whole_and_shared_patients_counted(tmp_path, capsys):

@@ -401,6 +401,9 @@ def test_more_steps_change_a_cosine_schedule_with_a_warning(tmp_path, capsys):
     train("bitfit", tmp_path / "run", *cosine, steps=1)
     train("bitfit", tmp_path / "run", *cosine, "--resume_from_checkpoint=latest", steps=2)
     assert "length_of_lr_schedule was 1 in" in capsys.readouterr().out
+    train("bitfit", tmp_path / "constant", "--checkpointing_steps=1", steps=1)
+    train("bitfit", tmp_path / "constant", "--resume_from_checkpoint=latest", steps=2)
+    assert " was " not in capsys.readouterr().out
 
 
 def test_all_validation_prompts_are_drawn_and_the_card_names_the_repository(tmp_path, monkeypatch):

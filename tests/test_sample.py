@@ -313,7 +313,13 @@ def test_labels_of_any_name(capsys):
     assert list(drawn["file_name"]) == [f"{name}/000000.png" for name in ("covid-19", "pneumonia_viral", "normal")]
     assert (drawn[three].to_numpy() == np.eye(3)).all()
     assert list(plan("--labels", "Oedema", "--images_per_label=1", quiet=False)) == [*drawn.columns[:3], "Oedema"]
-    assert "not labels of the run: Oedema" in capsys.readouterr().out
+    assert "no training image has Oedema" in capsys.readouterr().out
+
+
+def test_only_labels_that_training_images_had_are_sampled(capsys):
+    drawn = plan("--images_per_label=1", seen={"Edema", "Mass", "No Finding"}, quiet=False)
+    assert list(drawn["prompt"]) == [TEMPLATE.format(label) for label in ("Edema", "No Finding")]
+    assert "no training image has Cardiomegaly, Lung Opacity, Pneumothorax" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("uncertain", ["ignore", "ones"])

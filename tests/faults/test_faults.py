@@ -94,6 +94,13 @@ def test_a_signal_ends_training_after_a_checkpoint_and_nothing_is_lost(number, r
     assert same(trained_weights(row, tmp_path / "cut"), trained_weights(row, tmp_path / "whole"))
 
 
+def test_a_second_ctrl_c_stops_at_once(at_step, tmp_path):
+    at_step(2, lambda *_: [signal.raise_signal(signal.SIGINT) for _ in range(2)] and None)
+    with pytest.raises(KeyboardInterrupt):
+        train("bitfit", tmp_path, steps=5)
+    assert not steps_of(tmp_path) and not (tmp_path / ".lock").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_stop_together_die_together_and_continue_as_one(tmp_path):
     """SIGUSR1 to one of two processes, then SIGKILL to one; then one process with the same global batch."""
