@@ -248,7 +248,7 @@ def test_resuming_with_what_does_not_fit(refused, tmp_path, base, capsys):
     for row in ("dora", "unet"):
         assert f"trained with method=lora, not {row}" in refused(row, resume)
     assert "trained with rank=8, not 4" in refused("lora", resume, "--rank=4")
-    assert "has global_batch_size=2, not 4" in refused("lora", resume, "--gradient_accumulation_steps=2")
+    assert "trained with global_batch_size=2, not 4" in refused("lora", resume, "--gradient_accumulation_steps=2")
     past = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"
     assert "is beyond step 1" in refused("lora", past, "--max_train_steps=1")
     assert "no checkpoint there" in refused("lora", f"--resume_from_checkpoint={tmp_path}")
