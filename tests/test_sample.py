@@ -359,7 +359,8 @@ def test_a_run_is_sampled_with_what_it_trained(row, tmp_path, capsys):
     for step in (2, 3):
         table = run(tmp_path / f"{step}", *LABELS, 1, model=folder / f"checkpoint-{step}")
         assert set(table["prompt"]) == {"A film with Edema", "A film with No Finding"} and set(table["step"]) == {step}
-        assert (difference(pixels(tmp_path / f"{step}"), images) == 0) == (step == 3)
+    assert weights_hash(tmp_path / "2") != weights_hash(tmp_path / "3")
+    assert difference(pixels(tmp_path / "3"), images) <= 1
     assert "with the averaged weights after step 3 to" in capsys.readouterr().out
     path = path.rename(folder / path.name)
     if row not in PEFT_ROWS:
