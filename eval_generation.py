@@ -480,10 +480,13 @@ def load_table(source, image_root, labels, args=None):
 
 # Copied from eval_downstream.print_block
 def print_block(accelerator, table):
-    """Print what a table's columns are used for, and the most frequent sizes of its images."""
+    """Print what a table's columns are used for, two captions if it has any, and the most frequent image sizes."""
     if accelerator.is_main_process:
         sizes = image_sizes(list(table["image"])).most_common(5)
-        lines = [*table.attrs["block"], ("sizes", ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes))]
+        captions, lines = table["prompt"][table["prompt"] != ""].unique(), [*table.attrs["block"]]
+        if len(captions):
+            lines.append(("captions", f"{len(captions):,}, such as {', '.join(map(repr, captions[:2]))}"))
+        lines.append(("sizes", ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes)))
         print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
 
 

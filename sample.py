@@ -453,6 +453,7 @@ def load_single_file(path):
         if not {"model", "first_stage_model", "cond_stage_model"} <= {name.split(".")[0] for name in names}:
             raise ValueError("it does not hold the U-Net, VAE and text encoder of Stable Diffusion 1 or 2")
         return StableDiffusionPipeline.from_single_file(str(path), config=config, **options)
+    # NotImplementedError: diffusers leaves missing weights on the meta device, which cannot be copied.
     except (SafetensorError, KeyError, NotImplementedError) as error:
         raise ValueError(f"it is damaged or lacks weights: {error}") from error
     except OSError as error:
