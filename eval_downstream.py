@@ -564,11 +564,13 @@ def load_tables(args, spec, accelerator):
         print_block(accelerator, table)
         left_out["not frontal"] += int((~table["frontal"]).sum())
         tables[csv] = table = merge_duplicates(table[table["frontal"]], "image")
-        if args.on_bad_image == "skip":
-            # Before rows are drawn, so that runs on synthetic and on real images train on equally many.
-            bad = find_bad_images(accelerator, list(table["image"]), args)
-            left_out["unreadable"] += len(bad)
-            tables[csv] = table[~table["image"].isin(bad)]
+        if csv != synthetic_csv or args.on_bad_image == "skip":
+            table = table.assign(hash=table["image"].map(scan_images(accelerator, list(table["image"]), args)))
+            tables[csv] = usable = table[table["hash"].notna()]
+            left_out["unreadable"] += len(table) - len(usable)
+        if csv != synthetic_csv:
+            tables[csv] = merge_duplicates(usable, "hash")
+            left_out["identical to another image"] += len(usable) - len(tables[csv])
     columns = [label for label in known if all(label in table for table in tables.values())]
     labels = args.labels or [label for label in spec.get("labels", CONDITIONS) if label in columns]
     if not labels or set(labels) - set(columns):
@@ -705,19 +707,28 @@ def cache_path(args, images, *geometry):
     return folder / digest.hexdigest()[:32]
 
 
-def find_bad_images(accelerator, images, args):
-    """Return the images that cannot be decoded, and cache their list."""
-    path, problems = cache_path(args, images, "bad images").with_suffix(".json"), {}
+def scan_images(accelerator, images, args):
+    """Return {image: SHA-256 of its file}; with --on_bad_image skip, without the images that cannot be decoded.
+
+    All images are scanned, before rows are drawn, so that runs on synthetic and on real images train on equally many.
+    """
+
+    def scan(image):
+        if args.on_bad_image == "skip":
+            load_image(image, 8, "squash")
+        # A missing file is reported later.
+        return hashlib.sha256(Path(image).read_bytes() if os.path.isfile(image) else image.encode()).hexdigest()
+
+    path, problems = cache_path(args, images, "scan", args.on_bad_image).with_suffix(".json"), {}
     if accelerator.is_main_process and not path.exists():
-        for _ in decode_images(images, lambda image: load_image(image, 8, "squash"), problems, "checking images"):
-            pass
+        hashes = {images[i]: value for i, value in decode_images(images, scan, problems, "checking images")}
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps({images[i]: problem for i, problem in problems.items()}))
+            temporary.write_text(json.dumps({"hashes": hashes, "problems": [*problems.values()]}))
     accelerator.wait_for_everyone()
-    problems = json.loads(path.read_text(encoding="utf-8"))
-    for problem in list(problems.values())[:20]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for problem in found["problems"][:20]:
         accelerator.print(f"{'left out':>9}  {problem}")
-    return set(problems)
+    return found["hashes"]
 
 
 def label_targets(table, labels, uncertain):

@@ -621,9 +621,19 @@ def plan_evaluation(args, accelerator):
     found = positive_labels(tables["synthetic"], known, "zeros").any()
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *known].index)
 
-    # Merge rows of the same path and, after hashing, real rows of the same content.
-    repeated = {name: table["image"].duplicated().sum() for name, table in tables.items()}
-    tables = {name: merge_duplicates(table, "image") for name, table in tables.items()}
+    # Merge rows of the same path, and real rows of the same content, before their number is capped.
+    hashes = hash_files(accelerator, list(dict.fromkeys(path for t in tables.values() for path in t["image"])))
+    for name, listed in tables.items():
+        table = merge_duplicates(listed.assign(hash=listed["image"].map(hashes)), "image")
+        same = table["hash"].duplicated().sum()
+        if name not in csvs:
+            table = merge_duplicates(table, "hash")
+        elif same:
+            notes.append(f"{name}: {same:,} images are identical to another one; the model may have collapsed")
+        if len(table) < len(listed):
+            repeated = f"{len(listed) - len(table):,} rows repeat the image of another row"
+            notes.append(f"{name}: {repeated}; each image counts once")
+        tables[name] = table
     counts = count_rows("test", tables["real"], known, args.uncertain)
     if labels:
         real, synthetic = (label_codes(tables[name], labels, args.uncertain) for name in ("real", "synthetic"))
@@ -636,24 +646,12 @@ def plan_evaluation(args, accelerator):
         if unmatched.any():
             notes.append(f"{text}, and are left out")
         tables["real"] = tables["real"][~unmatched]
-    # Drop what is not scored before reading and hashing files.
     for name, table in tables.items():
         if labels and name != "train":
             rows = np.unique(np.concatenate(list(label_rows(table, labels, args).values())))
             tables[name] = table.iloc[rows].reset_index(drop=True)
         if tables[name].empty:
             fail(f"{name} images: none has any of {', '.join(labels)}; check the label columns and --uncertain")
-    hashes = hash_files(accelerator, list(dict.fromkeys(path for t in tables.values() for path in t["image"])))
-    for name, table in tables.items():
-        table = tables[name] = table.assign(hash=table["image"].map(hashes))
-        same = table["hash"].duplicated().sum()
-        if name in csvs and same:
-            notes.append(f"{name}: {same:,} images are identical to another one; the model may have collapsed")
-        elif same:
-            tables[name] = merge_duplicates(table, "hash")
-            repeated[name] += same
-        if repeated[name]:
-            notes.append(f"{name}: {repeated[name]:,} rows repeat the image of another row; each image counts once")
     # Splits, caps and unmatched labels may leave out much of a table.
     counted = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
     accelerator.print(f"{'images':>9}  {counted}", flush=True)

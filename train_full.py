@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch>=2.6", "torchvision>=0.21", "diffusers>=0.36", "transformers>=4.57.1", "peft>=0.18", "accelerate>=1.10",
 #   "datasets>=4.0", "bitsandbytes>=0.48", "huggingface-hub>=0.34", "safetensors>=0.5", "filelock>=3.12",
-#   "numpy>=2.0", "pandas>=2.2.2", "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17",
+#   "numpy>=2.0", "pandas>=2.2.2", "pillow>=10.3", "tqdm>=4.67", "tensorboard>=2.17.1",
 # ]
 # ///
 """Fine-tune any combination of Stable Diffusion v1.5's U-Net, VAE and text encoder on chest radiographs.

@@ -469,6 +469,7 @@ def check_strategy(study, row, deciding):
     not_better = [name for name, pair in with_base if pair.better != row]
     aurocs = study.evaluations[row].by_label("class_consistency_auroc")
     accuracies = study.downstream[row].by_label("accuracy")
+    flat = [text for text in study.evaluations[row].dig("warnings", []) if "hardly vary" in text]
     below = [f"{label} {found['value']:.2f}" for label, found in aurocs.items() if is_below_chance(found)]
     constant = [label for label, found in accuracies.items() if "CONSTANT" in (found["note"] or "")]
     beaten = [pair.label for c in deciding for pair in c.pairs if pair.worse == row and pair.label != "all"]
@@ -480,12 +481,14 @@ def check_strategy(study, row, deciding):
         "visible tint": find_excess(study, row, "colour_visible"),
         "prompts answered below chance": ", ".join(below) if aurocs else None,
         same_answer: ", ".join(constant) if accuracies else None,
+        "features that hardly vary": "; ".join(flat) if study.evaluations[row].exists else None,
         "another row is better for some labels, see the table Label by label": ", ".join(dict.fromkeys(beaten)),
     }
 
 
 def write_objections(study, leaders, deciding):
     """Return what the checks have against the leaders, and what they could not check."""
+    leaders = leaders or study.strategies
     if not leaders:
         return []
     checks, objections, unknown = [check_strategy(study, row, deciding) for row in leaders], [], []

@@ -376,6 +376,18 @@ def test_ready_made_tables_are_used_whole_and_shared_patients_counted(tmp_path, 
     assert f"warning  {patients} patients are in both training and test" in capsys.readouterr().out
 
 
+def test_real_images_of_equal_content_count_once(tmp_path):
+    rows = pd.concat([of_split(name) for name in ("train", "val", "test")])
+    copies = rows.assign(Path=[shutil.copy(path, tmp_path / f"{i}.png") for i, path in enumerate(rows["Path"])])
+    pd.concat([rows, copies.assign(patient_id=rows["Path"].str.extract(r"(patient\d+)"))]).to_csv(
+        tmp_path / "twice.csv"
+    )
+    twice = run(tmp_path / "twice", real_csv=tmp_path / "twice.csv", train_on="real")
+    assert twice["images"]["left_out"]["identical to another image"] == len(rows)
+    rows.to_csv(tmp_path / "once.csv")
+    assert twice["results"] == run(tmp_path / "once", real_csv=tmp_path / "once.csv", train_on="real")["results"]
+
+
 def test_a_label_with_one_class_is_not_scored(tmp_path):
     synthetic = as_samples(tmp_path / "s", of_split("train").assign(Edema="1"))
     real = pd.concat([of_split(split) for split in ("train", "val", "test")]).assign(Pneumothorax="0")

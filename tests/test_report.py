@@ -201,10 +201,13 @@ def test_the_answer_names_what_speaks_against_the_leader(study):
     assert answer.startswith("<p>U-Net leads: it alone is unbeaten in FID, prompt AUROC and downstream AUROC.</p>")
     assert "<li>each strategy was trained once, which cannot say which is better in general</li>" in answer
 
+    flat = "xrv: the features hardly vary among real images"
+
     def spoil(info, rows):
         for metric in ("memorisation_suspects", "colour_visible"):
             rows[metric, "all"] |= {"value": 0.12, "low": 0.1, "high": 0.14}
         rows["class_consistency_auroc", "Edema"] |= {"value": 0.34, "low": 0.3, "high": 0.38}
+        info["warnings"].append(flat)
 
     change(study / "evaluations/unet/generation_metrics.json", spoil)
     path = study / "downstream/unet/downstream_metrics.json"
@@ -212,6 +215,10 @@ def test_the_answer_names_what_speaks_against_the_leader(study):
     text, answer = make(study)
     for name in ("suspected copies", "visible tint"):
         assert f"<li>{name} (12.0 % of images, base model 0.2 %)</li>" in answer
+    assert f"<li>features that hardly vary ({flat})</li>" in answer
+    # The same if there is no other strategy to compare with.
+    alone = make(study, "--rows", "unet")[1]
+    assert "No strategies could be compared" in alone and f"({flat})" in alone and "<li>visible tint (12.0 %" in alone
     constant = "CONSTANT classifiers, which give all test images the same answer (Edema)"
     assert f"<li>prompts answered below chance (Edema 0.34)</li><li>{constant}</li>" in answer
     for table, column, flag in (("3c", "visible tint, %", "above"), ("3b", "Ed", "chance"), ("4.", "Ed", "CONSTANT")):
