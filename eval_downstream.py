@@ -531,9 +531,9 @@ def draw_rows(args, tables, synthetic_csv, left_out):
 
 # Copied from eval_generation.merge_duplicates
 def merge_duplicates(table, column):
-    """Keep the first row of each value of a column, with every label that any of its rows has."""
-    labels = [name for name in table if table[name].dtype == float]
-    merged = table.assign(**table.groupby(column, sort=False)[labels].transform("max"))
+    """Keep the first row of each value of a column. Its labels are positive, or else uncertain, if any row's are."""
+    ranks = table[[name for name in table if table[name].dtype == float]].replace(-1.0, 0.5)
+    merged = table.assign(**ranks.groupby(table[column], sort=False).transform("max").replace(0.5, -1.0))
     return merged[~table[column].duplicated()].reset_index(drop=True)
 
 
@@ -570,7 +570,9 @@ def load_tables(args, spec, accelerator):
             left_out["unreadable"] += len(table) - len(usable)
         if csv != synthetic_csv:
             tables[csv] = merge_duplicates(usable, "hash")
-            left_out["identical to another image"] += len(usable) - len(tables[csv])
+            same = len(usable) - len(tables[csv])
+            left_out["identical to another image"] += same
+            notes += [f"{csv}: {same:,} images are identical to another one; each counts once"] if same else []
     columns = [label for label in known if all(label in table for table in tables.values())]
     labels = args.labels or [label for label in spec.get("labels", CONDITIONS) if label in columns]
     if not labels or set(labels) - set(columns):

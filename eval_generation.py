@@ -559,9 +559,9 @@ def label_rows(table, labels, args):
 
 
 def merge_duplicates(table, column):
-    """Keep the first row of each value of a column, with every label that any of its rows has."""
-    labels = [name for name in table if table[name].dtype == float]
-    merged = table.assign(**table.groupby(column, sort=False)[labels].transform("max"))
+    """Keep the first row of each value of a column. Its labels are positive, or else uncertain, if any row's are."""
+    ranks = table[[name for name in table if table[name].dtype == float]].replace(-1.0, 0.5)
+    merged = table.assign(**ranks.groupby(table[column], sort=False).transform("max").replace(0.5, -1.0))
     return merged[~table[column].duplicated()].reset_index(drop=True)
 
 
@@ -622,8 +622,8 @@ def plan_evaluation(args, accelerator):
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *known].index)
 
     # Merge rows of the same path, and real rows of the same content, before their number is capped.
-    hashes = hash_files(accelerator, list(dict.fromkeys(path for t in tables.values() for path in t["image"])))
     for name, listed in tables.items():
+        hashes = hash_files(accelerator, list(listed["image"].unique()), args)
         table = merge_duplicates(listed.assign(hash=listed["image"].map(hashes)), "image")
         same = table["hash"].duplicated().sum()
         if name not in csvs:
@@ -659,15 +659,20 @@ def plan_evaluation(args, accelerator):
     return SimpleNamespace(tables=tables, labels=labels, counts=counts, warnings=notes, **geometry)
 
 
-def hash_files(accelerator, paths):
+def hash_files(accelerator, paths, args):
     """Return the SHA-256 of each file, or of its path if it is missing, which `compute_features` reports."""
 
     def digest(path):
         return hashlib.sha256(Path(path).read_bytes() if os.path.isfile(path) else path.encode()).hexdigest()
 
+    def compute():
+        return np.array([value for _, value in decode_images(mine, digest, {}, "hashing images")])
+
     mine = paths[accelerator.process_index :: accelerator.num_processes]
-    hashes = decode_images(mine, digest, {}, "hashing images")
-    return dict(gather_object([(mine[i], value) for i, value in hashes]))
+    stats = [os.stat(path) if os.path.isfile(path) else None for path in mine]
+    identity = [[path, stat and stat.st_size, stat and stat.st_mtime_ns] for path, stat in zip(mine, stats)]
+    (cache_folder(args) / "scores").mkdir(parents=True, exist_ok=True)
+    return dict(gather_object(list(zip(mine, remember(["hashes", identity], compute, args).tolist()))))
 
 
 class Sample(NamedTuple):
@@ -838,6 +843,8 @@ class XRVNetwork:
         except Exception as error:  # download, unpickling and malformed files can raise anything
             fail(f"--features {source}: cannot load torchxrayvision's DenseNet ({str(error)[:200]}); see README.md")
         model.op_threshs = None  # unused here; so the download and its converted file share a cache
+        if device.type == "cpu":
+            model.to(memory_format=torch.channels_last)  # 1.4 times as fast there
         self.model, self.device, self.key = model.eval().to(device), device, f"xrv-{hash_weights(model)}"
         heads = list(model.targets)
         self.labels = [label for label in LABELS if XRV_NAMES.get(label, label) in heads]
@@ -1023,7 +1030,7 @@ def feature_warnings(name, features, n, label_n=None):
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
     if spread < 0.01:
         notes.append(f"{name}: the features hardly vary among real images ({spread:.1g} of the mean): FID says little")
-    what, n = ("n", n) if n < 10 * dim else ("n per label, from", label_n or n)
+    what, n = ("n", n) if n < 10 * dim else ("the smallest n per label", label_n or n)
     if n < 10 * dim:
         effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
         notes.append(f"{name}: {what} = {n:,} is below 10 times the {dim:,} features: {effect}")
@@ -1382,7 +1389,7 @@ def code_fingerprint():
 def remember(identity, compute, args):
     """Return compute(), an array, cached under `identity`, a list of JSON values, and this script's code.
 
-    In a sweep, all runs score the same images of the base model and of the VAE, and the same real images.
+    In a sweep, all runs read and score the same images of the base model and of the VAE, and the same real images.
     """
     digest = hashlib.sha256(json.dumps([code_fingerprint(), *identity]).encode()).hexdigest()
     folder = cache_folder(args) / "scores"
@@ -1390,7 +1397,7 @@ def remember(identity, compute, args):
     if path.exists():
         return np.load(path)
     values = compute()
-    if folder.is_dir():  # main makes it; other callers, such as simulations, cache nothing
+    if folder.is_dir():  # hash_files makes it; other callers, such as simulations, cache nothing
         save_array(path, values)
     return values
 
@@ -1609,13 +1616,19 @@ def add_ms_ssim(results, source, plan, device, args):
     results.add("ms_ssim", value, draws=draws, n=count, note="pairs with the same labels; lower is more varied")
 
 
-def nearest(queries, reference):
+def nearest(queries, reference, args):
     """Return each query's most similar reference row, and their cosine similarity."""
-    index, distance = pairwise_distances_argmin_min(queries, reference, metric="cosine")
-    return index, 1 - distance
+
+    def compute():
+        index, distance = pairwise_distances_argmin_min(queries, reference, metric="cosine")
+        return np.stack([index, 1 - distance])
+
+    keys = [hashlib.sha256(np.ascontiguousarray(rows)).hexdigest() for rows in (queries, reference)]
+    index, cosine = remember(["nearest", keys], compute, args)
+    return index.astype(int), cosine
 
 
-def nearer_to_training(generated, seen, unseen, patients):
+def nearer_to_training(generated, seen, unseen, patients, args):
     """Return the share of generated images that are nearer to a seen than to an unseen image, and its draws.
 
     Generated images are not independent, since a few real images are nearest to many of them. So draw under the null
@@ -1623,7 +1636,7 @@ def nearer_to_training(generated, seen, unseen, patients):
     the two it is. The draws' standard deviation is sqrt(sum of c²) / 2M for M generated images, of which c are nearest
     to a patient.
     """
-    (seen_row, to_seen), (unseen_row, to_unseen) = nearest(generated, seen), nearest(generated, unseen)
+    (seen_row, to_seen), (unseen_row, to_unseen) = (nearest(generated, rows, args) for rows in (seen, unseen))
     # An image may be in both sets, with cosines that differ by rounding.
     tie = np.abs(to_seen - to_unseen) < 1e-6
     share = np.where(tie, 0.5, to_seen > to_unseen).mean()
@@ -1656,11 +1669,11 @@ def add_memorisation(results, generated, real, train, args):
     patients, pairs = (train.patients[seen], real.patients[unseen]), {}
     for kind, suffix in (("features", ""), ("thumbnails", "_pixels")):
         ours, trained, others = (getattr(source, kind) for source in (generated, train, real))
-        share, draws = nearer_to_training(ours, trained[seen], others[unseen], patients)
+        share, draws = nearer_to_training(ours, trained[seen], others[unseen], patients, args)
         row = {"floor": 0.5, "note": f"{len(seen):,} training images against as many of other patients"}
         results.add(f"memorisation_nearer_train{suffix}", share, draws=draws, n=n, **row)
-        row_of, cosine = pairs[kind] = nearest(ours, trained)
-        _, unseen_cosine = nearest(others[unseen], trained)
+        row_of, cosine = pairs[kind] = nearest(ours, trained, args)
+        _, unseen_cosine = nearest(others[unseen], trained, args)
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
         # Ignore the top 0.1 %, or one to three patients: one duplicate among the unseen would hide all copies.
         count = len(by_patient)
@@ -1827,7 +1840,6 @@ def main(args):
         if problems:
             listed = "; ".join(problems[:20])
             fail(f"{len(problems):,} images cannot be used: {listed}; repair them or remove their rows")
-        (cache_folder(args) / "scores").mkdir(parents=True, exist_ok=True)
         sources = make_sources(plan, args)
         appearance, first = networks[:2]
         for source in sources.values():

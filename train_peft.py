@@ -831,21 +831,24 @@ def check_and_encode(accelerator, images, paths, vae, args):
         except ValueError as error:
             problems[i] = str(error)
 
+    # Larger batches are faster on a GPU only; where --train_batch_size images can be trained on, they can be encoded.
+    batch_size = args.train_batch_size if accelerator.device.type == "cuda" else 1
     label = "encoding images" if vae else "checking images"
     bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not (mine and rank == 0))
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(mine), 64):  # all images at once would not fit in memory
             chunk = mine[start : start + 64]
-            for i, image in zip(chunk, pool.map(decode, chunk)):
-                bar.update()
-                if vae is None or image is None:  # unreadable images are in `problems`
+            decoded = ((i, image) for i, image in zip(chunk, pool.map(decode, chunk)) if image is not None)
+            while batch := list(itertools.islice(decoded, batch_size)):
+                bar.update(len(batch))
+                if vae is None:
                     continue
-                # One image at a time, so that latents do not depend on the batch.
-                posterior = vae.encode(to_pixel_values(image)[None].to(vae.device)).latent_dist.parameters[0]
-                paths[i].parent.mkdir(parents=True, exist_ok=True)
-                temporary = paths[i].with_suffix(f".{os.getpid()}.tmp.npy")
-                np.save(temporary, posterior.cpu().numpy().astype(np.float16))
-                os.replace(temporary, paths[i])
+                pixel_values = torch.stack([to_pixel_values(image) for _, image in batch]).to(vae.device)
+                for (i, _), posterior in zip(batch, vae.encode(pixel_values).latent_dist.parameters.cpu()):
+                    paths[i].parent.mkdir(parents=True, exist_ok=True)
+                    temporary = paths[i].with_suffix(f".{os.getpid()}.tmp.npy")
+                    np.save(temporary, posterior.numpy().astype(np.float16))
+                    os.replace(temporary, paths[i])
     return dict(sorted(gather_object(list(problems.items()))))
 
 
@@ -998,9 +1001,8 @@ def load_base_pipeline(args):
         pipeline = load_pipeline(name, args.revision, args.variant)
     except (OSError, ValueError) as error:
         known = isinstance(error, OSError) or os.path.exists(name)
-        reason = (
-            explain_base(name) if known else None
-        ) or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
+        reason = explain_base(name) if known else None
+        reason = reason or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
         fail(f"{name}: {reason} ({str(error)[:300]})")
     prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
     if prediction_type not in ("epsilon", "v_prediction"):
@@ -1410,7 +1412,9 @@ def summarize(accelerator, args, state, data, losses):
         trainable[name.split(".")[0]] += parameter.numel()
     # ru_maxrss is in bytes on macOS, in KiB elsewhere.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    memory = torch.cuda.max_memory_allocated() if cuda else resident
+    memory, period = resident, "whole run, cpu"
+    if cuda:
+        memory, period = torch.cuda.max_memory_allocated(), "after encoding, GPU"
     seconds_per_epoch = state.seconds * len(data.train) / state.samples_seen
     settings = ("method", "labels", "resolution", "resize_mode", "uncertain", "prompt_template")
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -1437,7 +1441,7 @@ def summarize(accelerator, args, state, data, losses):
             *(result_row("trainable_parameters", count, label=name) for name, count in trainable.items()),
             result_row("seconds_per_epoch", seconds_per_epoch, n=len(data.train), note="training steps only"),
             result_row("seconds", state.seconds, note="training steps only, summed over resumed runs"),
-            result_row("peak_memory_gib", memory / 2**30, note=f"main process, whole run, {accelerator.device.type}"),
+            result_row("peak_memory_gib", memory / 2**30, note=f"main process, {period}"),
             result_row("train_loss", state.train_loss, note="mean since the last log entry"),
             *heldout_rows(*losses),
             *count_rows("train", data.train, args.labels, args.uncertain),
@@ -1864,6 +1868,7 @@ def main(args):
 
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32; only now, since cached latents use PyTorch's default
+        torch.cuda.reset_peak_memory_stats()  # not of encoding, which later runs do without
     model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(args, parameters)

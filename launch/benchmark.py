@@ -10,7 +10,7 @@
 
     python launch/benchmark.py                                                # all methods and sampling; for a GPU
     python launch/benchmark.py --device cpu --methods lora --repeats 3 --steps 2
-    python launch/benchmark.py --device cpu --base launch/demo/base --resolution 64 --batch_size 4 --steps 200 --start
+    python launch/benchmark.py --device cpu --base launch/demo/base --resolution 64 --batch_size 4 --steps 200
     python launch/benchmark.py --peer train_text_to_image_lora.py             # diffusers' example, in turn with ours
     METHODS="lora unet" python launch/benchmark.py --study                    # forecast the hours of launch/sweep.sh
 
@@ -88,10 +88,16 @@ LOOPS = ("plain", "project")
 # Flags that shorten each kind of step of a study, to measure it.
 FEW = {
     "samples": "",
-    "runs": "--max_train_samples=48 --max_validation_samples=8 --checkpointing_steps=0 --validation_steps=0",
-    "downstream": "--num_train_images=32 --train_batch_size=16 --num_train_epochs=4 --num_seeds=1 "
-    "--max_test_images=48 --bootstrap_samples=20 --patience=0",
+    "runs": "--max_train_samples=48 --max_validation_samples=8 --validation_steps=0",
+    "downstream": "--num_train_epochs=4 --num_seeds=1 --max_test_images=48 --bootstrap_samples=20 --patience=0",
     "evaluations": "--max_per_label=16 --max_train_samples=48 --num_subsamples=2",
+}
+# The scripts' folders of cached images, latents and features, each study's own.
+CACHES = {"runs": "latent_cache_dir", "downstream": "image_cache_dir", "evaluations": "feature_cache_dir"}
+# Flags without effect on these modes.
+IGNORED = {
+    "study": "methods resolution batch_size mixed_precision compile num_inference_steps repeats",
+    "peer": "methods compile num_inference_steps",
 }
 PARTS = ["data", "VAE", "text encoder", "U-Net forward", "backward", "optimizer", "rest"]  # of a step's time
 
@@ -106,7 +112,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]", formatter_class=formatter)
     flag = parser.add_argument_group("what to measure").add_argument
     flag("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD", help="to run (default: all)")
-    flag("--start", action="store_true", help="also time accelerate launch until the end of the first step")
     flag("--peer", type=Path, help="compare with this train_text_to_image_lora.py of diffusers instead")
     flag("--study", nargs=argparse.REMAINDER, help="forecast launch/sweep.sh, with the flags after this one, instead")
     flag("--base", type=Path, help="pipeline folder (default: Stable Diffusion v1.5 with random weights)")
@@ -130,10 +135,14 @@ def parse_args(argv=None):
         parser.error(f"--peer {args.peer}: no such file")
     if args.base and not (args.base / "model_index.json").is_file():
         parser.error(f"--base {args.base}: no pipeline there (no model_index.json)")
-    if args.start and args.methods == ["sample"]:
-        parser.error("--start needs a method that trains in --methods")
+    for mode, names in IGNORED.items():
+        for name in names.split() if getattr(args, mode) is not None else ():
+            if getattr(args, name) != parser.get_default(name):
+                hint = "; set the variables of launch/sweep.sh" if mode == "study" else ""
+                parser.error(f"--{name} has no effect on --{mode}{hint}")
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        cpu = "ACCELERATE_USE_CPU" in os.environ or not torch.cuda.is_available()
+        args.device = "cpu" if cpu else "cuda"
     defaults = {"batch_size": (8, 1), "mixed_precision": ("bf16", "no"), "num_inference_steps": (50, 2)}
     for name, values in (defaults | {"steps": (30, 3), "warmup_steps": (10, 1)}).items():
         if getattr(args, name) is None:
@@ -429,8 +438,8 @@ def in_new_process(function, *inputs):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *inputs).result()
-        except BrokenProcessPool:
-            return {"note": "killed, probably out of memory"}
+        except (BrokenProcessPool, torch.OutOfMemoryError):
+            return {"note": "out of memory, or killed"}
 
 
 def compare_loops(method, args, csv):
@@ -450,29 +459,6 @@ def compare_loops(method, args, csv):
         both["ratios"] = [project / plain for plain, project in zip(*rates)]
         both["ratio"] = statistics.median(both["ratios"])
     return both
-
-
-def measure_start(args, csv):
-    """Time accelerate launch until the end of the first step, with the demo's base, and importing the libraries."""
-    method, imports, first_steps = next(name for name in args.methods if name != "sample"), [], []
-    libraries = "import torch, diffusers, transformers, peft, accelerate; diffusers.StableDiffusionPipeline"
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines=1"]
-    command += ["--num_processes=1", "--mixed_precision=no", "--dynamo_backend=no", ROOT / f"{METHODS[method][0]}.py"]
-    tiny = argparse.Namespace(**(vars(args) | {"base": ROOT / "launch/demo/base", "resolution": 64, "batch_size": 1}))
-    for _ in range(args.repeats):
-        print(f"{method}, start ...", flush=True)
-        began = time.time()
-        subprocess.run([sys.executable, "-c", libraries], check=True, capture_output=True)
-        imports.append(time.time() - began)
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ["--max_train_steps=1", "--checkpointing_steps=1", f"--output_dir={folder}/run"]
-            began = time.time()
-            subprocess.run([*command, *script_flags(method, tiny, csv), *flags], check=True, capture_output=True)
-            # This is the first file that a run writes after its first step.
-            saved = Path(folder) / "run/checkpoint-1/trainable.safetensors"
-            first_steps.append(saved.stat().st_mtime - began)
-    ratio = statistics.median(first_steps) / statistics.median(imports)
-    return {"method": method, "import_seconds": imports, "first_step_seconds": first_steps, "ratio": ratio}
 
 
 def run_training(command, folder, warmup_steps):
@@ -535,15 +521,15 @@ def plan_study(flags):
     return {name: (script.removesuffix(".py"), argv) for name, script, *argv in blocks}
 
 
-def count_test_images(script, args):
-    """Return how many images eval_downstream.py tests on."""
-    table = script.load_image_table(
-        args.test_csv or args.real_csv, args.image_root, labels=script.known_labels(args.labels)
-    )
-    split = args.split or ("all" if args.test_csv else "test")
-    chosen = (split == "all") | (script.split_of(table, args.split_seed) == split)
-    count = int((table["frontal"] & chosen).sum())
-    return min(count, args.max_test_images or count)
+def count_real_images(script, args):
+    """Return how many real images eval_downstream.py has for training, validation and testing."""
+    csvs = filter(None, (args.real_csv, args.validation_csv, args.test_csv))
+    tables = [script.load_image_table(csv, args.image_root, labels=script.known_labels(args.labels)) for csv in csvs]
+    first, *others = (table[table["frontal"]] for table in tables)
+    if others:
+        return len(first), *map(len, others)
+    splits = script.split_of(first, args.split_seed)
+    return tuple(int((splits == name).sum()) for name in script.SPLIT_FRACTIONS)
 
 
 def count_units(script, args, samples, first, processes=1):
@@ -555,24 +541,30 @@ def count_units(script, args, samples, first, processes=1):
         size = args.train_batch_size * args.gradient_accumulation_steps * processes
         steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / size)
         validations = 2 + ((steps - 1) // args.validation_steps if args.validation_steps else 0)
-        images = (len(data.train) + len(data.heldout)) * (first or "vae" in args.components)
+        uncached = "vae" in args.components and args.vae_loss == "joint"
+        images = (len(data.train) + len(data.heldout)) * (first or uncached)
         counts = {"train": steps, "check_and_encode": images / processes, "draw_validation": validations}
+        counts["save_checkpoint"] = math.ceil(steps / args.checkpointing_steps) if args.checkpointing_steps else 0
         return counts | {"heldout_losses": validations * len(data.heldout) / processes}
     if script.__name__ == "eval_downstream":
-        test = count_test_images(script, args)
+        real_train, real_val, real_test = count_real_images(script, args)
+        test = min(real_test, args.max_test_images or real_test)
         val = round(script.SPLIT_FRACTIONS["val"] * samples)
-        train = args.num_train_images or samples - val
-        epochs = args.num_seeds * args.num_train_epochs / processes
+        train, val = args.num_train_images or min(samples - val, real_train), min(val, real_val)
+        epochs = args.num_seeds * args.num_train_epochs / processes  # --patience may stop earlier
         predicted = epochs * val + args.num_seeds * test / processes
         counts = {"load_images": train + val + test * first, "train_epoch": epochs * train, "predict": predicted}
+        counts["scan_images"] = first * (real_train + real_val + real_test)
         return counts | {"score": args.num_seeds * (args.bootstrap_samples + 1)}
     real = script.load_split(args.real_csv, args.image_root, args.real_split, args.split_seed, args)
     rows = script.label_rows(real, args.labels, args).values()
     images = first * len(np.unique(np.concatenate([*rows])))
     through_vae = min(script.MAX_VAE_IMAGES, images)
-    judged = samples + images + through_vae + first * (len(script.load_training_images(args)) if args.train_csv else 0)
+    trained = first * (len(script.load_training_images(args)) if args.train_csv else 0)
+    judged = samples + images + through_vae + trained
     # The first evaluation also scores the VAE (as much as a model) and the floors (half as much).
     counts = {"compute_features": judged / processes, "ThroughVAE.__call__": through_vae / processes}
+    counts["hash_files"] = (samples + first * len(real) + trained) / processes
     return counts | {"add_set_metrics": 2.5 if first else 1}
 
 
@@ -581,20 +573,40 @@ def measure_step(name, few, planned, samples, args):
 
     `samples` are the numbers of samples in the short run and in the study.
     """
-    script, clock = load_script(name), Clock("cpu", 0, 1)
+    script, clock, times = load_script(name), Clock(args.device, 0, 1), []
     few, planned = script.parse_args(few), script.parse_args(planned)
+    if name == "eval_downstream":
+        few.num_train_images = min(2 * few.train_batch_size, count_real_images(script, few)[0])
+    elif name.startswith("train"):
+        accumulation, iterate_batches = few.gradient_accumulation_steps, script.iterate_batches
+        few.max_train_steps = max(2, math.ceil((args.warmup_steps + 3 * args.steps) / accumulation))
+
+        def timed_batches(*inputs):
+            for batch in iterate_batches(*inputs):
+                times.append(clock.now())
+                yield batch
+
+        script.iterate_batches = timed_batches
     units, found = count_units(script, few, samples[0], True), {}
     for path in units:
         owner, _, function = path.rpartition(".")
         clock.patch(path, getattr(script, owner) if owner else script, function)
     script.main(few)
+    if clock.cuda:
+        torch.cuda.synchronize()
     ended, seconds = time.perf_counter(), {path: clock.parts()[path] for path in units}
+    if times:
+        # The first steps may compile; what they take beyond others counts once, among the rest.
+        skipped = min(args.warmup_steps, len(times) - 2)
+        batch = clock.seconds(times[skipped], times[-1]) / (len(times) - 1 - skipped)
+        seconds["train"] = batch * accumulation * units["train"]
+    per_unit = found["seconds_per_unit"] = {path: seconds[path] / max(units[path], 1) for path in units}
     scored = {"eval_generation": ("add_set_metrics", seconds_of_scores), "eval_downstream": ("score", seconds_of_draw)}
     part, measured = scored.get(name, (None, None))
     scores = measured(script, planned, samples[1]) if part else 0
     for caches, first in (("empty", True), ("filled", False)):
         counts = count_units(script, planned, samples[1], first, args.processes)
-        found[caches] = {path: seconds[path] * counts[path] / max(units[path], 1) for path in units}
+        found[caches] = {path: per_unit[path] * counts[path] for path in units}
         if part:
             found[caches][part] = counts[part] * scores
         found[f"units, caches {caches}"] = counts
@@ -625,16 +637,18 @@ def seconds_of_scores(script, args, samples):
 
 def seconds_of_draw(script, args, samples):
     """Return the seconds per bootstrap draw of a classifier's scores, on random predictions for all test images."""
-    probabilities = np.random.default_rng(0).random((count_test_images(script, args), len(args.labels)))
+    test = count_real_images(script, args)[2]
+    probabilities = np.random.default_rng(0).random((min(test, args.max_test_images or test), len(args.labels)))
+    table = script.load_image_table(args.test_csv or args.real_csv, with_images=False, labels=args.labels)
     began = time.perf_counter()
     script.score((probabilities > 0.5).astype(np.float32), np.arange(len(probabilities)), [probabilities], 49)
     # Images of each sex, age group and view are scored once more.
-    return 4 * (time.perf_counter() - began) / 50
+    return (1 + len({"Sex", "Age", "AP/PA"} & {*table})) * (time.perf_counter() - began) / 50
 
 
 def measure_study(steps, args):
     """Run `measure_step` for each kind of step and row, and add the rest of each process's seconds."""
-    folder, costs, samples = args.output_dir / "study", {}, (0, 0)  # few and planned
+    folder, costs, samples = args.output_dir / "forecast", {}, (0, 0)  # few and planned
     shutil.rmtree(folder, ignore_errors=True)
     classifier, drawn = folder / "downstream" / "classifier", folder / "samples"
     shared = {"downstream": [f"--synthetic={drawn}"], "evaluations": [f"--synthetic={drawn}", f"--baseline={drawn}"]}
@@ -645,17 +659,20 @@ def measure_study(steps, args):
         print(f"{key} ...", flush=True)
         planned = [str(classifier) if word.endswith("downstream/real/classifier") else word for word in argv]
         planned = [*planned, *shared.get(kind, []), f"--output_dir={folder / key}"]
+        if kind in CACHES:
+            planned += [f"--{CACHES[kind]}={folder / 'caches' / kind}"]
         few = [*planned, *FEW[kind].split()]
-        if kind == "runs":
-            few += [f"--max_train_steps={args.warmup_steps + 3 * args.steps}"]
-        elif kind == "samples":
+        if kind == "samples":
             few += ["--num_images=48" if "--like_csv" in argv else "--images_per_label=16"]
         began = time.perf_counter()
         found = costs[key] = in_new_process(measure_step, script, few, planned, samples, args)
         if "note" in found:
-            sys.exit(f"{key}: {found['note']}")
+            sys.exit(f"{key}: {found['note']}; change the variables of launch/sweep.sh")
+        print("  " + ", ".join(f"{path} {seconds:.3g} s" for path, seconds in found["seconds_per_unit"].items()))
         found["rest"] = time.perf_counter() - began - found.pop("after") - sum(found["few"].values())
-        if kind == "samples":
+        if kind == "runs":
+            shutil.rmtree(folder / key)  # gigabytes each
+        elif kind == "samples":
             units = found["few_units"]["generate"], found["units, caches empty"]["generate"] * args.processes
             samples = tuple(map(round, units))
     return costs
@@ -672,7 +689,7 @@ def forecast_study(steps, args):
     for name in steps:
         cost, kind = costs[cost_key(name)], name.split("/")[0]
         forecast[name] = cost["rest"] + sum(cost["filled" if kind in filled else "empty"].values())
-        if kind != "runs" or "vae" not in name:  # rows that train the VAE may cache no latents
+        if kind != "runs" or "vae" not in name:  # with a joint VAE loss, no latents are cached
             filled.add(kind)
     # launch/sweep.sh runs one step after another, so a step took the time since the previous result.
     times = sorted(((study / name).stat().st_mtime, name) for name in steps if (study / name).is_file())
@@ -681,9 +698,10 @@ def forecast_study(steps, args):
     groups |= {kind: [name for name in steps if name.startswith(kind)] for kind in FEW} | {"all": [*steps]}
     print(f"{'hours':>9} {'measured':>9} {'peak GiB':>9}")
     for group, names in (groups | {"all that were measured": [*taken]} if taken else groups).items():
-        hours = [sum(seconds.get(name, 0) for name in names) / 3600 for seconds in (forecast, taken)]
+        hours = sum(forecast[name] for name in names) / 3600
+        measured = f"{sum(taken[name] for name in names) / 3600:.3f}" if {*names} <= {*taken} else ""
         peak = max((costs[cost_key(name)]["peak_bytes"] for name in names), default=0) / 2**30
-        print(f"{hours[0]:9.3f} {f'{hours[1]:.3f}' if hours[1] else '':>9} {peak:9.1f}  {group}")
+        print(f"{hours:9.3f} {measured:>9} {peak:9.1f}  {group}")
     summary = {"arguments": vars(args), "forecast_seconds": forecast, "measured_seconds": taken, "costs": costs}
     (args.output_dir / "study.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
 
@@ -715,10 +733,6 @@ def format_table(summary):
             parts = " | ".join(f"{seconds:.3g}" for seconds in figures["parts"].values())
             rates = f"{figures['images_per_second']:.3g} | {ratio} | {figures['seconds_per_step']:.3g}"
             lines.append(f"| {method} | {loop} | {rates} | {parts} | {figures['peak_bytes'] / 2**30:.2f} |")
-    if summary["start"]:
-        imports, first = (statistics.median(summary["start"][f"{name}_seconds"]) for name in ("import", "first_step"))
-        times = f"{first:.1f} s, {summary['start']['ratio']:.2f} times the {imports:.1f} s of importing the libraries"
-        lines += ["", f"From accelerate launch to the end of the first step ({summary['start']['method']}): {times}."]
     return "\n".join(lines) + "\n"
 
 
@@ -766,6 +780,8 @@ def main(args):
     args.output_dir = args.output_dir.absolute()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.study is not None:
+        if args.base:
+            os.environ["MODEL"] = str(args.base.absolute())
         os.chdir(ROOT)  # where launch/sweep.sh runs
         args.processes = int(os.environ.get("PROCESSES", "1"))
         forecast_study(plan_study(args.study), args)
@@ -785,7 +801,6 @@ def main(args):
         "machine": {"name": device_name, "device": args.device, "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate")},
         "methods": {},
-        "start": None,
     }
     if args.peer:
         summary["peer"] = compare_peer(args, csv)
@@ -795,9 +810,6 @@ def main(args):
         summary["methods"][method] = compare_loops(method, args, csv)
         write_benchmark(summary, args.output_dir)  # after each method, since all may take hours
         print("\n".join(format_table(summary).splitlines()[-2:]), flush=True)
-    if args.start:
-        summary["start"] = measure_start(args, csv)
-        write_benchmark(summary, args.output_dir)
     print(f"\n{format_table(summary)}\n{args.output_dir / 'benchmark.json'}")
 
 

@@ -76,10 +76,12 @@ UNITS |= dict.fromkeys(["memorisation_suspects", "memorisation_suspects_pixels"]
 UNITS |= dict.fromkeys(["trainable_parameters", "images_train", "images_val", "images_test"], (0, 1))
 UNITS |= dict.fromkeys(["auroc", "auroc_by_group", "class_consistency_auroc", "ms_ssim"], (3, 1))
 UNITS |= dict.fromkeys(["heldout_diffusion", "heldout_diffusion_change"], (4, 1)) | {"seconds_per_epoch": (1, 1)}
-# Settings that should be the same in all rows: fields of the JSON files, but for samples columns of metadata.csv. The
-# report warns of any that differ, and does not compare rows that differ in one of evaluations or downstream.
+# Metrics between 0 and 1.
+FRACTIONS = re.compile(r"accuracy|(class_consistency_)?auroc|auroc_by_group|class_consistency|colour_visible|memori.*")
 # Phrases in the warnings of eval_generation.py that the report repeats.
 SERIOUS = ("hardly vary", "10 times", "not shown to beat chance")
+# Settings that should be the same in all rows: fields of the JSON files, but for samples columns of metadata.csv. The
+# report warns of any that differ, and does not compare rows that differ in one of evaluations or downstream.
 SHARED = {
     "runs": "images steps global_batch_size identity.data_fingerprint identity.base_fingerprint resolution "
     "resize_mode uncertain prompt_template mixed_precision device arguments.seed arguments.caption_dropout "
@@ -243,7 +245,8 @@ def merge_trainings(files):
         merged.draws["/".join(key)] = mean + (values - mean) / root
         if np.ptp(values) > 0:
             notes = dict.fromkeys([f"mean of {len(files)} trainings", *(row["note"] for row in rows if row["note"])])
-            new = {"value": mean, "low": mean - half, "high": mean + half}
+            ends = (0, 1) if FRACTIONS.fullmatch(key[0]) else (-np.inf, np.inf)
+            new = {"value": mean, "low": max(mean - half, ends[0]), "high": min(mean + half, ends[1])}
             merged.rows[key] = first | new | {"note": "; ".join(notes)}
             # Of the single trainings, for find_excess and is_below_chance.
             if None not in [row["low"] for row in rows]:
@@ -422,11 +425,15 @@ def describe_pair(pair, metric):
     return Cell(words, f"({low} to {high})", grey=not pair.better)
 
 
-def write_lead(deciding):
+def write_lead(study, deciding):
     """Return the first sentence of the answer, and the strategies it names, which no other row beats."""
     leaders = {c.measure.name: c.leaders() for c in deciding if c.compared()}
     if not leaders:
-        return "No strategies could be compared: no metric was measured for two of them in the same way.", []
+        text = "No strategies could be compared with each other"
+        for row in study.strategies:
+            better = [c.measure.name for c in deciding for pair in c.of("all", row, "base") if pair.better == row]
+            text += f"; {NAMES[row]} beats the base model in {join_words(better)}" if better else ""
+        return f"{text}.", []
     common = [row for row in STRATEGIES if all(row in rows for rows in leaders.values())]
     if len(common) == 1:
         alone = [name for name, rows in leaders.items() if rows == common]
@@ -459,6 +466,7 @@ def find_excess(study, row, metric):
         floor = max(floor, base["value"])  # the base model has not seen the training images
     excess = found.get("max_low", found["low"]) > max(2 * floor, 0.005)
     share = f"{100 * found.get('max_value', found['value']):.1f} % of images"
+    share += " in one training" if "max_value" in found else ""
     share += f", base model {100 * base['value']:.1f} %" if base else ""
     return share if excess else ""
 
@@ -549,14 +557,16 @@ def find_warnings(study, deciding):
     wrong = {row: None for row, file in evaluations if file.info.get("name", row).split("_seed")[0] != row}
     if wrong:
         found.append(f"The evaluations of {join_names(wrong)} are not of the study's samples.")
-    real = study.first("evaluations").get("class_consistency_auroc_real")
-    if real and real["low"] is not None and real["low"] <= 0.5:
-        found.append("The classifier is at chance on real images: prompt AUROC and class consistency are meaningless.")
+    real = study.first("evaluations").by_label("class_consistency_auroc_real")
+    chance = [label for label, row in real.items() if row["low"] is not None and row["low"] <= 0.5]
+    if chance:
+        text = f"The classifier is not shown to beat chance on real images of {join_words(chance)}"
+        found.append(f"{text}: prompt AUROC and class consistency mean nothing there.")
     texts = dict.fromkeys(text for _, file in evaluations for text in file.dig("warnings") or [])
     found += [f"Warning: {text}." for text in texts if any(phrase in text for phrase in SERIOUS)]
     for comparison in deciding:
         absent = [row for row in study.strategies if row not in comparison.compared()]
-        if absent:
+        if absent and len(study.strategies) > 1:
             found.append(f"Not compared with other strategies in {comparison.measure.name}: {join_names(absent)}.")
     return found
 
@@ -653,8 +663,9 @@ def draw_figure_2(study):
     for prompt in prompts:
         picture = Image.new("RGB", (SAMPLES * (TILE + 2) + 6, line + len(samples) * (TILE + line)), "white")
         pen = ImageDraw.Draw(picture)
-        width = pen.textlength(prompt[start:], ImageFont.load_default(16))
-        pen.text((0, 0), prompt[start:], "black", ImageFont.load_default(min(16, 15 * picture.width / width)))
+        title = " ".join(prompt[start:].split())[:60]  # prompts may be reports
+        width = pen.textlength(title, ImageFont.load_default(16))
+        pen.text((0, 0), title, "black", ImageFont.load_default(min(16, 15 * picture.width / width)))
         for y, (row, info) in zip(range(2 * line, picture.height, TILE + line), samples.items()):
             pen.text((0, y - line + 2), NAMES[row], "#444444", ImageFont.load_default(14))
             chosen = info["table"][info["table"]["prompt"] == prompt]
@@ -694,7 +705,7 @@ TABLES = [
         "recall:recall|density:density|coverage:coverage|visible tint, %:colour_visible|"
         "nearer to training, %:memorisation_nearer_train|suspected copies, %:memorisation_suspects|"
         "copies by pixels, %:memorisation_suspects_pixels",
-        ("real images", "_floor"),
+        ("real images, or no copying", "_floor"),
     ),
     ("evaluations", "Table 3d. FID by other features", "@:fid", VAE),
     ("downstream", "Table 4. Downstream accuracy, %", "*:accuracy", ("constant answer", "_floor")),
@@ -729,6 +740,9 @@ def row_cell(study, part, row, metric, label):
             flag = "CONSTANT"
         elif metric.startswith(("memorisation_suspects", "colour_visible")) and find_excess(study, row, metric):
             flag = "above floor"
+        elif metric == "auroc_by_group":
+            counts = re.search(r"(\d+) of (\d+) labels", found["note"] or "")
+            flag = counts[0] if counts and counts[1] != counts[2] else ""
     return number_cell(found, metric, paper_value(row, metric, label), flag, grey)
 
 
@@ -791,7 +805,7 @@ def label_table(study, comparisons):
     for label in dict.fromkeys(pair.label for c in comparisons for pair in c.pairs if pair.label != "all"):
         lines.append([Cell(label)])
         for comparison in comparisons:
-            leaders, nobody = comparison.leaders(label), "only the base model" if comparison.of(label) else ""
+            leaders, nobody = comparison.leaders(label), "only the base model" if comparison.compared(label) else ""
             lines[-1].append(Cell("all" if leaders == study.strategies else join_names(leaders) or nobody))
     return Table("Label by label", ["label", *(c.measure.heading for c in comparisons)], lines, LABELS_LEAD)
 
@@ -799,14 +813,15 @@ def label_table(study, comparisons):
 SAMPLES_LEAD = "The first of each prompt. The study's folder has more in samples/ROW/.contact_sheets."
 FOREST_LEAD = (
     "Dots: difference to the base model with its 95 % interval, hollow where not shown to differ. Green: as good as "
-    "real images (FID: as halves of n, which have a higher FID). Grey: no better than chance or a constant answer. "
-    "Orange: the paper's value (arrow: beyond the axis). Prompt AUROC: how well a classifier of real images tells the "
-    "samples of a prompt from the others. Downstream: classifiers trained on the samples, tested on real images."
+    "real images (FID: as halves of n, which have a higher FID; Vendi: noise can be, too). Grey: no better than "
+    "chance or a constant answer. Orange: the paper's value (arrow: beyond the axis). Prompt AUROC: how well a "
+    "classifier of real images tells the samples of a prompt from the others. Downstream: classifiers trained on the "
+    "samples, tested on real images."
 )
 TABLES_LEAD = (
     "Small: 95 % intervals. [In brackets]: the paper's values. Grey: not shown to differ, or not shown to be above "
     "chance, a constant answer or the images of other prompts. CONSTANT: the classifier gives all test "
-    "images (99.5 % or more) the same answer. "
+    "images (99.5 % or more) the same answer. FID's interval is that of the expected FID at this number of images. "
     f"{', '.join(f'{SHORT[label]}: {label}' for label in CONDITIONS)}."
 )
 PAIRS_LEAD = (
@@ -900,6 +915,8 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     table_1, *others = [metric_table(study, *table) for table in TABLES]
     verdicts = [pair_table(study, comparisons), label_table(study, comparisons[:NUM_DECIDING])]
     tables = [*verdicts, table_1, split_table(study), *others]
+    sources = find_values(study.files("evaluations"), "features.source")
+    features = f"FID and the like are of features by {', '.join(sources)}." if sources else ""
     lead, *objections = answer
     reservations = f"<p>Reservations:</p>{html_list(objections)}" if objections else ""
     problems = "".join(f"<p>{html.escape(text)}</p>" for text in warnings)
@@ -912,7 +929,7 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
         html_images("Figure 2. Samples", SAMPLES_LEAD, samples, "columns"),
         html_images("Against the base model", FOREST_LEAD, forests),
         html_images("Quality against cost", COSTS_LEAD, costs),
-        f"<h2>Tables</h2><p>{TABLES_LEAD}</p>",
+        f"<h2>Tables</h2><p>{TABLES_LEAD} {html.escape(features)}</p>",
         *(html_table(table) for table in tables if table.rows),
         html_notes("Where the paper contradicts itself", PAPER_NOTES),
         html_notes("Models and images behind the values", list_sources(study)),
@@ -947,7 +964,7 @@ def main(args):
     study = read_study(args.study, args.rows)
     comparisons = [compare_measure(study, measure) for measure in MEASURES]
     deciding = comparisons[:NUM_DECIDING]
-    lead, leaders = write_lead(deciding)
+    lead, leaders = write_lead(study, deciding)
     if leaders and study.num_trainings > 1:
         lead = f"{lead.removesuffix('.')}, over {study.num_trainings} trainings of each strategy."
     answer = [lead, *write_objections(study, leaders, deciding)]

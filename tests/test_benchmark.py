@@ -110,16 +110,10 @@ def test_figures_of_a_tiny_run(tmp_path, monkeypatch):
         assert picture.width > 800 and len(picture.convert("RGB").resize((100, 50)).getcolors(5000)) > 10
 
 
-@pytest.mark.slow
-def test_time_to_the_first_step(tmp_path):
-    args = benchmark.parse_args([*TINY, f"--output_dir={tmp_path}", "--methods", "lora"])
-    start = benchmark.measure_start(args, benchmark.make_images(tmp_path, 8))
-    assert start["ratio"] == start["first_step_seconds"][0] / start["import_seconds"][0] > 0.5
-
-
 # Functions that a forecast wraps.
 MEASURED = {"generate", "train", "check_and_encode", "draw_validation", "heldout_losses", "load_images", "train_epoch"}
-MEASURED |= {"predict", "score", "compute_features", "__call__", "add_set_metrics"}
+MEASURED |= {"predict", "score", "compute_features", "__call__", "add_set_metrics", "save_checkpoint", "scan_images"}
+MEASURED |= {"hash_files", "iterate_batches"}
 
 
 @pytest.fixture
@@ -171,7 +165,10 @@ def test_the_forecast_of_a_tiny_study(tiny_study, tmp_path, monkeypatch):
     )
     assert seconds["runs/lora/training_summary.json"] == pytest.approx(cost["rest"] + sum(cost["empty"].values()))
     assert cost["empty"]["check_and_encode"] > 0 == cost["filled"]["check_and_encode"]
-    assert found["costs"]["runs/vae"]["filled"]["check_and_encode"] > 0
+    assert found["costs"]["runs/vae"]["filled"]["check_and_encode"] == 0  # anchored
+    classified = found["costs"]["downstream"]
+    assert classified["empty"]["scan_images"] > 0 == classified["filled"]["scan_images"]
+    assert not [*(tmp_path / "b/forecast").glob("runs/*")]
     judged = found["costs"]["evaluations"]
     assert judged["empty"]["add_set_metrics"] == 2.5 * judged["filled"]["add_set_metrics"] > 0
     assert judged["empty"]["ThroughVAE.__call__"] > 0 == judged["filled"]["ThroughVAE.__call__"]
@@ -204,7 +201,22 @@ def test_a_peer_is_timed_by_its_own_log(tmp_path, monkeypatch):
 
 
 def test_wrong_flags(capsys):
-    for flag, message in {"--steps=0": "at least 1", "--base=x": "no pipeline", "--peer=x": "no such file"}.items():
+    wrong = {"--steps=0": "at least 1", "--base=x": "no pipeline", "--peer=x": "no such file"}
+    wrong |= {"--resolution=64 --study": "no effect on --study; set the variables of launch/sweep.sh"}
+    wrong |= {f"--compile --peer={__file__}": "--compile has no effect on --peer"}
+    for flags, message in wrong.items():
         with pytest.raises(SystemExit, match="2"):
-            benchmark.parse_args([flag])
+            benchmark.parse_args(flags.split())
         assert message in capsys.readouterr().err
+
+
+def test_real_images_are_counted_as_eval_downstream_takes_them(tiny_study):
+    """A small real table limits how many samples are trained on."""
+    argv = benchmark.plan_study([])["downstream/real/downstream_metrics.json"][1]
+    args = eval_downstream.parse_args([*argv, f"--synthetic={phantoms()}"])
+    table = eval_downstream.load_image_table(args.real_csv)
+    table = table[table["frontal"]]
+    splits = eval_downstream.split_of(table, 0).value_counts()
+    counts = benchmark.count_units(eval_downstream, args, 10_000, True)
+    assert counts["scan_images"] == len(table) and counts["load_images"] == len(table)
+    assert counts["train_epoch"] == args.num_train_epochs * splits["train"]

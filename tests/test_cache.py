@@ -4,6 +4,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_an_interrupted_encoding_keeps_what_it_has(calls, tmp_path, monkeypatch)
 
 
 def test_processes_encode_every_image_between_them(tmp_path):
-    """Also if the second looks for missing latents when the first has already begun."""
+    """Also if the second looks for missing latents when the first has already begun; on a GPU in batches."""
     args = train_full.parse_args(["--train_unet", f"--data_csv={small_table(tmp_path)}", "--resolution=64"])
     args.output_dir, images = tmp_path / "run", list(train_full.load_training_data(args).train["image"])
     paths, vae = train_full.latent_paths(images, "0" * 64, args), pipeline_of(BASE).vae
@@ -91,6 +92,11 @@ def test_processes_encode_every_image_between_them(tmp_path):
     for rank in (0, 1):
         train_full.check_and_encode(SimpleNamespace(process_index=rank, **process), images, paths, vae, args)
     assert len(paths) > 2 and all(path.exists() for path in paths)
+    args.latent_cache_dir, process["device"] = tmp_path / "batches", SimpleNamespace(type="cuda")
+    batches, process["num_processes"] = train_full.latent_paths(images, "0" * 64, args), 1
+    train_full.check_and_encode(SimpleNamespace(process_index=0, **process), images, batches, vae, args)
+    for one, batch in zip(map(np.load, paths), map(np.load, batches)):
+        np.testing.assert_allclose(one, batch, rtol=2e-3, atol=2e-3)  # float16's precision
 
 
 class DeviceReads(TorchDispatchMode):

@@ -2,7 +2,8 @@
 
     python launch/demo/gains.py --study demo --methods lora dora unet
 
-Reads report.csv, which launch/report.py writes. A model is better if the 95% interval of its difference says so.
+Reads report.csv, which launch/report.py writes, and calls a model better where the report does: p < 0.05 after Holm's
+correction.
 """
 
 import argparse
@@ -36,8 +37,8 @@ def main(args):
                 all_better = False
                 continue
             value, base = figures.loc[(method, metric), "value"], figures.loc[("base", metric), "value"]
-            difference, low, high = figures.loc[(f"{method} - base", metric), ["value", "low", "high"]]
-            better = high < 0 if lower_is_better else low > 0
+            difference, low, high, p = figures.loc[(f"{method} - base", metric), ["value", "low", "high", "p_holm"]]
+            better = p < 0.05 and (difference < 0) == lower_is_better
             numbers = f"{value:.{digits}f}, base {base:.{digits}f}, difference {difference:+.{digits}f}"
             interval = f"({low:+.{digits}f} to {high:+.{digits}f})"
             print(f"{method}: {name} {numbers} {interval}: {'better' if better else 'not shown to be better'}")
