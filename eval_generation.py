@@ -67,6 +67,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, pairwise_distances_argmin_mi
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
+from torch.nn.utils import fuse_conv_bn_eval
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.image.kid import poly_mmd
@@ -843,9 +844,12 @@ class XRVNetwork:
         except Exception as error:  # download, unpickling and malformed files can raise anything
             fail(f"--features {source}: cannot load torchxrayvision's DenseNet ({str(error)[:200]}); see README.md")
         model.op_threshs = None  # unused here; so the download and its converted file share a cache
-        if device.type == "cpu":
-            model.to(memory_format=torch.channels_last)  # 1.4 times as fast there
         self.model, self.device, self.key = model.eval().to(device), device, f"xrv-{hash_weights(model)}"
+        if device.type == "cpu":  # which does the same arithmetic faster like this
+            for layer in model.modules():
+                if hasattr(layer, "norm2"):
+                    layer.conv1, layer.norm2 = fuse_conv_bn_eval(layer.conv1, layer.norm2), torch.nn.Identity()
+            model.to(memory_format=torch.channels_last)
         heads = list(model.targets)
         self.labels = [label for label in LABELS if XRV_NAMES.get(label, label) in heads]
         self.columns = [heads.index(XRV_NAMES.get(label, label)) for label in self.labels]
