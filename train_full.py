@@ -775,8 +775,8 @@ def check_and_encode(accelerator, images, paths, vae, args):
         except ValueError as error:
             problems[i] = str(error)
 
-    # Larger batches are faster on a GPU only; where --train_batch_size images can be trained on, they can be encoded.
-    batch_size = args.train_batch_size if accelerator.device.type == "cuda" else 1
+    # Batches are faster on a GPU only: 4 images at 512 x 512. More may not fit, since the VAE encodes in float32.
+    batch_size = max(1, 2**20 // args.resolution**2) if accelerator.device.type == "cuda" else 1
     label = "encoding images" if vae else "checking images"
     bar = tqdm(total=len(mine), desc=label, unit="image", leave=False, disable=not (mine and rank == 0))
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
