@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import itertools
 import json
@@ -60,6 +61,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where the scripts are
 # Script and flags of each row of the paper's Table 1 (with the paper's VAE loss), and of sampling.
 METHODS = {
     "unet": ("train_full", "--train_unet"),
@@ -143,10 +145,11 @@ def parse_args(argv=None):
     if args.device == "auto":
         cpu = "ACCELERATE_USE_CPU" in os.environ or not torch.cuda.is_available()
         args.device = "cpu" if cpu else "cuda"
-    defaults = {"batch_size": (8, 1), "mixed_precision": ("bf16", "no"), "num_inference_steps": (50, 2)}
-    for name, values in (defaults | {"steps": (30, 3), "warmup_steps": (10, 1)}).items():
+    gpu = {"batch_size": 8, "mixed_precision": "bf16", "num_inference_steps": 50, "steps": 30, "warmup_steps": 10}
+    cpu = {"batch_size": 1, "mixed_precision": "no", "num_inference_steps": 2, "steps": 3, "warmup_steps": 1}
+    for name, value in (cpu if args.device == "cpu" else gpu).items():
         if getattr(args, name) is None:
-            setattr(args, name, values[args.device == "cpu"])
+            setattr(args, name, value)
     return args
 
 
@@ -198,8 +201,7 @@ class Clock:
 
     def __init__(self, device, warmup_steps, steps):
         self.cuda, self.warmup_steps, self.num_steps = device == "cuda", warmup_steps, steps
-        # Spans are (part, part that called it, start, end); `running` is the stack of parts that are being timed.
-        self.spans, self.running = [], [None]
+        self.marks = [("rest", self.now())]  # (part, when it began), each until the next
 
     def now(self):
         if not self.cuda:
@@ -216,13 +218,12 @@ class Clock:
         """Wrap a function to count its time as `part` rather than as the part that calls it."""
 
         def wrapped(*args, **kwargs):
-            caller, start = self.running[-1], self.now()
-            self.running.append(part)
+            caller = self.marks[-1][0]
+            self.marks.append((part, self.now()))
             try:
                 return function(*args, **kwargs)
             finally:
-                self.running.pop()
-                self.spans.append((part, caller, start, self.now()))
+                self.marks.append((caller, self.now()))
 
         return wrapped
 
@@ -243,24 +244,22 @@ class Clock:
         fetch = self.timed("data", lambda: next(batches))
         for step in range(self.warmup_steps + self.num_steps):
             if step == self.warmup_steps:
-                self.spans, self.began = [], self.now()
+                self.marks = [("rest", self.now())]
             yield fetch()
-        self.ended = self.now()
+        self.marks.append(("rest", self.now()))
 
     def parts(self):
         """Return the seconds per step of each part, without those of the parts that it calls."""
         parts = Counter()
-        for part, caller, start, end in self.spans:
+        for (part, start), (_, end) in itertools.pairwise(self.marks):
             parts[part] += self.seconds(start, end)
-            parts[caller] -= self.seconds(start, end)
         return parts
 
     def figures(self, images):
         """Return the results of a loop with this many images per step; times are in seconds per step."""
         if self.cuda:
             torch.cuda.synchronize()
-        total, parts = self.seconds(self.began, self.ended), self.parts()
-        parts["rest"] = total - sum(parts[part] for part in PARTS)
+        total, parts = self.seconds(self.marks[0][1], self.marks[-1][1]), self.parts()
         return {
             "images_per_second": images / total,
             "seconds_per_step": total,
@@ -332,9 +331,8 @@ def train_plain(script, args, clock):
     parameters = [p for component in trained for p in component.parameters() if p.requires_grad]
     table = script.load_training_data(args).train
     rows = list(zip(table["image"], table["prompt"]))
-    collate_fn = functools.partial(plain_batch, script, pipeline, args)
-    options = {"shuffle": True, "drop_last": True, "collate_fn": collate_fn}
-    loader = torch.utils.data.DataLoader(rows, args.train_batch_size, **options)
+    collate = functools.partial(plain_batch, script, pipeline, args)
+    loader = torch.utils.data.DataLoader(rows, args.train_batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     *trained, optimizer, loader = accelerator.prepare(*trained, optimizer, loader)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -413,14 +411,9 @@ def script_flags(method, args, csv):
     return [*METHODS[method][1].split(), *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def load_script(name):
-    sys.path.insert(0, str(ROOT))
-    return __import__(name)
-
-
 def measure(method, loop, args, csv):
     """Measure one loop in this process. Return its results, or a note if it runs out of memory."""
-    script, sampling = load_script(METHODS[method][0]), method == "sample"
+    script, sampling = importlib.import_module(METHODS[method][0]), method == "sample"
     clock = Clock(args.device, 1, 1) if sampling else Clock(args.device, args.warmup_steps, args.steps)
     loops = {"plain": (train_plain, sample_plain), "project": (train_project, sample_project)}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -455,8 +448,8 @@ def compare_loops(method, args, csv):
         median = by_rate[(len(by_rate) - 1) // 2]
         both[loop] = median | {"peak_bytes": max(figures.get("peak_bytes", 0) for figures in found)}
     if not any("note" in both[loop] for loop in LOOPS):
-        rates = [[figures["images_per_second"] for figures in rounds[loop]] for loop in LOOPS]
-        both["ratios"] = [project / plain for plain, project in zip(*rates)]
+        pairs = zip(rounds["project"], rounds["plain"])
+        both["ratios"] = [ours["images_per_second"] / plain["images_per_second"] for ours, plain in pairs]
         both["ratio"] = statistics.median(both["ratios"])
     return both
 
@@ -513,9 +506,8 @@ def plan_study(flags):
     with tempfile.TemporaryDirectory() as empty:  # in an empty study, sweep.sh skips no step; it prints the commands
         variables = {"STUDY": empty, "LAUNCH": r"printf %s\n", "REPORT": "no"}
         command = ["bash", ROOT / "launch" / "sweep.sh", *flags]
-        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr, end="")
+        done = subprocess.run(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # sweep.sh has said why
         sys.exit(2)
     blocks = [block.splitlines() for block in re.split("^== ", done.stdout, flags=re.MULTILINE)[1:]]
     return {name: (script.removesuffix(".py"), argv) for name, script, *argv in blocks}
@@ -573,7 +565,7 @@ def measure_step(name, few, planned, samples, args):
 
     `samples` are the numbers of samples in the short run and in the study.
     """
-    script, clock, times = load_script(name), Clock(args.device, 0, 1), []
+    script, clock, times = importlib.import_module(name), Clock(args.device, 0, 1), []
     few, planned = script.parse_args(few), script.parse_args(planned)
     if name == "eval_downstream":
         few.num_train_images = min(2 * few.train_batch_size, count_real_images(script, few)[0])
@@ -600,15 +592,15 @@ def measure_step(name, few, planned, samples, args):
         skipped = min(args.warmup_steps, len(times) - 2)
         batch = clock.seconds(times[skipped], times[-1]) / (len(times) - 1 - skipped)
         seconds["train"] = batch * accumulation * units["train"]
-    per_unit = found["seconds_per_unit"] = {path: seconds[path] / max(units[path], 1) for path in units}
-    scored = {"eval_generation": ("add_set_metrics", seconds_of_scores), "eval_downstream": ("score", seconds_of_draw)}
-    part, measured = scored.get(name, (None, None))
-    scores = measured(script, planned, samples[1]) if part else 0
+    found["seconds_per_unit"] = {path: seconds[path] / max(units[path], 1) for path in units}
+    per_unit = dict(found["seconds_per_unit"])
+    if name == "eval_generation":  # scores are timed at the study's size instead
+        per_unit["add_set_metrics"] = seconds_of_scores(script, planned, samples[1])
+    elif name == "eval_downstream":
+        per_unit["score"] = seconds_of_draw(script, planned)
     for caches, first in (("empty", True), ("filled", False)):
         counts = count_units(script, planned, samples[1], first, args.processes)
         found[caches] = {path: per_unit[path] * counts[path] for path in units}
-        if part:
-            found[caches][part] = counts[part] * scores
         found[f"units, caches {caches}"] = counts
     found |= {"few": seconds, "few_units": units, "peak_bytes": peak_bytes(args.device == "cuda")}
     return found | {"after": time.perf_counter() - ended}  # not part of the step
@@ -635,7 +627,7 @@ def seconds_of_scores(script, args, samples):
     return one + (args.num_subsamples - 1) * (four - one) / 3
 
 
-def seconds_of_draw(script, args, samples):
+def seconds_of_draw(script, args):
     """Return the seconds per bootstrap draw of a classifier's scores, on random predictions for all test images."""
     test = count_real_images(script, args)[2]
     probabilities = np.random.default_rng(0).random((min(test, args.max_test_images or test), len(args.labels)))
@@ -689,7 +681,7 @@ def forecast_study(steps, args):
     for name in steps:
         cost, kind = costs[cost_key(name)], name.split("/")[0]
         forecast[name] = cost["rest"] + sum(cost["filled" if kind in filled else "empty"].values())
-        if kind != "runs" or "vae" not in name:  # with a joint VAE loss, no latents are cached
+        if not cost["filled"].get("check_and_encode"):  # with a joint VAE loss, no latents are cached
             filled.add(kind)
     # launch/sweep.sh runs one step after another, so a step took the time since the previous result.
     times = sorted(((study / name).stat().st_mtime, name) for name in steps if (study / name).is_file())
@@ -747,7 +739,7 @@ def draw_plot(methods, path):
     axis = figure.subplots()
     for part in PARTS:
         figures = [methods[name][loop] for _, name, loop in bars]
-        widths = [max(f["parts"][part], 0.0) / f["images_per_step"] for f in figures]
+        widths = [f["parts"][part] / f["images_per_step"] for f in figures]
         axis.barh(positions, widths, left=left, height=0.9, label=part)
         left += widths
     for end, (y, name, loop) in zip(left, bars):
@@ -760,17 +752,10 @@ def draw_plot(methods, path):
     figure.savefig(path, dpi=130)
 
 
-def write_benchmark(summary, folder):
-    (folder / "benchmark.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
-    (folder / "benchmark.md").write_text(format_table(summary))
-    draw_plot(summary["methods"], folder / "benchmark.png")
-
-
 def processor_name():
-    with contextlib.suppress(OSError, StopIteration):  # no /proc/cpuinfo, or none with a model name
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
-    return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux; on ARM it has no model name
+    found = re.search(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def main(args):
@@ -806,9 +791,11 @@ def main(args):
         summary["peer"] = compare_peer(args, csv)
         (args.output_dir / "peer.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
         return
-    for method in args.methods:
+    for method in args.methods:  # results are written after each, since all may take hours
         summary["methods"][method] = compare_loops(method, args, csv)
-        write_benchmark(summary, args.output_dir)  # after each method, since all may take hours
+        (args.output_dir / "benchmark.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        (args.output_dir / "benchmark.md").write_text(format_table(summary))
+        draw_plot(summary["methods"], args.output_dir / "benchmark.png")
         print("\n".join(format_table(summary).splitlines()[-2:]), flush=True)
     print(f"\n{format_table(summary)}\n{args.output_dir / 'benchmark.json'}")
 

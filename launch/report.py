@@ -127,11 +127,10 @@ PAPER_NOTES = [
 
 def paper_value(row, metric, label):
     """Return the paper's value, or None; shares are in %, and "all" is the mean of their labels."""
-    values = dict(zip(("fid", "vendi", "class_consistency", "accuracy"), PAPER_VALUES.get(row, ())))
-    if metric not in values or metric in ("fid", "vendi"):
-        return values.get(metric) if label == "all" else None
-    shares = values[metric]
-    return sum(shares) / 6 if label == "all" else dict(zip(CONDITIONS, shares)).get(label)
+    value = dict(zip(("fid", "vendi", "class_consistency", "accuracy"), PAPER_VALUES.get(row, ()))).get(metric)
+    if isinstance(value, tuple):  # by label
+        return sum(value) / 6 if label == "all" else dict(zip(CONDITIONS, value)).get(label)
+    return value if label == "all" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,8 +175,8 @@ class ResultFile:
 
     def by_label(self, metric):
         """Return {label: row} of the rows of a metric that have a value, without "all"."""
-        labels = [label for name, label in self.rows if name == metric and label != "all"]
-        return {label: self.get(metric, label) for label in labels if self.get(metric, label)}
+        rows = {label: row for (name, label), row in self.rows.items() if name == metric and label != "all"}
+        return {label: row for label, row in rows.items() if row["value"] is not None}
 
     def dig(self, path, default=None):
         """Return a nested field, e.g. "images.real.fingerprint"."""
@@ -448,7 +447,7 @@ def write_lead(study, deciding):
         unbeaten.setdefault(join_names(rows) or "only the base model", []).append(name)
     unbeaten = "; ".join(f"{rows} in {join_words(names)}" for rows, names in unbeaten.items())
     named = [row for row in STRATEGIES if any(row in rows for rows in leaders.values())]
-    return f"No strategy leads in every metric. Unbeaten: {unbeaten}.", named
+    return f"No strategy leads in every metric; unbeaten: {unbeaten}.", named
 
 
 def is_below_chance(found):
@@ -494,25 +493,22 @@ def check_strategy(study, row, deciding):
     }
 
 
-def write_objections(study, leaders, deciding):
-    """Return what the checks have against the leaders, and what they could not check."""
+def write_reservations(study, leaders, deciding):
+    """Return the second sentence of the answer, what the checks have against the leaders, and a list of details."""
     leaders = leaders or study.strategies
-    if not leaders:
-        return []
-    checks, objections, unknown = [check_strategy(study, row, deciding) for row in leaders], [], []
+    checks, found, details, unknown = [check_strategy(study, row, deciding) for row in leaders], [], [], []
     if study.num_trainings == 1:
-        objections.append("each strategy was trained once, which cannot say which is better in general")
+        found.append("each strategy was trained once, which cannot say which is better in general")
     for name in checks[0]:
-        texts = {row: check[name] for row, check in zip(leaders, checks) if check[name]}
-        if len(leaders) > 1:
-            texts = {row: f"{NAMES[row]}: {text}" for row, text in texts.items()}
+        short, texts = name.split(",")[0], {row: check[name] for row, check in zip(leaders, checks) if check[name]}
         if texts:
-            objections.append(f"{name} ({'; '.join(texts.values())})")
+            found.append(f"{name} ({join_names(texts)})" if len(leaders) > 1 else name)
+            details.append(f"{short}: {'; '.join(f'{NAMES[row]} ({text})' for row, text in texts.items())}")
         if any(check[name] is None for check in checks):
-            unknown.append(name.split(",")[0])  # without the explanation
+            unknown.append(short)
     if unknown:
-        objections.append(f"not checked ({', '.join(unknown)})")
-    return objections or ["none"]
+        found.append(f"not checked: {', '.join(unknown)}")
+    return f"Reservations: {'; '.join(found) or 'none'}.", details
 
 
 def find_values(files, path):
@@ -631,7 +627,7 @@ def plot_forest(study, comparison):
 
 def plot_cost(study, measure, cost):
     """Return a PNG of a measure and its 95% interval against a training cost, None for fewer than two rows."""
-    figure, shown, scale = Figure(figsize=(3.1, 2.6), layout="constrained"), 0, UNITS.get(measure.metric, (2, 1))[1]
+    figure, scale = Figure(figsize=(3.1, 2.6), layout="constrained"), UNITS.get(measure.metric, (2, 1))[1]
     axis, files = figure.subplots(), getattr(study, measure.part)
     found = {row: files[row].get(measure.metric) for row in study.strategies}
     found = {row: values for row, values in found.items() if values and values["low"] is not None}
@@ -643,14 +639,13 @@ def plot_cost(study, measure, cost):
             x, y, low, high = sum(costs), *(scale * found[row][key] for key in ("value", "low", "high"))
             axis.plot([x, x], [low, high], color="#9db7d1", linewidth=2)
             axis.plot(x, y, "s" if row in PEFT else "o", color="#1f4e79")
-            shown += 1
             name = NAMES[row] if len(study.strategies) < 5 else NUMBERS[row]
             offset = (6, 4 if gaps[i] >= gaps[i + 1] else -9)  # away from the nearest other row
             axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8)
     if cost == "trainable_parameters":
         axis.set_xscale("log")
     axis.margins(x=0.25, y=0.1)
-    return finish_plot(figure, axis, measure, cost.replace("_", " ")) if shown > 1 else None
+    return finish_plot(figure, axis, measure, cost.replace("_", " ")) if len(axis.texts) > 1 else None
 
 
 def draw_figure_2(study):
@@ -869,13 +864,10 @@ def html_table(table):
     return f"<h3>{title}</h3>{lead}{table_html}"
 
 
-def html_list(items):
-    return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
-
-
 def html_notes(title, items):
     """Return a collapsed list, or "" for no items."""
-    return f"<details><summary>{title}</summary>{html_list(items)}</details>" if items else ""
+    lines = "".join(f"<li>{html.escape(item)}</li>" for item in items)
+    return f"<details><summary>{title}</summary><ul>{lines}</ul></details>" if items else ""
 
 
 def html_images(title, text, images, style=""):
@@ -917,13 +909,13 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     tables = [*verdicts, table_1, split_table(study), *others]
     sources = find_values(study.files("evaluations"), "features.source")
     features = f"FID and the like are of features by {', '.join(sources)}." if sources else ""
-    lead, *objections = answer
-    reservations = f"<p>Reservations:</p>{html_list(objections)}" if objections else ""
+    lead, reservations, details = answer
+    answer_html = f"<p>{html.escape(lead)}</p><p>{html.escape(reservations)}</p>{html_notes('Details', details)}"
     problems = "".join(f"<p>{html.escape(text)}</p>" for text in warnings)
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>',
-        f'<body><main><h1>{html.escape(title)}</h1><div class="answer"><p>{html.escape(lead)}</p>{reservations}</div>',
+        f'<body><main><h1>{html.escape(title)}</h1><div class="answer">{answer_html}</div>',
         f'<div class="warnings" role="alert">{problems}</div>' if problems else "",
         f"<p>Not run: {join_names(study.missing)}.</p>" if study.missing else "",
         html_images("Figure 2. Samples", SAMPLES_LEAD, samples, "columns"),
@@ -967,18 +959,18 @@ def main(args):
     lead, leaders = write_lead(study, deciding)
     if leaders and study.num_trainings > 1:
         lead = f"{lead.removesuffix('.')}, over {study.num_trainings} trainings of each strategy."
-    answer = [lead, *write_objections(study, leaders, deciding)]
+    reservations, details = write_reservations(study, leaders, deciding)
     warnings = find_warnings(study, deciding)
     pictures = draw_figure_2(study)
     output_dir = args.output_dir or args.study / "report"
     output_dir.mkdir(parents=True, exist_ok=True)
-    page = make_page(args.title, study, comparisons, answer, warnings, pictures)
+    page = make_page(args.title, study, comparisons, (lead, reservations, details), warnings, pictures)
     (output_dir / "report.html").write_text(page, encoding="utf-8")
     list_values(study, comparisons).to_csv(output_dir / "report.csv", index=False)
     if pictures:
         figure = np.hstack([np.asarray(picture) for picture in pictures.values()])
         Image.fromarray(figure).save(output_dir / "figure2.png")
-    print("\n  - ".join(answer), *warnings, sep="\n")
+    print(lead, reservations, *(f"  - {text}" for text in details), *warnings, sep="\n")
     print(f"report: {output_dir / 'report.html'}")
 
 

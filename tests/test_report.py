@@ -191,7 +191,8 @@ def test_the_answer_follows_from_the_pair_table_in_random_studies(study, tmp_pat
         if common:
             assert answer.startswith(f"<p>{join(common)} lead{'s:' if len(common) == 1 else ' together:'} ")
         else:
-            told = set(re.findall("(?:Unbeaten: |; )(.*?) in ", answer.split("</p>")[0]))
+            unbeaten = re.search("No strategy leads in every metric; unbeaten: (.*?).</p>", answer)[1]
+            told = {part.split(" in ")[0] for part in unbeaten.split("; ")}
             names = [join(report.NAMES[row] for row in report.STRATEGIES if row in rows) for rows in deciding]
             assert told == {name or "only the base model" for name in names}
     assert kinds == {0, 1, 2}
@@ -200,7 +201,8 @@ def test_the_answer_follows_from_the_pair_table_in_random_studies(study, tmp_pat
 def test_the_answer_names_what_speaks_against_the_leader(study):
     answer = make(study)[1]
     assert answer.startswith("<p>U-Net leads: it alone is unbeaten in FID, prompt AUROC and downstream AUROC.</p>")
-    assert "<li>each strategy was trained once, which cannot say which is better in general</li>" in answer
+    once = "each strategy was trained once, which cannot say which is better in general"
+    assert answer.endswith(f"<p>Reservations: {once}.</p>")
 
     flat = "xrv: the features hardly vary among real images"
 
@@ -215,15 +217,18 @@ def test_the_answer_names_what_speaks_against_the_leader(study):
     change(path, lambda info, rows: rows["accuracy", "Edema"].update(note="CONSTANT"))
     text, answer = make(study)
     for name in ("suspected copies", "visible tint"):
-        assert f"<li>{name} (12.0 % of images, base model 0.2 %)</li>" in answer
-    assert f"<li>features that hardly vary ({flat})</li>" in answer
+        assert f"<li>{name}: U-Net (12.0 % of images, base model 0.2 %)</li>" in answer
+    constant = "CONSTANT classifiers, which give all test images the same answer"
+    names = f"visible tint; prompts answered below chance; {constant}; features that hardly vary"
+    assert f"<p>Reservations: {once}; suspected copies; {names}; another row is better for some labels" in answer
+    assert f"<li>features that hardly vary: U-Net ({flat})</li>" in answer
     # The same if there is no other strategy to compare with.
     text, alone = make(study, "--rows", "unet")
     assert "each other; U-Net beats the base model in FID, prompt AUROC and downstream AUROC." in alone
     assert f"({flat})" in alone
-    assert "<li>visible tint (12.0 %" in alone and read_table(text, "Label by label")["Edema"]["FID ↓"] == ""
-    constant = "CONSTANT classifiers, which give all test images the same answer (Edema)"
-    assert f"<li>prompts answered below chance (Edema 0.34)</li><li>{constant}</li>" in answer
+    assert "<li>visible tint: U-Net (12.0 %" in alone and read_table(text, "Label by label")["Edema"]["FID ↓"] == ""
+    below, constant = ("prompts answered below chance: U-Net (Edema 0.34)", "CONSTANT classifiers: U-Net (Edema)")
+    assert f"<li>{below}</li><li>{constant}</li>" in answer
     for table, column, flag in (("3c", "visible tint, %", "above"), ("3b", "Ed", "chance"), ("4.", "Ed", "CONSTANT")):
         assert flag in read_table(text, f"Table {table}")["U-Net"][column]
 
