@@ -30,11 +30,8 @@ import re
 import shutil
 import sys
 import warnings
-import zlib
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from csv import Error as CSVError
-from csv import Sniffer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -199,15 +196,14 @@ def read_csv(path):
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # zlib can raise anything on a damaged file
         fail(f"{path}: not a readable .gz file ({error})")
     for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode(encoding)
             break
-    separator = ","
-    with contextlib.suppress(CSVError):  # a header of one column
-        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # quoted names may contain separators
+    separator = max(",;\t|", key=header.count)
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
         with warnings.catch_warnings():
@@ -223,8 +219,7 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print on what its
-    columns are used for.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print about it.
     """
 
     def plain(name):
@@ -245,7 +240,7 @@ def match_columns(raw, labels, source):
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
 
-    unused = []
+    unused = []  # columns that read like labels but are not among them
     for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
         seen = {*parse(name).values()}
         if 1.0 in seen and len(seen) > 1 and None not in seen:
@@ -304,16 +299,16 @@ def make_table(raw, names, images, lines):
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
-        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
-        if table["split"].isna().any():
-            del table["split"]
-            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+        split = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if split.notna().all():
+            table["split"] = split
+            lines.append(("split", f"of the table: {split.value_counts().to_dict()}"))
         else:
-            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
     repeated = path.mask(path == "", table["name"]).duplicated().sum()
     if repeated:
         lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
-    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    others = ("index", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
@@ -350,7 +345,7 @@ def read_classes(raw, features):
             codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
             rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
             raw[column] = [", ".join(row) for row in rows]
-            for name in {*classes} - {*raw, *LABEL_VALUES}:
+            for name in sorted({*classes} - {*raw, *LABEL_VALUES}):
                 raw[name] = [str(int(name in row)) for row in rows]
 
 
@@ -415,6 +410,7 @@ def replacing(path):
 def save_dataset_image(image, folder):
     """Return the path of a data set's image, written to a folder if it is not a file of its own."""
     dataset, column, row = image
+    # An empty cell gets a path that does not exist, and is reported like any missing image.
     encoded = dataset[row][column] or {"bytes": None, "path": f"{folder}/no image in row {row}"}
     if not encoded["bytes"]:
         return encoded["path"]
@@ -453,20 +449,19 @@ def print_block(accelerator, table):
         print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
 
 
-# Copied from train_full.assign_splits
-def assign_splits(patients, seed):
-    """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
-    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
-    for patient in patients.unique():
-        position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
-        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
-    return patients.map(splits)
-
-
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
-    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
+    """Return train, val or test per row: the table's own split, or a hash of (seed, patient), the same in all scripts.
+
+    So a patient's split does not depend on the other rows.
+    """
+    if "split" in table:
+        return table["split"]
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
+    for patient in table["patient"].unique():
+        position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
+        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
+    return table["patient"].map(splits)
 
 
 def patient_hash(patient):
@@ -519,10 +514,8 @@ def draw_rows(args, tables, synthetic_csv, left_out):
         for kind, share in shares.items():
             if not 1 <= share <= len(rows[kind]):
                 sizes = ", ".join(f"{len(table):,} {name}" for name, table in rows.items())
-                fail(
-                    f"too few images for {part}: {sizes}; pass a larger table or a smaller --num_train_images; "
-                    "a split column needs train and val"
-                )
+                hint = "pass a larger table or a smaller --num_train_images; a split column needs train and val"
+                fail(f"too few images for {part}: {sizes}; {hint}")
             left_out[f"{kind} images beyond the {share:,} used for {part}"] = len(rows[kind]) - share
             drawn.append(subset(rows[kind], share, args.split_seed).assign(real=kind == "real"))
         result.append(pd.concat(drawn, ignore_index=True))
@@ -532,7 +525,7 @@ def draw_rows(args, tables, synthetic_csv, left_out):
 # Copied from eval_generation.merge_duplicates
 def merge_duplicates(table, column):
     """Keep the first row of each value of a column. Its labels are positive, or else uncertain, if any row's are."""
-    ranks = table[[name for name in table if table[name].dtype == float]].replace(-1.0, 0.5)
+    ranks = table.select_dtypes(float).replace(-1.0, 0.5)
     merged = table.assign(**ranks.groupby(table[column], sort=False).transform("max").replace(0.5, -1.0))
     return merged[~table[column].duplicated()].reset_index(drop=True)
 
@@ -563,16 +556,17 @@ def load_tables(args, spec, accelerator):
         table = load_table(csv, None if csv == synthetic_csv else args.image_root, known, args)
         print_block(accelerator, table)
         left_out["not frontal"] += int((~table["frontal"]).sum())
-        tables[csv] = table = merge_duplicates(table[table["frontal"]], "image")
+        table = merge_duplicates(table[table["frontal"]], "image")
         if csv != synthetic_csv or args.on_bad_image == "skip":
             table = table.assign(hash=table["image"].map(scan_images(accelerator, list(table["image"]), args)))
-            tables[csv] = usable = table[table["hash"].notna()]
-            left_out["unreadable"] += len(table) - len(usable)
+            left_out["unreadable"] += int(table["hash"].isna().sum())
+            table = table[table["hash"].notna()]
         if csv != synthetic_csv:
-            tables[csv] = merge_duplicates(usable, "hash")
-            same = len(usable) - len(tables[csv])
+            same = int(table["hash"].duplicated().sum())
             left_out["identical to another image"] += same
             notes += [f"{csv}: {same:,} images are identical to another one; each counts once"] if same else []
+            table = merge_duplicates(table, "hash")
+        tables[csv] = table
     columns = [label for label in known if all(label in table for table in tables.values())]
     labels = args.labels or [label for label in spec.get("labels", CONDITIONS) if label in columns]
     if not labels or set(labels) - set(columns):
@@ -686,14 +680,12 @@ def decode_images(images, decode, problems, description="decoding images"):
         except ValueError as error:
             problems[i] = str(error)
 
-    progress = tqdm(total=len(images), desc=description, unit="image", leave=False)
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = deque(pool.submit(attempt, i) for i in range(min(64, len(images))))
-        for i in range(len(images)):
+        for i in tqdm(range(len(images)), description, unit="image", leave=False):
             decoded = ahead.popleft().result()
             if i + 64 < len(images):
                 ahead.append(pool.submit(attempt, i + 64))
-            progress.update()
             if i not in problems:
                 yield i, decoded
 
@@ -837,18 +829,16 @@ def masked_bce(logits, targets):
 
 
 @torch.no_grad()
-def predict(accelerator, model, pixels, normalisation, batch_size=64):
+def predict(accelerator, model, pixels, normalisation):
     """Return float32 logits, (n, labels); each process computes a part of them."""
     model.eval()
-    mine, logits = np.arange(accelerator.process_index, len(pixels), accelerator.num_processes), []
-    for start in range(0, len(mine), batch_size):
-        gray = torch.from_numpy(pixels[mine[start : start + batch_size]]).to(accelerator.device)[:, None].float() / 255
-        logits.append(model(classifier_inputs(gray, normalisation)).cpu().numpy())
-    parts = gather_object([(mine, np.concatenate(logits))] if logits else [])
-    result = np.empty((len(pixels), parts[0][1].shape[1]), np.float32)
-    for indices, part in parts:
-        result[indices] = part
-    return result
+    mine, parts = np.arange(accelerator.process_index, len(pixels), accelerator.num_processes), []
+    for start in range(0, len(mine), 64):
+        rows = mine[start : start + 64]
+        gray = torch.from_numpy(pixels[rows]).to(accelerator.device)[:, None].float() / 255
+        parts.append((rows, model(classifier_inputs(gray, normalisation)).cpu().numpy()))
+    rows, logits = map(np.concatenate, zip(*gather_object(parts)))
+    return logits[np.argsort(rows)]
 
 
 def learning_rate(peak, step, total_steps):
@@ -920,7 +910,7 @@ def train_seed(args, accelerator, seed, images):
             # Each process has the batch statistics of its own images; use the main process's.
             buffer.copy_(broadcast(buffer))
         scorer.load_state_dict(model.state_dict())
-        logits = torch.from_numpy(predict(accelerator, scorer, val.pixels, NORMALISATION)).double()
+        logits = torch.from_numpy(predict(accelerator, scorer, val.pixels, NORMALISATION))
         losses.append(float(masked_bce(logits, torch.from_numpy(val.targets))))
         if not math.isfinite(losses[-1]):
             fail(f"seed {seed} diverged in epoch {epoch + 1}; lower --learning_rate or pass --mixed_precision no")
@@ -932,10 +922,9 @@ def train_seed(args, accelerator, seed, images):
     scorer.load_state_dict(best)
     logits = predict(accelerator, scorer, test.pixels, NORMALISATION)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(best, folder / "model.safetensors")
         tensors = {"test": torch.from_numpy(logits), "losses": torch.tensor(losses, dtype=torch.float64)}
-        with replacing(done) as temporary:
+        with replacing(done) as temporary:  # renamed last, since it marks the classifier as trained
+            save_file(best, folder / "model.safetensors")
             save_file(tensors, temporary)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -962,7 +951,7 @@ def weighted_metrics(target, probability, weights):
     total, positives, predictions, hits = (weights @ indicators).T
     negatives, correct_negatives = total - positives, total - positives - predictions + hits
     true_positives, false_positives = positive_by_score.cumsum(axis=1), negative_by_score.cumsum(axis=1)
-    below = negatives[:, None] - false_positives + negative_by_score / 2
+    negatives_below = negatives[:, None] - false_positives + negative_by_score / 2  # ties count half
     with np.errstate(invalid="ignore", divide="ignore"):
         nan_if_one_class = np.where(positives * negatives > 0, 1.0, np.nan)
         accuracy, constant = (hits + correct_negatives) / total, np.maximum(positives, negatives) / total
@@ -973,7 +962,7 @@ def weighted_metrics(target, probability, weights):
             "accuracy_gain": accuracy - constant,
             "predicted_positive_rate": predictions / total,
             "balanced_accuracy": (hits / positives + correct_negatives / negatives) / 2,
-            "auroc": (positive_by_score * below).sum(axis=1) / (positives * negatives),
+            "auroc": (positive_by_score * negatives_below).sum(axis=1) / (positives * negatives),
             "auprc": nan_if_one_class * (positive_by_score * precision).sum(axis=1) / positives,
             "f1": nan_if_one_class * 2 * hits / (predictions + positives),
         }
@@ -1077,10 +1066,10 @@ def result_rows(labels, groups, figures, noise, targets):
     rates, constant = (figures[name][..., 0] for name in ("predicted_positive_rate", "constant_accuracy"))
     known = (~np.isnan(targets)).sum(axis=0)
     counts = dict(zip(labels, known.tolist())) | {"all": len(targets)}
-    positives, half = np.nansum(targets, axis=0, dtype=np.float64) / known.clip(1), np.full(len(labels), 0.5)
+    prevalence, half = np.nansum(targets, axis=0, dtype=np.float64) / known.clip(1), np.full(len(labels), 0.5)
     # The scores of trivial predictors: always the majority class, chance, always positive.
     floors = {"accuracy": constant.mean(axis=1), "accuracy_gain": 0 * half, "balanced_accuracy": half, "auroc": half}
-    floors |= {"auroc_by_group": half, "auprc": positives, "f1": 2 * positives / (1 + positives)}
+    floors |= {"auroc_by_group": half, "auprc": prevalence, "f1": 2 * prevalence / (1 + prevalence)}
     parts = [(metric, label, figures[metric], counts[label]) for metric, label in itertools.product(METRICS, counts)]
     parts += [("auroc_by_group", group, figures[group], int(inside.sum())) for group, inside in groups.items()]
     for metric, label, figure, n in parts:
@@ -1149,8 +1138,8 @@ def plot_roc(labels, targets, probabilities, path):
         known = ~np.isnan(targets[:, i])
         if len(np.unique(targets[known, i])) == 2:
             for probability in probabilities:
-                target, score = targets[known, i], probability[known, i]
-                axis.plot(*roc_curve(target, score)[:2], label=f"AUROC {roc_auc_score(target, score):.3f}")
+                target, predicted = targets[known, i], probability[known, i]
+                axis.plot(*roc_curve(target, predicted)[:2], label=f"AUROC {roc_auc_score(target, predicted):.3f}")
             axis.legend(loc="lower right", fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)
@@ -1251,9 +1240,8 @@ def save_results(args, tables, spec, images, results, settings, reference):
 
     plot_roc(labels, test.targets, probabilities, output_dir / "roc.png")
     draws = {name: torch.from_numpy(values[1:]) for name, values in draws.items()}
-    draws_id = digest(names, patients, np.array(args.bootstrap_samples))
     with replacing(output_dir / "downstream_draws.safetensors") as temporary:
-        save_file(draws, temporary, {"draws_id": draws_id})
+        save_file(draws, temporary, {"draws_id": digest(names, patients, np.array(args.bootstrap_samples))})
     table = pd.DataFrame(rows).drop(columns="n").set_index(["metric", "label"])
     print(table.to_string(na_rep="", float_format="{:.3f}".format))
     summary = {"script": "eval_downstream.py", "train_on": "nothing" if spec else args.train_on, "settings": settings}

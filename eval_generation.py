@@ -30,12 +30,9 @@ import os
 import re
 import sys
 import warnings
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from csv import Error as CSVError
-from csv import Sniffer
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
@@ -47,15 +44,12 @@ from typing import NamedTuple
 # bitsandbytes, which diffusers imports, reports a missing 4-bit CPU kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-import diffusers
 import numpy as np
 import pandas as pd
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from diffusers import AutoencoderKL
-from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.numpy import save_file
@@ -63,8 +57,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from scipy import stats
 from skimage import transform
-from sklearn.metrics import ConfusionMatrixDisplay, pairwise_distances_argmin_min
-from sklearn.metrics.pairwise import euclidean_distances
+from sklearn.metrics import ConfusionMatrixDisplay, euclidean_distances, pairwise_distances_argmin_min
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from torch.nn.utils import fuse_conv_bn_eval
@@ -222,7 +215,7 @@ def cache_folder(args):
 
 
 def run_name(synthetic):
-    """Return the name of the folder, or of a table by itself."""
+    """Return the name of the samples' folder, or of a table without its suffix."""
     path = Path(synthetic).resolve()
     path = path.parent if path.name == "metadata.csv" else path
     return path.name if path.is_dir() else path.stem
@@ -239,15 +232,14 @@ def read_csv(path):
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # zlib can raise anything on a damaged file
         fail(f"{path}: not a readable .gz file ({error})")
     for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode(encoding)
             break
-    separator = ","
-    with contextlib.suppress(CSVError):  # a header of one column
-        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # quoted names may contain separators
+    separator = max(",;\t|", key=header.count)
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
         with warnings.catch_warnings():
@@ -263,8 +255,7 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print on what its
-    columns are used for.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print about it.
     """
 
     def plain(name):
@@ -285,7 +276,7 @@ def match_columns(raw, labels, source):
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
 
-    unused = []
+    unused = []  # columns that read like labels but are not among them
     for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
         seen = {*parse(name).values()}
         if 1.0 in seen and len(seen) > 1 and None not in seen:
@@ -344,16 +335,16 @@ def make_table(raw, names, images, lines):
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
-        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
-        if table["split"].isna().any():
-            del table["split"]
-            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+        split = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if split.notna().all():
+            table["split"] = split
+            lines.append(("split", f"of the table: {split.value_counts().to_dict()}"))
         else:
-            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
     repeated = path.mask(path == "", table["name"]).duplicated().sum()
     if repeated:
         lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
-    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    others = ("index", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
@@ -390,7 +381,7 @@ def read_classes(raw, features):
             codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
             rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
             raw[column] = [", ".join(row) for row in rows]
-            for name in {*classes} - {*raw, *LABEL_VALUES}:
+            for name in sorted({*classes} - {*raw, *LABEL_VALUES}):
                 raw[name] = [str(int(name in row)) for row in rows]
 
 
@@ -458,6 +449,7 @@ def replacing(path):
 def save_dataset_image(image, folder):
     """Return the path of a data set's image, written to a folder if it is not a file of its own."""
     dataset, column, row = image
+    # An empty cell gets a path that does not exist, and is reported like any missing image.
     encoded = dataset[row][column] or {"bytes": None, "path": f"{folder}/no image in row {row}"}
     if not encoded["bytes"]:
         return encoded["path"]
@@ -491,20 +483,19 @@ def print_block(accelerator, table):
         print("\n".join(f"{name:>9}  {text}" for name, text in lines), flush=True)
 
 
-# Copied from train_full.assign_splits
-def assign_splits(patients, seed):
-    """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
-    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
-    for patient in patients.unique():
-        position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
-        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
-    return patients.map(splits)
-
-
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
-    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
+    """Return train, val or test per row: the table's own split, or a hash of (seed, patient), the same in all scripts.
+
+    So a patient's split does not depend on the other rows.
+    """
+    if "split" in table:
+        return table["split"]
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
+    for patient in table["patient"].unique():
+        position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
+        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
+    return table["patient"].map(splits)
 
 
 # Copied from train_full.positive_labels
@@ -554,14 +545,13 @@ def label_codes(table, labels, uncertain):
 
 def label_rows(table, labels, args):
     """Return the positions of each label's rows, at most --max_per_label each."""
-    positive = positive_labels(table, labels, args.uncertain)
-    rows_of = {label: np.flatnonzero(positive[label]) for label in labels}
-    return {label: choose_rows(table, rows, args.max_per_label, args.seed) for label, rows in rows_of.items()}
+    positive = positive_labels(table, labels, args.uncertain).items()
+    return {label: choose_rows(table, np.flatnonzero(own), args.max_per_label, args.seed) for label, own in positive}
 
 
 def merge_duplicates(table, column):
     """Keep the first row of each value of a column. Its labels are positive, or else uncertain, if any row's are."""
-    ranks = table[[name for name in table if table[name].dtype == float]].replace(-1.0, 0.5)
+    ranks = table.select_dtypes(float).replace(-1.0, 0.5)
     merged = table.assign(**ranks.groupby(table[column], sort=False).transform("max").replace(0.5, -1.0))
     return merged[~table[column].duplicated()].reset_index(drop=True)
 
@@ -589,7 +579,7 @@ def load_training_images(args):
 
 def choose_geometry(args, tables, notes):
     """Return the resolution and resize mode; fail if they differ between tables and flags, unless --mixed_geometry."""
-    geometries, chosen = {csv: read_geometry(table, csv) for csv, table in tables.items()}, []
+    geometries, chosen = {csv: read_geometry(table, csv) for csv, table in tables.items()}, {}
     for column, default in (("resolution", 512), ("resize_mode", "squash")):
         requested = getattr(args, column)
         found = {f"--{column}": [requested]} if requested else {}
@@ -601,7 +591,7 @@ def choose_geometry(args, tables, notes):
             notes.append(f"comparing images of different {column}: {found}")
         if not values:
             notes.append(f"{next(iter(tables))} does not record its {column}; assuming {default}")
-        chosen.append(values[0] if values else default)
+        chosen[column] = values[0] if values else default
     return chosen
 
 
@@ -610,7 +600,7 @@ def plan_evaluation(args, accelerator):
     folders, notes = {"synthetic": args.synthetic, "base model": args.baseline}, []
     csvs = {name: table_path(folder) for name, folder in folders.items() if folder}
     tables, known = {name: load_split(csv, args=args) for name, csv in csvs.items()}, known_labels(args.labels)
-    resolution, resize_mode = choose_geometry(args, {csv: tables[name] for name, csv in csvs.items()}, notes)
+    geometry = choose_geometry(args, {csv: tables[name] for name, csv in csvs.items()}, notes)
     tables["real"] = load_split(args.real_csv, args.image_root, args.real_split, args.split_seed, args)
     if args.train_csv:
         tables["train"] = load_training_images(args)
@@ -622,14 +612,15 @@ def plan_evaluation(args, accelerator):
     found = positive_labels(tables["synthetic"], known, "zeros").any()
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *known].index)
 
-    # Merge rows of the same path, and real rows of the same content, before their number is capped.
+    # Merge images of the same path or content before their number is capped. But samples of different noise remain,
+    # even if they are equal: without its copies, a model that collapsed would look varied.
     for name, listed in tables.items():
         hashes = hash_files(accelerator, list(listed["image"].unique()), args)
         table = merge_duplicates(listed.assign(hash=listed["image"].map(hashes)), "image")
+        sample = table["prompt"] + table["index"] if name in csvs and "index" in table else ""
+        table = merge_duplicates(table.assign(content=table["hash"] + sample), "content")
         same = table["hash"].duplicated().sum()
-        if name not in csvs:
-            table = merge_duplicates(table, "hash")
-        elif same:
+        if same:
             notes.append(f"{name}: {same:,} images are identical to another one; the model may have collapsed")
         if len(table) < len(listed):
             repeated = f"{len(listed) - len(table):,} rows repeat the image of another row"
@@ -656,7 +647,6 @@ def plan_evaluation(args, accelerator):
     # Splits, caps and unmatched labels may leave out much of a table.
     counted = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
     accelerator.print(f"{'images':>9}  {counted}", flush=True)
-    geometry = {"resolution": resolution, "resize_mode": resize_mode}
     return SimpleNamespace(tables=tables, labels=labels, counts=counts, warnings=notes, **geometry)
 
 
@@ -672,7 +662,6 @@ def hash_files(accelerator, paths, args):
     mine = paths[accelerator.process_index :: accelerator.num_processes]
     stats = [os.stat(path) if os.path.isfile(path) else None for path in mine]
     identity = [[path, stat and stat.st_size, stat and stat.st_mtime_ns] for path, stat in zip(mine, stats)]
-    (cache_folder(args) / "scores").mkdir(parents=True, exist_ok=True)
     return dict(gather_object(list(zip(mine, remember(["hashes", identity], compute, args).tolist()))))
 
 
@@ -688,11 +677,6 @@ class Sample(NamedTuple):
     def subset(self, size, *key):
         """Return `size` images of randomly chosen patients, or all if there are no more."""
         return self if len(self.features) <= size else self.take(shuffle_patients(self.patients, *key)[:size])
-
-    def disjoint_subsets(self, size, *key):
-        """Return two subsets of `size` <= n / 2 images of randomly chosen patients; at most one patient is in both."""
-        order = shuffle_patients(self.patients, *key)
-        return self.take(order[:size]), self.take(order[-size:])
 
 
 @dataclass
@@ -815,9 +799,8 @@ class Appearance:
     key = f"appearance-{THUMBNAIL}"
 
     def prepare(self, channels, gray):
-        # The mean absolute difference over the three pairs of channels, in grey levels of 255.
-        pairs = itertools.combinations(channels, 2)
-        colour = np.mean([(np.maximum(one, two) - np.minimum(one, two)).mean() for one, two in pairs])
+        # The mean absolute difference over the three pairs of channels is 2/3 of their range, in grey levels of 255.
+        colour = 2 * np.ptp(channels, axis=0).mean() / 3
         thumbnail = np.asarray(gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
         return np.concatenate([[colour], thumbnail.reshape(-1)])
 
@@ -977,9 +960,12 @@ class ThroughVAE:
     """Encode and decode images, (b, R, R, 3) uint8, to measure how much of a sample's error is the VAE's."""
 
     def __init__(self, args, device):
+        import diffusers  # here, since it takes as long to import as all else
+
+        diffusers.utils.logging.disable_progress_bar()
         options = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "use_safetensors": True}
         try:
-            vae, report = AutoencoderKL.from_pretrained(args.vae, output_loading_info=True, **options)
+            vae, report = diffusers.AutoencoderKL.from_pretrained(args.vae, output_loading_info=True, **options)
             if report["missing_keys"] or not all(tensor.isfinite().all() for tensor in vae.parameters()):
                 raise ValueError("weights are missing or not finite")
         except (OSError, ValueError) as error:
@@ -1018,8 +1004,8 @@ def network_warnings(features, classifier, plan, args):
         shared = len({patient_hash(patient) for patient in patients} & set(spec["split"]["patients"]))
         if shared:
             notes.append(f"{flag}: trained on {shared:,} of {len(patients):,} real patients: optimistic about them")
-        lows = {label: (auroc or {}).get("low") or 0 for label, auroc in spec["real_test_auroc"].items()}
-        chance = [label for label in plan.labels if label in spec["labels"] and lows.get(label, 0) <= 0.5]
+        lows = {label: auroc["low"] or 0 for label, auroc in spec["real_test_auroc"].items()}
+        chance = [label for label in plan.labels if lows.get(label, 1) <= 0.5]
         if chance:
             notes.append(f"{flag}: not shown to beat chance on real test images (AUROC): {', '.join(chance)}")
     return notes
@@ -1034,10 +1020,10 @@ def feature_warnings(name, features, n, label_n=None):
     spread = math.sqrt(features.var(axis=0).sum() / np.square(features.mean(axis=0)).sum())
     if spread < 0.01:
         notes.append(f"{name}: the features hardly vary among real images ({spread:.1g} of the mean): FID says little")
-    what, n = ("n", n) if n < 10 * dim else ("the smallest n per label", label_n or n)
-    if n < 10 * dim:
-        effect = "FID's bias is large (singular covariances)" if n <= dim else "small FID differences may be bias"
-        notes.append(f"{name}: {what} = {n:,} is below 10 times the {dim:,} features: {effect}")
+    what, count = ("n", n) if n < 10 * dim else ("the smallest n per label", label_n or n)
+    if count < 10 * dim:
+        effect = "FID's bias is large (singular covariances)" if count <= dim else "small FID differences may be bias"
+        notes.append(f"{name}: {what} = {count:,} is below 10 times the {dim:,} features: {effect}")
     return notes
 
 
@@ -1106,14 +1092,12 @@ def decode_images(images, decode, problems, description="decoding images"):
         except ValueError as error:
             problems[i] = str(error)
 
-    progress = tqdm(total=len(images), desc=description, unit="image", leave=False)
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = deque(pool.submit(attempt, i) for i in range(min(64, len(images))))
-        for i in range(len(images)):
+        for i in tqdm(range(len(images)), description, unit="image", leave=False):
             decoded = ahead.popleft().result()
             if i + 64 < len(images):
                 ahead.append(pool.submit(attempt, i + 64))
-            progress.update()
             if i not in problems:
                 yield i, decoded
 
@@ -1180,12 +1164,12 @@ def read_features(source, network):
     return features, probabilities
 
 
-def load_features(source, appearance, features, classifier):
+def load_features(source, appearance, network, classifier):
     """Read a source's arrays from the cache."""
     source.colour, thumbnails = np.split(read_outputs(source, appearance), [1], axis=1)
     source.thumbnails = thumbnails - thumbnails.mean(axis=1, keepdims=True)
-    source.features, source.probabilities = read_features(source, features)
-    if classifier is not features:
+    source.features, source.probabilities = read_features(source, network)
+    if classifier is not network:
         source.probabilities = read_features(source, classifier)[1]
 
 
@@ -1396,12 +1380,11 @@ def remember(identity, compute, args):
     In a sweep, all runs read and score the same images of the base model and of the VAE, and the same real images.
     """
     digest = hashlib.sha256(json.dumps([code_fingerprint(), *identity]).encode()).hexdigest()
-    folder = cache_folder(args) / "scores"
-    path = folder / f"{digest[:32]}.npy"
+    path = cache_folder(args) / "scores" / f"{digest[:32]}.npy"
     if path.exists():
         return np.load(path)
     values = compute()
-    if folder.is_dir():  # hash_files makes it; other callers, such as simulations, cache nothing
+    if args.feature_cache_dir != os.devnull:  # as simulations and launch/benchmark.py pass it, to cache nothing
         save_array(path, values)
     return values
 
@@ -1418,8 +1401,10 @@ def evaluate(function, pairs, args):
 
 
 def disjoint_pairs(samples, size, *key):
-    """Return two pairs of samples: `size` random images of both, and `size` others of both."""
-    return list(zip(*(sample.disjoint_subsets(size, *key) for sample in samples)))
+    """Return two pairs of samples, of `size` <= n / 2 images each, with at most one patient of a sample in both."""
+    orders = [shuffle_patients(sample.patients, *key) for sample in samples]
+    halves = [(sample.take(order[:size]), sample.take(order[-size:])) for sample, order in zip(samples, orders)]
+    return list(zip(*halves))
 
 
 def evaluate_metric(metric, samples, size, half, draws_of, args):
@@ -1436,8 +1421,8 @@ def evaluate_metric(metric, samples, size, half, draws_of, args):
         # Two subsets without common images are independent: their mean varies like half their difference.
         values = evaluate(function, disjoint_pairs(samples, size, args.seed, "half"), args).mean(axis=0)
         pairs = [pair for k in range(num_draws) for pair in disjoint_pairs(samples, draw_size, args.seed, "fid", k)]
-        both = evaluate(function, pairs, args)
-        draws, variance_scale = (both[::2] - both[1::2]) / 2, draw_size / size
+        of_pairs = evaluate(function, pairs, args)  # two rows of each draw
+        draws, variance_scale = (of_pairs[::2] - of_pairs[1::2]) / 2, draw_size / size
     else:
         if (function, draw_size) not in draws_of:
             subsets = [[s.subset(draw_size, args.seed, "fid", k) for s in samples] for k in range(num_draws)]
@@ -1474,7 +1459,7 @@ def add_set_metrics(results, real, other, label, common, args):
             floors = evaluate(metric.function, [[equal[0], equal[0]]], args)
         elif metric.floor == "halves" and not results.suffix and half >= min_size:
             used = splits if metric.mean_of_draws else splits[:1]
-            pairs = [(real.take(one[: min(size, half)]), real.take(two[: min(size, half)])) for one, two in used]
+            pairs = [[real.take(rows[: min(size, half)]) for rows in split] for split in used]
             floors = evaluate(metric.function, pairs, args)
         for i, name in enumerate(metric.names):
             row = {"n": size, "note": metric.note, "floor": None if floors is None else floors[:, i].mean()}
@@ -1535,7 +1520,7 @@ def weighted_auroc(scores, rows, other_rows):
 
 def add_consistency(results, source, heads, uncertain):
     """Add how often each head fires (probability above 0.5) for each label, and how well it separates the labels."""
-    # Real images with the prompts' combinations of labels, and all images of each prompt.
+    # Generated: all images of each prompt. Real: those in the pool, which have the prompts' combinations of labels.
     rows_of = source.rows_of if source.name in ("synthetic", "base model") else source.pool
     rows_of = {label: rows for label, rows in rows_of.items() if label != "all"}
     labels = list(rows_of)
@@ -1545,9 +1530,8 @@ def add_consistency(results, source, heads, uncertain):
     no_head = "the classifier has no such head" if heads else "these --features have no heads; pass --classifier"
     margin_note, auroc_note = "recall minus false-fire rate", "against the other labels' images; 0.5 is chance"
     for label in labels:
-        own, elsewhere = rows_of[label], [rows for name, rows in rows_of.items() if name != label]
-        others = np.unique(np.concatenate(elsewhere)) if elsewhere else own[:0]
-        others = others[~may_have[label].to_numpy()[others]]
+        own, others = rows_of[label], np.unique(np.concatenate(list(rows_of.values())))
+        others = others[~may_have[label].to_numpy()[others]]  # without `own`
         metrics = [
             ("class_consistency", label, weighted_mean, fires.get(label), [own], None),
             ("class_consistency_margin", label, weighted_difference, fires.get(label), [own, others], margin_note),
@@ -1593,17 +1577,24 @@ def add_colour(results, source):
 
 
 def add_ms_ssim(results, source, plan, device, args):
-    """Add the mean MS-SSIM of random pairs with the same labels (Odena et al., 2017, arXiv 1610.09585)."""
+    """Add the mean MS-SSIM of random pairs of a prompt (Odena et al., 2017, arXiv 1610.09585).
+
+    Real images, and generated ones without prompts, are paired by their labels instead.
+    """
+    groups, prompts = source.codes, source.table["prompt"]
+    if source.name != "real":
+        groups = pd.factorize(prompts.where(prompts != "", groups.astype(str)))[0]
     generator = np.random.default_rng(keyed_seed(args.seed, "pairs"))
     rows = generator.permutation(source.pool["all"])
     # One image of each patient makes pairs independent, so that draws may resample pairs.
     rows = generator.permutation(rows[np.unique(source.patients[rows], return_index=True)[1]])  # unique sorts
-    rows = rows[np.argsort(source.codes[rows], kind="stable")]
+    rows = rows[np.argsort(groups[rows], kind="stable")]
     one, two = rows[: len(rows) // 2 * 2].reshape(-1, 2).T
-    chosen = generator.permutation(np.flatnonzero(source.codes[one] == source.codes[two]))[:MAX_PAIRS]
+    chosen = generator.permutation(np.flatnonzero(groups[one] == groups[two]))[:MAX_PAIRS]
     count = len(chosen)
     if count < MIN_PAIRS:
-        return results.add("ms_ssim", None, n=count, note="too few images, or of too few patients")
+        note = "too few images of a prompt, or of too few patients"
+        return results.add("ms_ssim", None, n=count, note=note)
     rows = np.concatenate([one[chosen], two[chosen]])
     hashes = source.table["hash"].iloc[rows].tolist()
 
@@ -1617,7 +1608,7 @@ def add_ms_ssim(results, source, plan, device, args):
 
     values = remember(["ms_ssim", plan.resize_mode, PAIR_SIDE, hashes], compute, args)
     value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values / count
-    results.add("ms_ssim", value, draws=draws, n=count, note="pairs with the same labels; lower is more varied")
+    results.add("ms_ssim", value, draws=draws, n=count, note="pairs of the same prompt; lower is more varied")
 
 
 def nearest(queries, reference, args):
@@ -1679,7 +1670,8 @@ def add_memorisation(results, generated, real, train, args):
         row_of, cosine = pairs[kind] = nearest(ours, trained, args)
         _, unseen_cosine = nearest(others[unseen], trained, args)
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
-        # Ignore the top 0.1 %, or one to three patients: one duplicate among the unseen would hide all copies.
+        # The most similar unseen patient, without the top 0.1 % (of few patients one, of many three, at least): a
+        # single duplicate among the unseen would hide all copies.
         count = len(by_patient)
         rank = max(0, count - 1 - max(1, min(3, count // 100), count // 1000))
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.
@@ -1708,8 +1700,7 @@ def score_sources(sources, networks, plan, classifier, args):
             add_colour(results[name], sources[name])
             if name != "through the VAE":
                 add_ms_ssim(results[name], sources[name], plan, classifier.device, args)
-    labels = ["all", *plan.labels]
-    n = {label: min(len(sources[name].pool[label]) for name in ("real", "synthetic")) for label in labels}
+    n = {label: len(real.pool[label]) for label in ["all", *plan.labels]}  # as in the synthetic pool
     halves = [half_splits(real.sample(label), n[label], args)[1] for label in n]
     common = min([half for half in halves if half > 1], default=0)
     compared = [name for name in results if name != "real"]
@@ -1747,14 +1738,14 @@ def plot_consistency(results, labels, path):
 
 def plot_pairs(pairs, sources, plan, path):
     """Save the generated images nearest to training images, each above its match: by features, then by pixels."""
-    images, count = [], min(6, len(sources["synthetic"].table))
+    lines, count = [], min(6, len(sources["synthetic"].table))
     for index, cosine in pairs.values():
         rows = np.argsort(-cosine, kind="stable")[:count]
         for name, positions in (("synthetic", rows), ("train", index[rows])):
             paths = sources[name].table["image"].iloc[positions]
-            images += [Image.fromarray(load_image(path, plan.resolution, plan.resize_mode)) for path in paths]
+            lines.append(np.hstack([load_image(path, plan.resolution, plan.resize_mode) for path in paths]))
     with replacing(path) as temporary:
-        make_image_grid(images, rows=2 * len(pairs), cols=count).save(temporary)
+        Image.fromarray(np.vstack(lines)).save(temporary)
 
 
 def identify(args, plan, sources, features, classifier, vae):
@@ -1813,8 +1804,7 @@ def write_results(args, plan, sources, identity, results, pairs):
 
 
 def main(args):
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     # Without `cpu`, processes that torchrun starts on a machine without a GPU would each compute everything.
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     # Processes that finish their images early wait for the others.
@@ -1832,7 +1822,8 @@ def main(args):
         hashes = [hashlib.sha256(f"{key}/{vae.key}".encode()).hexdigest() for key in real["hash"].iloc[rows]]
         plan.tables["through the VAE"] = real.iloc[rows].assign(hash=hashes).reset_index(drop=True)
 
-    networks = list(dict.fromkeys([Appearance(), *features.values(), classifier]))
+    appearance, first = Appearance(), next(iter(features.values()))
+    networks = list(dict.fromkeys([appearance, *features.values(), classifier]))
     for network in networks:
         network.folder = cache_folder(args) / f"{network.key[:32]}-{plan.resolution}-{plan.resize_mode}"
     try:
@@ -1845,7 +1836,6 @@ def main(args):
             listed = "; ".join(problems[:20])
             fail(f"{len(problems):,} images cannot be used: {listed}; repair them or remove their rows")
         sources = make_sources(plan, args)
-        appearance, first = networks[:2]
         for source in sources.values():
             load_features(source, appearance, first, classifier)
         results, pairs = score_sources(sources, features, plan, classifier, args)

@@ -29,11 +29,8 @@ import os
 import re
 import sys
 import warnings
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from csv import Error as CSVError
-from csv import Sniffer
 from pathlib import Path
 
 # bitsandbytes, which diffusers imports, reports a missing 4-bit CPU kernel that nothing here uses.
@@ -45,7 +42,7 @@ import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils import find_executable_batch_size, parse_flag_from_env
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -124,20 +121,13 @@ def parse_args(argv=None):
     flag("--compile", action="store_true", help="torch.compile the U-Net; the first batch takes minutes")
 
     flag = parser.add_argument_group("prompts").add_argument
-    flag(
-        "--labels", nargs="+", help="labels, one prompt each (default: the run's or the paper's six), or of --like_csv"
-    )
+    flag("--labels", nargs="+", help="labels, a prompt each (default: the run's or the paper's six), or of --like_csv")
     flag("--prompts", nargs="+", help="complete prompts, instead of --labels")
     flag("--images_per_label", type=int, help="images per label or prompt (default: 5000)")
     flag("--like_csv", help="table; sample an image per frontal row, from its prompt or positive labels")
     flag("--split", choices=["train", "val", "test", "all"], default="all", help="rows of --like_csv to use")
     flag("--split_seed", type=int, default=0, help="seed of the random split by patient; must agree across scripts")
-    flag(
-        "--uncertain",
-        choices=["ones", "zeros", "ignore"],
-        default="ignore",
-        help="-1 in --like_csv: ones counts as positive",
-    )
+    flag("--uncertain", choices=["ones", "zeros", "ignore"], default="ignore", help="ones: -1 counts as positive")
     flag("--num_images", type=int, help="use this many rows of --like_csv, chosen by --seed (default: all)")
     flag("--prompt_template", help="prompt with {} where the findings go (default: the run's)")
 
@@ -190,15 +180,14 @@ def read_csv(path):
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # zlib can raise anything on a damaged file
         fail(f"{path}: not a readable .gz file ({error})")
     for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode(encoding)
             break
-    separator = ","
-    with contextlib.suppress(CSVError):  # a header of one column
-        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # quoted names may contain separators
+    separator = max(",;\t|", key=header.count)
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
         with warnings.catch_warnings():
@@ -214,8 +203,7 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print on what its
-    columns are used for.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print about it.
     """
 
     def plain(name):
@@ -236,7 +224,7 @@ def match_columns(raw, labels, source):
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
 
-    unused = []
+    unused = []  # columns that read like labels but are not among them
     for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
         seen = {*parse(name).values()}
         if 1.0 in seen and len(seen) > 1 and None not in seen:
@@ -295,16 +283,16 @@ def make_table(raw, names, images, lines):
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
-        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
-        if table["split"].isna().any():
-            del table["split"]
-            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+        split = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if split.notna().all():
+            table["split"] = split
+            lines.append(("split", f"of the table: {split.value_counts().to_dict()}"))
         else:
-            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
     repeated = path.mask(path == "", table["name"]).duplicated().sum()
     if repeated:
         lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
-    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    others = ("index", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
@@ -331,20 +319,19 @@ def load_image_table(csv, image_root=None, with_images=True, labels=LABELS):
     return make_table(raw, names, images, [("table", f"{csv}, {description}"), *lines])
 
 
-# Copied from train_full.assign_splits
-def assign_splits(patients, seed):
-    """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
-    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
-    for patient in patients.unique():
-        position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
-        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
-    return patients.map(splits)
-
-
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
-    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
+    """Return train, val or test per row: the table's own split, or a hash of (seed, patient), the same in all scripts.
+
+    So a patient's split does not depend on the other rows.
+    """
+    if "split" in table:
+        return table["split"]
+    splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
+    for patient in table["patient"].unique():
+        position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
+        splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
+    return table["patient"].map(splits)
 
 
 # Copied from train_full.positive_labels
@@ -403,11 +390,9 @@ def plan_samples(args, template, trained_labels=LABELS, seen=(), quiet=True):
     else:
         chosen = args.labels or (CONDITIONS if trained_labels == LABELS else trained_labels)
         unseen = [label for label in chosen if (seen and label not in seen) or label not in trained_labels]
-        if unseen and not args.labels:
-            chosen = [label for label in chosen if label not in unseen]
-            lines.append(("left out", f"no training image has {', '.join(unseen)}"))
-        elif unseen:
-            lines.append(("warning", f"no training image has {', '.join(unseen)}"))
+        if unseen:
+            lines.append(("warning" if args.labels else "left out", f"no training image has {', '.join(unseen)}"))
+            chosen = args.labels or [label for label in chosen if label not in unseen]
         prompts = [(template.replace("{}", label), (label,), False) for label in chosen]
         wanted = [prompt for prompt in prompts for _ in range(images_per_label)]
     rows, counts = [], Counter()
@@ -433,8 +418,8 @@ def plan_samples(args, template, trained_labels=LABELS, seen=(), quiet=True):
 # Copied from train_full.fingerprint
 def fingerprint(module):
     """Return a SHA-256 of a module's weights that does not depend on their names."""
-    tensors = (parameter.detach().cpu().contiguous() for parameter in module.parameters())
-    digests = [hashlib.sha256(str(tuple(t.shape)).encode() + t.numpy().tobytes()).digest() for t in tensors]
+    arrays = (parameter.detach().cpu().numpy() for parameter in module.parameters())
+    digests = [hashlib.sha256(str(array.shape).encode() + array.tobytes()).digest() for array in arrays]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
@@ -442,8 +427,7 @@ def fingerprint(module):
 def load_single_file(path):
     """Load a pipeline from one .safetensors file, such as v1-5-pruned-emaonly.safetensors.
 
-    Configurations and tokenizer come from its folder if that has a pipeline's (model_index.json, unet/config.json,
-    tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    Configurations and tokenizer come from its folder if that has a model_index.json, else from the hub (2 MB, cached).
     """
     config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -593,7 +577,7 @@ def explain_model(name):
 def load_model(args, summary):
     """Load --model in float32, with an adapter or a checkpoint merged into its base model. Return also a fingerprint.
 
-    It is of the weights before they are merged: after it, they depend on the matrix product of the machine.
+    It is of the weights before merging, whose last bits differ between machines.
     """
     run, is_checkpoint = Path(args.model), (Path(args.model) / "state.json").is_file()
     needs_base = is_checkpoint or any((run / name).is_file() for name in ADAPTER_FILES)
@@ -729,7 +713,6 @@ def sample(args, pipeline, samples, num_done, resolution, state):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_full.write_text
 def write_text(path, text):
     """Write to a temporary file, then rename it atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -750,7 +733,7 @@ def check_output_dir(output_dir, identity, samples):
         if others:
             fail(f"{output_dir} holds {len(others):,} other images, such as {others[0]}; pass another --output_dir")
         return
-    if output_dir.is_dir() and any(not file.name.startswith(".") for file in output_dir.iterdir()):
+    if any(output_dir.glob("[!.]*")):
         fail(f"--output_dir {output_dir}: neither empty nor a folder of samples; pass another")
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(identity, indent=2) + "\n")
@@ -771,8 +754,10 @@ def main(args):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
-    state = PartialState(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
+    # Unlike Accelerator, PartialState ignores `accelerate launch --cpu`. And without `cpu`, processes that torchrun
+    # starts on a machine without a GPU would not find each other.
+    torchrun_on_cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torchrun_on_cpu)
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; pass bf16 or no")
     summary = read_summary(args.model)

@@ -34,11 +34,8 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from csv import Error as CSVError
-from csv import Sniffer
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -389,9 +386,8 @@ class DiffusionLoss(torch.nn.Module):
         """Return the mean squared error of the predicted noise, or velocity for a v-prediction model, (B,)."""
         noise, timesteps = batch["noise"], batch["timesteps"]
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        if "encoder_hidden_states" in batch:
-            encoder_hidden_states = batch["encoder_hidden_states"]
-        else:
+        encoder_hidden_states = batch.get("encoder_hidden_states")
+        if encoder_hidden_states is None:
             encoder_hidden_states = self.text_encoder(batch["input_ids"])[0]
         model_pred = self.unet(noisy_latents, timesteps, encoder_hidden_states).sample
         target = self.noise_scheduler.get_velocity(latents, noise, timesteps) if self.v_prediction else noise
@@ -457,15 +453,14 @@ def read_csv(path):
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # zlib can raise anything on a damaged file
         fail(f"{path}: not a readable .gz file ({error})")
     for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode(encoding)
             break
-    separator = ","
-    with contextlib.suppress(CSVError):  # a header of one column
-        separator = Sniffer().sniff(text[:10_000].partition("\n")[0], ",;\t|").delimiter
+    header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # quoted names may contain separators
+    separator = max(",;\t|", key=header.count)
     options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
     try:
         with warnings.catch_warnings():
@@ -480,8 +475,7 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print on what its
-    columns are used for.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print about it.
     """
 
     def plain(name):
@@ -502,7 +496,7 @@ def match_columns(raw, labels, source):
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
 
-    unused = []
+    unused = []  # columns that read like labels but are not among them
     for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
         seen = {*parse(name).values()}
         if 1.0 in seen and len(seen) > 1 and None not in seen:
@@ -559,16 +553,16 @@ def make_table(raw, names, images, lines):
     lines.append(("views", ", ".join(f"{count:,} {name!r}" for name, count in view.value_counts()[:5].items())))
     table["prompt"] = raw["prompt"].str.strip() if "prompt" in raw else ""
     if "split" in raw:
-        table["split"] = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
-        if table["split"].isna().any():
-            del table["split"]
-            lines.append(("split", "the column is not used, since not every row has train, val or test"))
+        split = raw["split"].str.extract(r"(?i)^\s*(train|val|test)", expand=False).str.lower()
+        if split.notna().all():
+            table["split"] = split
+            lines.append(("split", f"of the table: {split.value_counts().to_dict()}"))
         else:
-            lines.append(("split", f"of the table: {table['split'].value_counts().to_dict()}"))
+            lines.append(("split", "the column is not used, since not every row has train, val or test"))
     repeated = path.mask(path == "", table["name"]).duplicated().sum()
     if repeated:
         lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
-    others = ("resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    others = ("index", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
@@ -603,7 +597,7 @@ def read_classes(raw, features):
             codes = raw[column].map(lambda value: np.atleast_1d([] if value is None else value))
             rows = [[classes[int(code)] for code in row if code >= 0] for row in codes]
             raw[column] = [", ".join(row) for row in rows]
-            for name in {*classes} - {*raw, *LABEL_VALUES}:
+            for name in sorted({*classes} - {*raw, *LABEL_VALUES}):
                 raw[name] = [str(int(name in row)) for row in rows]
 
 
@@ -638,18 +632,18 @@ def load_dataset_table(name, image_column, caption_column, labels):
     return make_table(raw, names, images, [("table", f"{name}, {len(raw):,} rows"), *lines])
 
 
-def assign_splits(patients, seed):
-    """Return train, val or test per row, from a hash of (seed, patient): stable across scripts and added rows."""
+def split_of(table, seed):
+    """Return train, val or test per row: the table's own split, or a hash of (seed, patient), the same in all scripts.
+
+    So a patient's split does not depend on the other rows.
+    """
+    if "split" in table:
+        return table["split"]
     splits, bounds = {}, np.cumsum(list(SPLIT_FRACTIONS.values()))[:-1]
-    for patient in patients.unique():
+    for patient in table["patient"].unique():
         position = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
         splits[patient] = list(SPLIT_FRACTIONS)[np.searchsorted(bounds, position, "right")]
-    return patients.map(splits)
-
-
-def split_of(table, seed):
-    """Return train, val or test per row: the table's own split, or else a seeded split of its patients."""
-    return table["split"] if "split" in table else assign_splits(table["patient"], seed)
+    return table["patient"].map(splits)
 
 
 def positive_labels(table, labels, uncertain):
@@ -688,17 +682,17 @@ def load_training_data(args):
     absent = [label for label in args.labels if label not in table]
     if absent and args.labels != LABELS:
         fail(f"{source}: no column {absent[0]!r}, which --labels names")
-    rows, block, own_prompts = len(table), table.attrs["block"], table["prompt"] != ""
+    rows, block, has_prompt = len(table), table.attrs["block"], table["prompt"] != ""
     left_out, notes = {"not frontal": int((~table["frontal"]).sum())}, []
     table = add_prompts(table[table["frontal"]], args.labels, template, args.uncertain)
     left_out["without a positive label"] = int((table["prompt"] == "").sum())
     table = table[table["prompt"] != ""]
 
-    split = args.split or ("all" if args.validation_csv and "split" not in table else "train")
+    part = args.split or ("all" if args.validation_csv and "split" not in table else "train")
     splits = split_of(table, args.split_seed)
-    train = table if split == "all" else table[splits == split]
-    left_out[f"not in split {split}"] = len(table) - len(train)
-    heldout = table[splits == "val"] if split in ("train", "test") else table[:0]
+    train = table if part == "all" else table[splits == part]
+    left_out[f"not in split {part}"] = len(table) - len(train)
+    heldout = table[splits == "val"] if part in ("train", "test") else table[:0]
     if args.validation_csv:
         heldout = load_image_table(args.validation_csv, args.image_root, labels=args.labels)
         block = block + heldout.attrs["block"]
@@ -720,7 +714,7 @@ def load_training_data(args):
         notes.append("no held-out images: the held-out loss is not measured")
     if (train["patient"] == train["name"]).any():
         notes.append("some rows have no patient_id, and no patientNNNNN in the path: each counts as one patient")
-    own_prompts = int(own_prompts[train.index].sum())
+    own_prompts = int(has_prompt[train.index].sum())
     train, heldout = train.reset_index(drop=True), heldout.reset_index(drop=True)
     return TrainingData(train, heldout, source, rows, block, own_prompts, left_out, notes, val_counts)
 
@@ -732,8 +726,8 @@ def load_training_data(args):
 
 def fingerprint(module):
     """Return a SHA-256 of a module's weights that does not depend on their names."""
-    tensors = (parameter.detach().cpu().contiguous() for parameter in module.parameters())
-    digests = [hashlib.sha256(str(tuple(t.shape)).encode() + t.numpy().tobytes()).digest() for t in tensors]
+    arrays = (parameter.detach().cpu().numpy() for parameter in module.parameters())
+    digests = [hashlib.sha256(str(array.shape).encode() + array.tobytes()).digest() for array in arrays]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
@@ -790,7 +784,7 @@ def check_and_encode(accelerator, images, paths, vae, args):
                 pixel_values = torch.stack([to_pixel_values(image) for _, image in batch]).to(vae.device)
                 for (i, _), posterior in zip(batch, vae.encode(pixel_values).latent_dist.parameters.cpu()):
                     paths[i].parent.mkdir(parents=True, exist_ok=True)
-                    temporary = paths[i].with_suffix(f".{os.getpid()}.tmp.npy")
+                    temporary = paths[i].with_name(f".{os.getpid()}-{paths[i].name}")
                     np.save(temporary, posterior.numpy().astype(np.float16))
                     os.replace(temporary, paths[i])
     return dict(sorted(gather_object(list(problems.items()))))
@@ -835,10 +829,7 @@ def encode_captions(pipeline, data, device, train_text_encoder):
 
 
 def prepare_streams(accelerator, pipeline, data, args, vae_hash):
-    """Check and encode images and captions, and return the training and the held-out stream.
-
-    Unreadable images are dropped from `data`, with a note, or end the run (--on_bad_image).
-    """
+    """Check and encode images and captions, and return the training and the held-out stream."""
     images = [*data.train["image"], *data.heldout["image"]]
     paths = latent_paths(images, vae_hash, args)
     train_vae = "vae" in args.components
@@ -847,13 +838,13 @@ def prepare_streams(accelerator, pipeline, data, args, vae_hash):
     vae = None if train_vae and args.vae_loss == "joint" else pipeline.vae.to(accelerator.device)
     problems = check_and_encode(accelerator, images, paths, vae, args)
     drop_bad_images(data, problems, args.on_bad_image)
-    paths = [path for i, path in enumerate(paths) if i not in problems] if vae else None
+    posterior_paths = [path for i, path in enumerate(paths) if i not in problems] if vae else None
     captions = encode_captions(pipeline, data, accelerator.device, "text_encoder" in args.components)
     pipeline.to("cpu")  # frees the device; accelerator.prepare moves what the loss uses
     n = len(data.train)
     shared = {"captions": captions, "pipeline": pipeline, "args": args, "with_pixels": train_vae}
-    stream = SampleStream(data.train, paths and paths[:n], **shared)
-    heldout = SampleStream(data.heldout, paths and paths[n:], **shared, heldout=True)
+    stream = SampleStream(data.train, posterior_paths and posterior_paths[:n], **shared)
+    heldout = SampleStream(data.heldout, posterior_paths and posterior_paths[n:], **shared, heldout=True)
     return stream, heldout
 
 
@@ -865,8 +856,7 @@ def prepare_streams(accelerator, pipeline, data, args, vae_hash):
 def load_single_file(path):
     """Load a pipeline from one .safetensors file, such as v1-5-pruned-emaonly.safetensors.
 
-    Configurations and tokenizer come from its folder if that has a pipeline's (model_index.json, unet/config.json,
-    tokenizer/, ...), else from the hub (2 MB, cached for offline use).
+    Configurations and tokenizer come from its folder if that has a model_index.json, else from the hub (2 MB, cached).
     """
     config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -937,8 +927,7 @@ def load_base_pipeline(args):
     try:
         pipeline = load_pipeline(name, args.revision, args.variant)
     except (OSError, ValueError) as error:
-        known = isinstance(error, OSError) or os.path.exists(name)
-        reason = explain_base(name) if known else None
+        reason = explain_base(name) if isinstance(error, OSError) or os.path.exists(name) else None
         reason = reason or "cannot be loaded as a Stable Diffusion pipeline in safetensors"
         fail(f"{name}: {reason} ({str(error)[:300]})")
     prediction_type, channels = pipeline.scheduler.config.prediction_type, pipeline.unet.config.in_channels
@@ -993,8 +982,7 @@ def make_optimizer(args, parameters):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Arguments of both training scripts that are compared on resume: a change in the first is an error, in the second a
-# warning.
+# Arguments of both training scripts compared on resume: a change in the first is an error, in the second a warning.
 REFUSE_IF_CHANGED = (
     "method vae_loss rank lora_alpha lora_dropout lora_target_modules train_text_encoder use_8bit_adam use_ema "
     "global_batch_size"
@@ -1093,10 +1081,10 @@ def check_identity(checkpoint, identity, max_train_steps):
             fail(f"{checkpoint} was trained from a base model with other weights; pass that model")
         if name in REFUSE_IF_CHANGED:
             fail(f"{checkpoint} was trained with {name}={saved_value}, not {value}; pass that or start a new run")
-        note = f"{name} was {saved_value} in {checkpoint} and is now {value}"
         if name == "data_fingerprint":
-            note = f"the training images, their captions or the resolution differ from those of {checkpoint}"
-        notes.append(note)
+            notes.append(f"the training images, their captions or the resolution differ from those of {checkpoint}")
+        else:
+            notes.append(f"{name} was {saved_value} in {checkpoint} and is now {value}")
     return notes
 
 
@@ -1150,16 +1138,16 @@ def load_checkpoint(accelerator, state, checkpoint, args):
     saved = json.loads((checkpoint / "state.json").read_text())
     parameters = state.parameters.values()
     weights = load_in_order(checkpoint / "trainable.safetensors", state.parameters)
-    with torch.no_grad():
-        for parameter, weight in zip(parameters, weights):
-            parameter.copy_(weight)
-    in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    optimizer_state = {i: {} for i in range(len(in_order))}
+    for parameter, weight in zip(parameters, weights):
+        parameter.data.copy_(weight)
+    optimizer_parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    optimizer_state = {i: {} for i in range(len(optimizer_parameters))}
     for key, value in (load_file(checkpoint / "optimizer.safetensors") | saved["optimizer"]).items():
         i, name = key.split(".", 1)
         # Fused AdamW ignores strides: its state must have the memory layout of its (channels-last) weight.
-        same_shape = torch.is_tensor(value) and value.shape == in_order[int(i)].shape
-        optimizer_state[int(i)][name] = match_layout(value, in_order[int(i)]) if same_shape else value
+        parameter = optimizer_parameters[int(i)]
+        same_shape = torch.is_tensor(value) and value.shape == parameter.shape
+        optimizer_state[int(i)][name] = match_layout(value, parameter) if same_shape else value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
     # Set the schedule to one step before the saved one, then step it: the learning rate depends on the step alone.
@@ -1270,13 +1258,6 @@ def heldout_rows(before, after):
     return rows
 
 
-def write_text(path, text):
-    """Write to a temporary file, then rename it atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def summarize(accelerator, args, state, data, losses):
     """Return the contents of training_summary.json."""
     trainable, cuda = Counter(), accelerator.device.type == "cuda"
@@ -1284,12 +1265,10 @@ def summarize(accelerator, args, state, data, losses):
         trainable[name.split(".")[0]] += parameter.numel()
     # ru_maxrss is in bytes on macOS, in KiB elsewhere.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    memory, period = resident, "whole run, cpu"
-    if cuda:
-        memory, period = torch.cuda.max_memory_allocated(), "after encoding, GPU"
+    memory = torch.cuda.max_memory_allocated() if cuda else resident
+    period = "after encoding, GPU" if cuda else "whole run, cpu"
     seconds_per_epoch = state.seconds * len(data.train) / state.samples_seen
     settings = ("method", "labels", "resolution", "resize_mode", "uncertain", "prompt_template")
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {
         "script": Path(__file__).name,
         "base_model": args.pretrained_model_name_or_path,
@@ -1308,7 +1287,7 @@ def summarize(accelerator, args, state, data, losses):
         "trainable_parameters": trainable,
         "identity": state.identity,
         "arguments": vars(args),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate")},
         "results": [
             *(result_row("trainable_parameters", count, label=name) for name, count in trainable.items()),
             result_row("seconds_per_epoch", seconds_per_epoch, n=len(data.train), note="training steps only"),
@@ -1395,7 +1374,9 @@ def finish_run(args, summary, repo_id):
     """Write the model card, then the summary, which marks the run as finished; upload all with --push_to_hub."""
     output_dir = Path(args.output_dir)
     model_card(args, summary, usage_example(args, repo_id or args.output_dir)).save(output_dir / "README.md")
-    write_text(output_dir / "training_summary.json", json.dumps(summary, indent=2) + "\n")
+    temporary = output_dir / ".training_summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(temporary, output_dir / "training_summary.json")
     if repo_id:
         upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", "logs/*", ".*"])
 
@@ -1646,7 +1627,7 @@ def main(args):
     with lock_output_dir(accelerator, args, checkpoint):
         repo_id = start_run(accelerator, args, checkpoint)
         frequent = Counter(sorted(data.train["prompt"])).most_common(args.num_validation_images)
-        prompts = (args.validation_prompts or [prompt for prompt, _ in frequent]) if args.num_validation_images else []
+        prompts = args.validation_prompts or [prompt for prompt, _ in frequent]
         run_validation = functools.partial(validate, accelerator, state, pipeline, heldout, prompts, args)
         before = run_validation()  # at step 0, also if the run is resumed
         if checkpoint:
@@ -1670,9 +1651,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
     try:
-        main(arguments)
+        main(parse_args())
     except torch.OutOfMemoryError as error:
         hint = "lower --train_batch_size and raise --gradient_accumulation_steps, or pass --gradient_checkpointing"
         fail(f"{error}; {hint}, --mixed_precision bf16, --use_8bit_adam or a smaller --resolution")

@@ -56,13 +56,13 @@ def test_a_gray_image_gives_the_pixels_of_a_color_one(resize_mode, tmp_path):
 
 def test_the_split_is_by_patient_stable_and_of_the_papers_sizes():
     patients = pd.Series([f"patient{i:05d}" for i in range(64_540)])
-    splits = train_full.assign_splits(patients, 0)
+    splits = train_full.split_of(pd.DataFrame({"patient": patients}), 0)
     assert splits.value_counts(normalize=True).to_dict() == pytest.approx(train_full.SPLIT_FRACTIONS, abs=0.01)
     # Fixed values: the split must not change from version to version.
     assert list(splits[:8]) == ["train", "test", "train", "test", "train", "test", "test", "test"]
-    shuffled = patients.sample(frac=0.3, random_state=1)
-    assert (train_full.assign_splits(shuffled, 0) == splits[shuffled.index]).all()
-    assert not (train_full.assign_splits(patients, 1) == splits).all()
+    shuffled = pd.DataFrame({"patient": patients.sample(frac=0.3, random_state=1)})
+    assert (train_full.split_of(shuffled, 0) == splits[shuffled.index]).all()
+    assert not (train_full.split_of(pd.DataFrame({"patient": patients}), 1) == splits).all()
     data = load(phantoms())
     assert len(data.train) and len(data.heldout) and data.train["patient"].duplicated().any()
     assert not set(data.train["patient"]) & set(data.heldout["patient"])

@@ -53,7 +53,7 @@ def of_split(split):
     """Return the phantoms' frontal rows of a split, as strings, with absolute paths."""
     table = train_full.load_image_table(phantoms())
     frame = pd.read_csv(phantoms(), dtype=str, keep_default_na=False).assign(Path=table["image"])
-    return frame[table["frontal"] & (train_full.assign_splits(table["patient"], 0) == split)]
+    return frame[table["frontal"] & (train_full.split_of(table, 0) == split)]
 
 
 def as_samples(folder, rows):

@@ -102,7 +102,8 @@ def write_samples(folder, images, resize_mode="squash"):
             name = f"{label.replace(' ', '_')}/{i:06d}.png"
             image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS).save(folder / name)
             marks = {column: float(column == label) for column in evaluation.LABELS}
-            rows.append({"file_name": name, "prompt": label, **marks, "resolution": 64, "resize_mode": resize_mode})
+            geometry = {"resolution": 64, "resize_mode": resize_mode}
+            rows.append({"file_name": name, "prompt": label, "index": i, **marks, **geometry})
     pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
     return folder
 
@@ -402,18 +403,23 @@ def test_further_features_add_rows_and_draws_of_their_own(run, tmp_path, samples
 
 def test_ms_ssim_is_1_of_a_collapsed_model_and_sees_what_is_less_varied(run, tmp_path):
     images = real_images("val", "test")
-    same = {label: own[:1] * len(own) for label, own in images.items()}
+    # Two prompts for each label; all samples of a prompt are equal.
+    same = {label: [own[i % 2] for i in range(len(own))] for label, own in images.items()}
+    table = pd.read_csv(write_samples(tmp_path / "samples" / "same", same) / "metadata.csv")
+    prompts = table["prompt"] + (table["index"] % 2).astype(str)
+    table.assign(prompt=prompts).to_csv(tmp_path / "samples" / "same" / "metadata.csv", index=False)
     alike = {
         label: [Image.blend(own[0], image.resize(own[0].size), 0.3) for image in own] for label, own in images.items()
     }
-    found = {}
-    for name, own in {"varied": images, "alike": alike, "same": same}.items():
-        found[name] = run(name, f"--synthetic={write_samples(tmp_path / 'samples' / name, own)}", "--real_split=all")
+    for name, own in {"varied": images, "alike": alike}.items():
+        write_samples(tmp_path / "samples" / name, own)
+    names = ("varied", "alike", "same")
+    found = {name: run(name, f"--synthetic={tmp_path / 'samples' / name}", "--real_split=all") for name in names}
     assert find(found["alike"], "ms_ssim", key="low") > find(found["varied"], "ms_ssim", key="high")
     assert 0 < find(found["varied"], "ms_ssim_real") == find(found["alike"], "ms_ssim", key="floor") < 1
     assert find(found["same"], "ms_ssim") == pytest.approx(1)
     assert load_arrays(tmp_path / "alike" / "generation_draws.safetensors")["ms_ssim/all"].std() > 0
-    copies = sum(len(own) - 1 for own in images.values())
+    copies = len(table) - prompts.nunique()
     assert any(f"synthetic: {copies} images are identical to another" in note for note in found["same"]["warnings"])
 
 
@@ -504,20 +510,23 @@ def test_tints_blurs_and_copies_are_each_seen_by_their_own_figure(run, tmp_path)
 
 
 def test_images_listed_three_times_count_once(run, tmp_path, samples):
-    """Generated images by the same path; real ones also as copies under another name."""
+    """By the same path and as copies under another name, in a folder of sample.py and in another generator's."""
     options = ["--labels", *LABELS, "--max_per_label=9"]
     once, table = run("once", *options), pd.read_csv(samples / "metadata.csv")
     shutil.copytree(samples, tmp_path / "s")
-    pd.concat([table] * 3).to_csv(tmp_path / "s" / "metadata.csv", index=False)
+    shutil.copytree(samples, tmp_path / "s" / "copy")
+    table = pd.concat([table, table, table.assign(file_name="copy/" + table["file_name"])])
     root, listed = real_csv().parent.parent, pd.read_csv(real_csv())
     shutil.copytree(root, tmp_path / "copy")
     copies = listed.assign(Path=f"{tmp_path}/copy/" + listed["Path"])
     pd.concat([listed, listed, copies]).to_csv(tmp_path / "real.csv", index=False)
     real = [f"--real_csv={tmp_path / 'real.csv'}", f"--image_root={root}"]
-    thrice = run("thrice", f"--synthetic={tmp_path / 's'}", *real, *options)
-    notes = " ".join(thrice["warnings"])
-    assert f"synthetic: {2 * len(table)} rows repeat" in notes and notes.count("rows repeat") == 2
-    assert thrice["results"] == once["results"]
+    for name, listed in {"ours": table, "another": table.drop(columns="index")}.items():
+        listed.to_csv(tmp_path / "s" / "metadata.csv", index=False)
+        thrice = run(name, f"--synthetic={tmp_path / 's'}", *real, *options)
+        notes = " ".join(thrice["warnings"])
+        assert f"synthetic: {len(table) * 2 // 3} rows repeat" in notes and notes.count("rows repeat") == 2
+        assert thrice["results"] == once["results"]
 
 
 def test_merged_rows_keep_what_any_of_them_says():
@@ -588,8 +597,8 @@ def test_a_bare_folder_is_one_set_and_its_size_is_that_of_its_images(run, tmp_pa
     """As the table of its images that records 64 pixels; images of two sizes are refused."""
     bare = shutil.copytree(samples, tmp_path / "bare_0.5", ignore=lambda *names: ["metadata.csv"])
     assert evaluation.run_name(bare) == "bare_0.5"
-    table = pd.read_csv(samples / "metadata.csv")[["file_name", "prompt", "resolution"]]
-    table.assign(file_name=f"{samples}/" + table["file_name"]).to_csv(tmp_path / "t.csv", index=False)
+    table = pd.read_csv(samples / "metadata.csv")[["file_name", "resolution"]]
+    table.assign(file_name=f"{samples}/" + table["file_name"], prompt="X-ray").to_csv(tmp_path / "t.csv", index=False)
     bare_rows, rows = (run(path.stem, f"--synthetic={path}")["results"] for path in (bare, tmp_path / "t.csv"))
     assert [(row["metric"], row["value"]) for row in bare_rows] == [(row["metric"], row["value"]) for row in rows]
     assert "no view column" in capsys.readouterr().out

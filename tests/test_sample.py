@@ -329,7 +329,7 @@ def test_like_csv_has_the_tables_label_combinations(uncertain, tmp_path):
     flags = [f"--like_csv={csv}", "--split=val", f"--uncertain={uncertain}"]
     drawn = plan(*flags)
     real = pd.read_csv(csv)
-    splits = sample.assign_splits(real["Path"].str.extract(r"(patient\d+)", expand=False), 0)
+    splits = sample.split_of(real.assign(patient=real["Path"].str.extract(r"(patient\d+)", expand=False)), 0)
     positive = real.reindex(columns=sample.LABELS).isin([1, -1] if uncertain == "ones" else [1])
     positive = positive[(real["Frontal/Lateral"] == "Frontal") & (splits == "val") & positive.any(axis=1)]
     assert len(drawn) and (drawn[sample.LABELS].to_numpy() == positive.to_numpy()).all()
