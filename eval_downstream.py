@@ -196,7 +196,7 @@ def read_csv(path):
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except Exception as error:  # zlib can raise anything on a damaged file
+    except Exception as error:  # a damaged file: OSError, EOFError or zlib.error
         fail(f"{path}: not a readable .gz file ({error})")
     for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
@@ -219,7 +219,7 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print about it.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines on its columns.
     """
 
     def plain(name):
@@ -240,7 +240,7 @@ def match_columns(raw, labels, source):
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
 
-    unused = []  # columns that read like labels but are not among them
+    unused = []  # 0/1 columns that are not among the labels
     for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
         seen = {*parse(name).values()}
         if 1.0 in seen and len(seen) > 1 and None not in seen:
@@ -308,7 +308,7 @@ def make_table(raw, names, images, lines):
     repeated = path.mask(path == "", table["name"]).duplicated().sum()
     if repeated:
         lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
-    others = ("index", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    others = ("index", "seed", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
@@ -451,9 +451,9 @@ def print_block(accelerator, table):
 
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split, or a hash of (seed, patient), the same in all scripts.
+    """Return train, val or test per row: the table's own split, else one by a hash of (seed, patient).
 
-    So a patient's split does not depend on the other rows.
+    So a patient's split is the same in all scripts, whatever the other rows are.
     """
     if "split" in table:
         return table["split"]

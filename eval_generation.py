@@ -215,7 +215,7 @@ def cache_folder(args):
 
 
 def run_name(synthetic):
-    """Return the name of the samples' folder, or of a table without its suffix."""
+    """Return the name of the samples' folder, or of the table's file without its suffix."""
     path = Path(synthetic).resolve()
     path = path.parent if path.name == "metadata.csv" else path
     return path.name if path.is_dir() else path.stem
@@ -232,7 +232,7 @@ def read_csv(path):
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except Exception as error:  # zlib can raise anything on a damaged file
+    except Exception as error:  # a damaged file: OSError, EOFError or zlib.error
         fail(f"{path}: not a readable .gz file ({error})")
     for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
@@ -255,7 +255,7 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print about it.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines on its columns.
     """
 
     def plain(name):
@@ -276,7 +276,7 @@ def match_columns(raw, labels, source):
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
 
-    unused = []  # columns that read like labels but are not among them
+    unused = []  # 0/1 columns that are not among the labels
     for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
         seen = {*parse(name).values()}
         if 1.0 in seen and len(seen) > 1 and None not in seen:
@@ -344,7 +344,7 @@ def make_table(raw, names, images, lines):
     repeated = path.mask(path == "", table["name"]).duplicated().sum()
     if repeated:
         lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
-    others = ("index", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    others = ("index", "seed", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
@@ -485,9 +485,9 @@ def print_block(accelerator, table):
 
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split, or a hash of (seed, patient), the same in all scripts.
+    """Return train, val or test per row: the table's own split, else one by a hash of (seed, patient).
 
-    So a patient's split does not depend on the other rows.
+    So a patient's split is the same in all scripts, whatever the other rows are.
     """
     if "split" in table:
         return table["split"]
@@ -541,6 +541,11 @@ def choose_rows(table, rows, count, seed):
 def label_codes(table, labels, uncertain):
     """Return each row's positive labels as a bit mask, 0 for none."""
     return positive_labels(table, labels, uncertain).to_numpy() @ (1 << np.arange(len(labels)))
+
+
+def prompts_or_codes(table, codes):
+    """Return each row's prompt or, if it has none, its code of `label_codes` as a string."""
+    return table["prompt"].where(table["prompt"] != "", codes.astype(str))
 
 
 def label_rows(table, labels, args):
@@ -612,16 +617,17 @@ def plan_evaluation(args, accelerator):
     found = positive_labels(tables["synthetic"], known, "zeros").any()
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *known].index)
 
-    # Merge images of the same path or content before their number is capped. But samples of different noise remain,
-    # even if they are equal: without its copies, a model that collapsed would look varied.
+    # Each image counts once, whatever its name; merge before the number is capped.
     for name, listed in tables.items():
         hashes = hash_files(accelerator, list(listed["image"].unique()), args)
         table = merge_duplicates(listed.assign(hash=listed["image"].map(hashes)), "image")
-        sample = table["prompt"] + table["index"] if name in csvs and "index" in table else ""
-        table = merge_duplicates(table.assign(content=table["hash"] + sample), "content")
-        same = table["hash"].duplicated().sum()
-        if same:
-            notes.append(f"{name}: {same:,} images are identical to another one; the model may have collapsed")
+        content, same = table["hash"], table["hash"].duplicated().sum()
+        if name in csvs and same:
+            notes.append(f"{name}: {same:,} images are identical to another one: copies, or the model has collapsed")
+            # Equal samples of another prompt or noise stay: without them, a collapsed model would look varied.
+            noise = table["index"] + "/" + table["seed"] if {"index", "seed"} <= {*table} else ""
+            content = content + prompts_or_codes(table, label_codes(table, labels, args.uncertain)) + noise
+        table = merge_duplicates(table.assign(content=content), "content")
         if len(table) < len(listed):
             repeated = f"{len(listed) - len(table):,} rows repeat the image of another row"
             notes.append(f"{name}: {repeated}; each image counts once")
@@ -960,7 +966,7 @@ class ThroughVAE:
     """Encode and decode images, (b, R, R, 3) uint8, to measure how much of a sample's error is the VAE's."""
 
     def __init__(self, args, device):
-        import diffusers  # here, since it takes as long to import as all else
+        import diffusers  # here, since it takes seconds to import
 
         diffusers.utils.logging.disable_progress_bar()
         options = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "use_safetensors": True}
@@ -1181,13 +1187,14 @@ def load_features(source, appearance, network, classifier):
 def fid(real, other):
     """Return ||m1 - m2||² + tr(S1 + S2) - 2 tr((S1^½ S2 S1^½)^½) (Heusel et al., 2017, arXiv 1706.08500), in float64.
 
-    With S = RᵀR, R from a QR decomposition of the centred rows, the last trace is the sum of the singular values of
-    R1 R2ᵀ. Unlike a matrix square root, this is accurate for singular covariances (fewer images than features).
+    With S = RᵀR, R being the centred rows or their QR decomposition, the last trace is the sum of the singular values
+    of R1 R2ᵀ. Unlike a matrix square root, this is accurate for singular covariances (fewer images than features).
     """
     means, roots = [], []
     for features in (real.astype(np.float64), other.astype(np.float64)):
         means.append(features.mean(axis=0))
-        roots.append(np.linalg.qr((features - means[-1]) / math.sqrt(len(features) - 1), mode="r"))
+        centred = (features - means[-1]) / math.sqrt(len(features) - 1)
+        roots.append(np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred)
     distance = np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots)
     return max(0.0, float(distance - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc")))
 
@@ -1384,7 +1391,7 @@ def remember(identity, compute, args):
     if path.exists():
         return np.load(path)
     values = compute()
-    if args.feature_cache_dir != os.devnull:  # as simulations and launch/benchmark.py pass it, to cache nothing
+    if args.feature_cache_dir != os.devnull:  # which simulations and launch/benchmark.py pass, to cache nothing
         save_array(path, values)
     return values
 
@@ -1421,8 +1428,8 @@ def evaluate_metric(metric, samples, size, half, draws_of, args):
         # Two subsets without common images are independent: their mean varies like half their difference.
         values = evaluate(function, disjoint_pairs(samples, size, args.seed, "half"), args).mean(axis=0)
         pairs = [pair for k in range(num_draws) for pair in disjoint_pairs(samples, draw_size, args.seed, "fid", k)]
-        of_pairs = evaluate(function, pairs, args)  # two rows of each draw
-        draws, variance_scale = (of_pairs[::2] - of_pairs[1::2]) / 2, draw_size / size
+        pair_values = evaluate(function, pairs, args)  # two rows per draw
+        draws, variance_scale = (pair_values[::2] - pair_values[1::2]) / 2, draw_size / size
     else:
         if (function, draw_size) not in draws_of:
             subsets = [[s.subset(draw_size, args.seed, "fid", k) for s in samples] for k in range(num_draws)]
@@ -1531,7 +1538,7 @@ def add_consistency(results, source, heads, uncertain):
     margin_note, auroc_note = "recall minus false-fire rate", "against the other labels' images; 0.5 is chance"
     for label in labels:
         own, others = rows_of[label], np.unique(np.concatenate(list(rows_of.values())))
-        others = others[~may_have[label].to_numpy()[others]]  # without `own`
+        others = others[~may_have[label].to_numpy()[others]]  # this also drops `own`
         metrics = [
             ("class_consistency", label, weighted_mean, fires.get(label), [own], None),
             ("class_consistency_margin", label, weighted_difference, fires.get(label), [own, others], margin_note),
@@ -1577,13 +1584,13 @@ def add_colour(results, source):
 
 
 def add_ms_ssim(results, source, plan, device, args):
-    """Add the mean MS-SSIM of random pairs of a prompt (Odena et al., 2017, arXiv 1610.09585).
+    """Add the mean MS-SSIM of random pairs with the same prompt (Odena et al., 2017, arXiv 1610.09585).
 
     Real images, and generated ones without prompts, are paired by their labels instead.
     """
-    groups, prompts = source.codes, source.table["prompt"]
-    if source.name != "real":
-        groups = pd.factorize(prompts.where(prompts != "", groups.astype(str)))[0]
+    what, groups = "labels", source.codes
+    if source.name != "real" and (source.table["prompt"] != "").any():
+        what, groups = "prompt", prompts_or_codes(source.table, source.codes).to_numpy()
     generator = np.random.default_rng(keyed_seed(args.seed, "pairs"))
     rows = generator.permutation(source.pool["all"])
     # One image of each patient makes pairs independent, so that draws may resample pairs.
@@ -1593,7 +1600,7 @@ def add_ms_ssim(results, source, plan, device, args):
     chosen = generator.permutation(np.flatnonzero(groups[one] == groups[two]))[:MAX_PAIRS]
     count = len(chosen)
     if count < MIN_PAIRS:
-        note = "too few images of a prompt, or of too few patients"
+        note = f"too few images with the same {what}, or of too few patients"
         return results.add("ms_ssim", None, n=count, note=note)
     rows = np.concatenate([one[chosen], two[chosen]])
     hashes = source.table["hash"].iloc[rows].tolist()
@@ -1608,7 +1615,7 @@ def add_ms_ssim(results, source, plan, device, args):
 
     values = remember(["ms_ssim", plan.resize_mode, PAIR_SIDE, hashes], compute, args)
     value, *draws = patient_weights(np.arange(count), range(1 + BOOTSTRAP_DRAWS)) @ values / count
-    results.add("ms_ssim", value, draws=draws, n=count, note="pairs of the same prompt; lower is more varied")
+    results.add("ms_ssim", value, draws=draws, n=count, note=f"pairs with the same {what}; lower is more varied")
 
 
 def nearest(queries, reference, args):
@@ -1670,8 +1677,8 @@ def add_memorisation(results, generated, real, train, args):
         row_of, cosine = pairs[kind] = nearest(ours, trained, args)
         _, unseen_cosine = nearest(others[unseen], trained, args)
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
-        # The most similar unseen patient, without the top 0.1 % (of few patients one, of many three, at least): a
-        # single duplicate among the unseen would hide all copies.
+        # The 99.9 % quantile over unseen patients, but below the first (of 300 or more, the third): a single duplicate
+        # among the unseen would hide all copies.
         count = len(by_patient)
         rank = max(0, count - 1 - max(1, min(3, count // 100), count // 1000))
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.

@@ -492,7 +492,7 @@ def read_csv(path):
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except Exception as error:  # zlib can raise anything on a damaged file
+    except Exception as error:  # a damaged file: OSError, EOFError or zlib.error
         fail(f"{path}: not a readable .gz file ({error})")
     for encoding in ("UTF-8-sig", "Windows-1252", "Latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
@@ -515,7 +515,7 @@ def read_csv(path):
 def match_columns(raw, labels, source):
     """Rename columns to labels and to COLUMNS, and convert labels to floats: 1, 0, -1, or NaN if not mentioned.
 
-    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines to print about it.
+    Case, spaces and underscores in names are ignored. Return the table, and (heading, text) lines on its columns.
     """
 
     def plain(name):
@@ -536,7 +536,7 @@ def match_columns(raw, labels, source):
     def parse(column):
         return {text: LABEL_VALUES.get(text.strip().lower()) for text in raw[column].unique()}
 
-    unused = []  # columns that read like labels but are not among them
+    unused = []  # 0/1 columns that are not among the labels
     for name in raw.columns.drop([*used.values(), "index"], errors="ignore"):  # index: the row number from sample.py
         seen = {*parse(name).values()}
         if 1.0 in seen and len(seen) > 1 and None not in seen:
@@ -604,7 +604,7 @@ def make_table(raw, names, images, lines):
     repeated = path.mask(path == "", table["name"]).duplicated().sum()
     if repeated:
         lines.append(("repeated", f"{repeated:,} rows list the image of another row"))
-    others = ("index", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
+    others = ("index", "seed", "resolution", "resize_mode", "Sex", "Age", "AP/PA")
     # The only float columns are the labels, converted by match_columns.
     table = table.join(raw[[name for name in raw if raw[name].dtype == float or name in others]])
     table.attrs["block"] = lines
@@ -679,9 +679,9 @@ def load_dataset_table(name, image_column, caption_column, labels):
 
 # Copied from train_full.split_of
 def split_of(table, seed):
-    """Return train, val or test per row: the table's own split, or a hash of (seed, patient), the same in all scripts.
+    """Return train, val or test per row: the table's own split, else one by a hash of (seed, patient).
 
-    So a patient's split does not depend on the other rows.
+    So a patient's split is the same in all scripts, whatever the other rows are.
     """
     if "split" in table:
         return table["split"]
@@ -885,7 +885,10 @@ def encode_captions(pipeline, data, device, train_text_encoder):
 
 # Copied from train_full.prepare_streams
 def prepare_streams(accelerator, pipeline, data, args, vae_hash):
-    """Check and encode images and captions, and return the training and the held-out stream."""
+    """Check and encode images and captions, and return the training and the held-out stream.
+
+    Drop unreadable images from `data`, or fail (--on_bad_image).
+    """
     images = [*data.train["image"], *data.heldout["image"]]
     paths = latent_paths(images, vae_hash, args)
     train_vae = "vae" in args.components
@@ -1488,8 +1491,8 @@ def save_adapter(args, tensors):
         name = "unet_delta.safetensors"
         header |= {"method": args.method, "base_model": args.pretrained_model_name_or_path}
     path = Path(args.output_dir) / name
-    save_file(tensors, path.with_name(".adapter.tmp"), metadata=header)
-    os.replace(path.with_name(".adapter.tmp"), path)
+    save_file(tensors, path.with_name(f".{name}.tmp"), metadata=header)
+    os.replace(path.with_name(f".{name}.tmp"), path)
 
 
 def kohya_key(key):

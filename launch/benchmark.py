@@ -201,7 +201,7 @@ class Clock:
 
     def __init__(self, device, warmup_steps, steps):
         self.cuda, self.warmup_steps, self.num_steps = device == "cuda", warmup_steps, steps
-        self.marks = [("rest", self.now())]  # (part, when it began), each until the next
+        self.marks = [("rest", self.now())]  # (part, start time); a part lasts until the next mark
 
     def now(self):
         if not self.cuda:
@@ -507,7 +507,7 @@ def plan_study(flags):
         variables = {"STUDY": empty, "LAUNCH": r"printf %s\n", "REPORT": "no"}
         command = ["bash", ROOT / "launch" / "sweep.sh", *flags]
         done = subprocess.run(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
-    if done.returncode:  # sweep.sh has said why
+    if done.returncode:  # sweep.sh has printed the reason
         sys.exit(2)
     blocks = [block.splitlines() for block in re.split("^== ", done.stdout, flags=re.MULTILINE)[1:]]
     return {name: (script.removesuffix(".py"), argv) for name, script, *argv in blocks}
@@ -618,7 +618,7 @@ def seconds_of_scores(script, args, samples):
         sets = np.random.default_rng(0).standard_normal((2, size, dim), np.float32)
         pair = [script.Sample(features, np.arange(size).astype(str), b"") for features in sets]
         for i, subsamples in enumerate((1, 4)):
-            # devnull is no folder, so no score is cached.
+            # devnull: no score is cached.
             changed = {"num_subsamples": subsamples, "feature_cache_dir": os.devnull}
             began, settings = time.perf_counter(), argparse.Namespace(**vars(args) | changed)
             script.add_set_metrics(script.Results([], {}, "_model", None), *pair, str(size), size // 2, settings)
@@ -753,7 +753,7 @@ def draw_plot(methods, path):
 
 
 def processor_name():
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux; on ARM it has no model name
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only; it has no model name on ARM
     found = re.search(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
     return found[1] if found else platform.processor() or platform.machine()
 

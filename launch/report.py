@@ -476,7 +476,7 @@ def check_strategy(study, row, deciding):
     not_better = [name for name, pair in with_base if pair.better != row]
     aurocs = study.evaluations[row].by_label("class_consistency_auroc")
     accuracies = study.downstream[row].by_label("accuracy")
-    flat = [text for text in study.evaluations[row].dig("warnings", []) if "hardly vary" in text]
+    told = study.evaluations[row].dig("warnings", None)
     below = [f"{label} {found['value']:.2f}" for label, found in aurocs.items() if is_below_chance(found)]
     constant = [label for label, found in accuracies.items() if "CONSTANT" in (found["note"] or "")]
     beaten = [pair.label for c in deciding for pair in c.pairs if pair.worse == row and pair.label != "all"]
@@ -488,17 +488,16 @@ def check_strategy(study, row, deciding):
         "visible tint": find_excess(study, row, "colour_visible"),
         "prompts answered below chance": ", ".join(below) if aurocs else None,
         same_answer: ", ".join(constant) if accuracies else None,
-        "features that hardly vary": "; ".join(flat) if study.evaluations[row].exists else None,
+        "features that hardly vary": told and "; ".join(text for text in told if "hardly vary" in text),
+        "a classifier at chance": told and "; ".join(text for text in told if "to beat chance" in text),
         "another row is better for some labels, see the table Label by label": ", ".join(dict.fromkeys(beaten)),
     }
 
 
 def write_reservations(study, leaders, deciding):
-    """Return the second sentence of the answer, what the checks have against the leaders, and a list of details."""
+    """Return the answer's second sentence, on what the checks have against the leaders, and a list of the details."""
     leaders = leaders or study.strategies
     checks, found, details, unknown = [check_strategy(study, row, deciding) for row in leaders], [], [], []
-    if study.num_trainings == 1:
-        found.append("each strategy was trained once, which cannot say which is better in general")
     for name in checks[0]:
         short, texts = name.split(",")[0], {row: check[name] for row, check in zip(leaders, checks) if check[name]}
         if texts:
@@ -506,6 +505,8 @@ def write_reservations(study, leaders, deciding):
             details.append(f"{short}: {'; '.join(f'{NAMES[row]} ({text})' for row, text in texts.items())}")
         if any(check[name] is None for check in checks):
             unknown.append(short)
+    if study.num_trainings == 1:
+        found.append("each strategy was trained once, which cannot say which is better in general")
     if unknown:
         found.append(f"not checked: {', '.join(unknown)}")
     return f"Reservations: {'; '.join(found) or 'none'}.", details

@@ -33,7 +33,7 @@ import report
 import eval_downstream as downstream
 import eval_generation as evaluation
 
-# devnull is no folder, so no score is cached.
+# devnull: no score is cached.
 ARGS = evaluation.parse_args(["--synthetic", __file__, "--real_csv", __file__, "--feature_cache_dir", os.devnull])
 ALL_METRICS = evaluation.set_metrics
 failures = []

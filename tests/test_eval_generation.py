@@ -102,8 +102,8 @@ def write_samples(folder, images, resize_mode="squash"):
             name = f"{label.replace(' ', '_')}/{i:06d}.png"
             image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS).save(folder / name)
             marks = {column: float(column == label) for column in evaluation.LABELS}
-            geometry = {"resolution": 64, "resize_mode": resize_mode}
-            rows.append({"file_name": name, "prompt": label, "index": i, **marks, **geometry})
+            settings = {"seed": 0, "resolution": 64, "resize_mode": resize_mode}
+            rows.append({"file_name": name, "prompt": label, "index": i, **marks, **settings})
     pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
     return folder
 
@@ -527,6 +527,15 @@ def test_images_listed_three_times_count_once(run, tmp_path, samples):
         notes = " ".join(thrice["warnings"])
         assert f"synthetic: {len(table) * 2 // 3} rows repeat" in notes and notes.count("rows repeat") == 2
         assert thrice["results"] == once["results"]
+
+
+def test_an_image_that_a_generator_gives_for_every_prompt_counts_once_per_prompt(run, tmp_path):
+    image = real_images("val")["Edema"][0]
+    folder = write_samples(tmp_path / "s", {label: [image] * 8 for label in LABELS})
+    pd.read_csv(folder / "metadata.csv").drop(columns="index").to_csv(folder / "metadata.csv", index=False)
+    found = run("e", f"--synthetic={folder}")
+    assert [found["images"]["synthetic"][label] for label in LABELS] == [1] * len(LABELS)
+    assert any("the model has collapsed" in note for note in found["warnings"])
 
 
 def test_merged_rows_keep_what_any_of_them_says():
