@@ -943,9 +943,9 @@ def load_base_pipeline(args):
     return pipeline
 
 
-def build_loss(args, pipeline, stream, mixed_precision):
+def build_loss(args, pipeline, stream, identity):
     """Freeze and cast what is not trained, and return the loss module."""
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(identity["mixed_precision"], torch.float32)
     for name in ("unet", "text_encoder", "vae"):
         component, trained = getattr(pipeline, name), name in args.components
         component.requires_grad_(trained)
@@ -1616,7 +1616,7 @@ def main(args):
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32; only now, since cached latents use PyTorch's default
         torch.cuda.reset_peak_memory_stats()  # not of encoding, which later runs do without
-    model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
+    model = build_loss(args, pipeline, stream, identity)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(args, parameters)
     schedule = {"num_cycles": args.lr_num_cycles, "power": args.lr_power, "num_training_steps": max_train_steps}

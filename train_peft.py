@@ -1003,13 +1003,6 @@ def load_base_pipeline(args):
     return pipeline
 
 
-# Copied from sample.pipeline_fingerprint
-def pipeline_fingerprint(pipeline):
-    """Return a SHA-256 of all weights, which the training scripts record as base_fingerprint."""
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
-    return hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
-
-
 def adapter_key(name):
     """Return a trained parameter's name in the adapter file, whatever the versions of PEFT and transformers."""
     if ".lora_" not in name:
@@ -1040,16 +1033,15 @@ def cast_frozen(model, dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-def build_loss(args, pipeline, stream, mixed_precision):
+def build_loss(args, pipeline, stream, identity):
     """Apply the method, cast frozen weights to the autocast dtype, and return the loss module."""
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-    base_fingerprint = pipeline_fingerprint(pipeline) if args.init_from else None  # without the adapter's parameters
+    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(identity["mixed_precision"], torch.float32)
     apply_method(pipeline.unet, args)
     if args.train_text_encoder:
         # Not with its add_adapter: each version of transformers supports only a few versions of PEFT.
         inject_adapter_in_model(lora_config(args, TEXT_ENCODER_TARGETS), pipeline.text_encoder)
     if args.init_from:
-        load_initial_adapter(args, pipeline, base_fingerprint)
+        load_initial_adapter(args, pipeline, identity["base_fingerprint"])
     cast_frozen(pipeline.unet, frozen_dtype)
     if args.train_text_encoder:
         cast_frozen(pipeline.text_encoder, frozen_dtype)
@@ -1843,7 +1835,7 @@ def main(args):
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32; only now, since cached latents use PyTorch's default
         torch.cuda.reset_peak_memory_stats()  # not of encoding, which later runs do without
-    model = build_loss(args, pipeline, stream, accelerator.mixed_precision)
+    model = build_loss(args, pipeline, stream, identity)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(args, parameters)
     schedule = {"num_cycles": args.lr_num_cycles, "power": args.lr_power, "num_training_steps": max_train_steps}

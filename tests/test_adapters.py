@@ -42,7 +42,7 @@ def test_parameter_counts_of_the_text_encoder(method, count, monkeypatch):
         parts = {"unet": UNet2DConditionModel(**benchmark.UNET), "vae": AutoencoderKL(**benchmark.VAE)}
         parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**benchmark.TEXT_ENCODER))
         pipeline = SimpleNamespace(**parts, scheduler=DDPMScheduler())
-        train_peft.build_loss(args, pipeline, SimpleNamespace(has_embeddings=False), "no")
+        train_peft.build_loss(args, pipeline, SimpleNamespace(has_embeddings=False), {"mixed_precision": "no"})
     assert sum(p.numel() for p in pipeline.text_encoder.parameters() if p.requires_grad) == count
 
 

@@ -73,7 +73,8 @@ def test_the_plain_loss_is_the_scripts(component, monkeypatch):
     batch = {"pixel_values": torch.rand(2, 3, 64, 64) * 2 - 1, "input_ids": torch.randint(99, (2, 77))}
     draws = dict(zip(("noise", "posterior_noise"), torch.randn(2, 2, 4, 8, 8))) | {"timesteps": torch.tensor([9, 700])}
     batch["posterior"] = pipeline.vae.encode(batch["pixel_values"]).latent_dist.parameters.detach()
-    expected = train_full.build_loss(args, pipeline, uncached, "no")(batch | draws)["loss"].mean()
+    loss = train_full.build_loss(args, pipeline, uncached, {"mixed_precision": "no"})
+    expected = loss(batch | draws)["loss"].mean()
     for function, name in {"randn": "posterior_noise", "randn_like": "noise", "randint": "timesteps"}.items():
         monkeypatch.setattr(torch, function, lambda *_, name=name, **__: draws[name])
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)

@@ -39,7 +39,7 @@ def test_parameter_counts_on_the_architecture_of_stable_diffusion(row, monkeypat
         parts = {"unet": UNet2DConditionModel(**benchmark.UNET), "vae": AutoencoderKL(**benchmark.VAE)}
         parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**benchmark.TEXT_ENCODER))
         model = common.script_of(row).build_loss(
-            args, SimpleNamespace(**parts, scheduler=DDPMScheduler()), stream, "no"
+            args, SimpleNamespace(**parts, scheduler=DDPMScheduler()), stream, {"mixed_precision": "no"}
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: groups)
