@@ -617,12 +617,12 @@ def plan_evaluation(args, accelerator):
     found = positive_labels(tables["synthetic"], known, "zeros").any()
     labels = args.labels or sorted(found[found].index, key=[*CONDITIONS, *known].index)
 
-    # Each image counts once, whatever its name; merge before the number is capped.
+    # Each image counts once, whatever its name. Merge before the number is capped: copies would take places.
     for name, listed in tables.items():
         hashes = hash_files(accelerator, list(listed["image"].unique()), args)
         table = merge_duplicates(listed.assign(hash=listed["image"].map(hashes)), "image")
         content, same = table["hash"], table["hash"].duplicated().sum()
-        if name in csvs and same:
+        if name in csvs and same:  # generated
             notes.append(f"{name}: {same:,} images are identical to another one: copies, or the model has collapsed")
             # Equal samples of another prompt or noise stay: without them, a collapsed model would look varied.
             noise = table["index"] + "/" + table["seed"] if {"index", "seed"} <= {*table} else ""
@@ -1187,8 +1187,9 @@ def load_features(source, appearance, network, classifier):
 def fid(real, other):
     """Return ||m1 - m2||² + tr(S1 + S2) - 2 tr((S1^½ S2 S1^½)^½) (Heusel et al., 2017, arXiv 1706.08500), in float64.
 
-    With S = RᵀR, R being the centred rows or their QR decomposition, the last trace is the sum of the singular values
-    of R1 R2ᵀ. Unlike a matrix square root, this is accurate for singular covariances (fewer images than features).
+    With S = RᵀR, R being the centred and scaled rows or, if there are more rows than features, the triangle of their
+    QR decomposition, the last trace is the sum of the singular values of R1 R2ᵀ. Unlike a matrix square root, this is
+    accurate for singular covariances (fewer images than features).
     """
     means, roots = [], []
     for features in (real.astype(np.float64), other.astype(np.float64)):
@@ -1677,8 +1678,8 @@ def add_memorisation(results, generated, real, train, args):
         row_of, cosine = pairs[kind] = nearest(ours, trained, args)
         _, unseen_cosine = nearest(others[unseen], trained, args)
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
-        # The 99.9 % quantile over unseen patients, but below the first (of 300 or more, the third): a single duplicate
-        # among the unseen would hide all copies.
+        # The 99.9 % quantile over unseen patients, leaving out at least the nearest one (of 300 or more, three): a
+        # single duplicate among the unseen would hide all copies.
         count = len(by_patient)
         rank = max(0, count - 1 - max(1, min(3, count // 100), count // 1000))
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.

@@ -577,7 +577,7 @@ def explain_model(name):
 def load_model(args, summary):
     """Load --model in float32, with an adapter or a checkpoint merged into its base model. Return also a fingerprint.
 
-    It is of the weights before merging, whose last bits differ between machines.
+    The fingerprint is of the weights before merging: merged ones differ in their last bits between machines.
     """
     run, is_checkpoint = Path(args.model), (Path(args.model) / "state.json").is_file()
     needs_base = is_checkpoint or any((run / name).is_file() for name in ADAPTER_FILES)
