@@ -29,6 +29,7 @@ import math
 import os
 import re
 import sys
+import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
@@ -169,7 +170,7 @@ def parse_args(argv=None):
     networks = "xrv, rad-dino, inception, a file or folder, or a hub id; several allowed (default: xrv)"
     flag("--features", nargs="+", default=["xrv"], help=networks)
     flag("--classifier", help="classifier folder of eval_downstream.py (default: the heads of --features)")
-    flag("--batch_size", type=int, help="images per process and forward pass (default: GPU 32, CPU 8)")
+    flag("--batch_size", type=int, help="images per forward pass (default: GPU 32, CPU 4 on each core)")
     flag("--feature_cache_dir", help="cache of features and scores, shared by runs (default: beside --output_dir)")
     flag = parser.add_argument_group("results").add_argument
     flag("--num_subsamples", type=int, default=10, help="half-size subsets for intervals of FID etc.; 1: no intervals")
@@ -798,8 +799,9 @@ def hash_weights(model):
 class Appearance:
     """Colour, and a thumbnail to find copies by their pixels, (n, 1 + THUMBNAIL²); computed and cached like features.
 
-    Like a network, it has `prepare`, for one image in a decoding thread, `compute`, for a batch, and a cache `key`.
-    `prepare` takes the image's channels, (3, R, R) uint8, and `to_gray` of them. `main` sets `folder`, the cache.
+    Like a network, it has `prepare`, for one image, `compute`, for a batch, and a cache `key`. Several threads call
+    both at once, so keep no state in them. `prepare` takes the image's channels, (3, R, R) uint8, and `to_gray` of
+    them. `main` sets `folder`, the cache.
     """
 
     key = f"appearance-{THUMBNAIL}"
@@ -872,8 +874,9 @@ class ClassifierNetwork:
         # With the same weights, features still depend on the size and scale of the input.
         identity = [hash_weights(model), self.spec["resolution"], self.spec["normalisation"]]
         self.key = f"classifier-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}"
-        last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-        last.register_forward_pre_hook(lambda module, inputs: setattr(self, "features", inputs[0]))
+        last = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+        self.head = model.get_submodule(last)
+        model.set_submodule(last, torch.nn.Identity())
 
     def prepare(self, channels, gray):
         return np.asarray(gray.resize((self.spec["resolution"],) * 2, Image.Resampling.LANCZOS))
@@ -881,8 +884,8 @@ class ClassifierNetwork:
     @torch.no_grad()
     def compute(self, prepared):
         gray = torch.from_numpy(np.stack(prepared)).to(self.device)[:, None].float() / 255
-        probabilities = torch.sigmoid(self.model(classifier_inputs(gray, self.spec["normalisation"])))
-        return torch.cat([self.features, probabilities], dim=1).cpu().numpy()
+        features = self.model(classifier_inputs(gray, self.spec["normalisation"]))
+        return torch.cat([features, torch.sigmoid(self.head(features))], dim=1).cpu().numpy()
 
 
 class InceptionNetwork:
@@ -1122,37 +1125,53 @@ def compute_features(accelerator, plan, networks, vae, args):
 
     The cache's folders are named by weights and geometry alone, so delete it after changing how features are computed.
     """
+    on_cpu, threads, messages = accelerator.device.type == "cpu", torch.get_num_threads(), []
+    batch_size = args.batch_size or (4 if on_cpu else 32)
 
-    def load(key):
-        return load_image(images[key], plan.resolution, plan.resize_mode)
+    def compute_batch(keys):
+        decoded, prepared = {}, {network: {} for network in networks}
+        for key in keys:
+            try:
+                decoded[key] = load_image(images[key], plan.resolution, plan.resize_mode)
+            except ValueError as error:
+                messages.append(str(error))
+        if through_vae and decoded:
+            with lock:
+                decoded = dict(zip(decoded, vae(np.stack(list(decoded.values())))))
+        for key, rgb in decoded.items():
+            channels, gray = np.moveaxis(rgb, 2, 0).copy(), to_gray(rgb)
+            for network in networks:
+                if not feature_path(network, key).exists():
+                    prepared[network][key] = network.prepare(channels, gray)
+        for network, inputs in prepared.items():
+            if inputs:
+                with lock:
+                    outputs = network.compute(list(inputs.values()))
+                for key, output in zip(inputs, outputs):
+                    save_array(feature_path(network, key), output)
+        return len(keys)
 
-    def prepare(key, rgb):
-        channels, gray = np.moveaxis(rgb, 2, 0).copy(), to_gray(rgb)
-        missing = [network for network in networks if not feature_path(network, key).exists()]
-        return {network: network.prepare(channels, gray) for network in missing}
-
-    messages, batch_size = [], args.batch_size or (8 if accelerator.device.type == "cpu" else 32)
     for through_vae in (False, True):
         tables = [table for name, table in plan.tables.items() if (name == "through the VAE") == through_vae]
         images = {key: path for table in tables for key, path in zip(table["hash"], table["image"])}
         mine = list(images)[accelerator.process_index :: accelerator.num_processes]
         mine = [key for key in mine if not all(feature_path(network, key).exists() for network in networks)]
-        problems, decode = {}, load if through_vae else lambda key: prepare(key, load(key))
-        decoded = decode_images(mine, decode, problems, "computing features")
         # The VAE needs several times the memory of the networks.
         size = max(1, batch_size // 8) if through_vae else batch_size
-        while batch := list(itertools.islice(decoded, size)):
-            keys, inputs = [mine[i] for i, _ in batch], [found for _, found in batch]
-            if through_vae:
-                inputs = list(map(prepare, keys, vae(np.stack(inputs))))
-            for network in networks:
-                prepared = {key: found[network] for key, found in zip(keys, inputs) if network in found}
-                outputs = network.compute(list(prepared.values())) if prepared else ()
-                for key, output in zip(prepared, outputs):
-                    save_array(feature_path(network, key), output)
-        messages += problems.values()
+        batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+        # On a CPU, a batch per core, each on one thread, is faster than all threads on one batch. A GPU computes one
+        # batch at a time, while other threads decode; so does the VAE, which needs the memory.
+        parallel = on_cpu and not through_vae
+        lock = contextlib.nullcontext() if parallel else threading.Lock()
+        workers = max(1, os.cpu_count() // accelerator.num_processes) if parallel else min(8, os.cpu_count())
+        initargs = (threads if through_vae else 1,)
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=initargs)
+        with pool, tqdm(total=len(mine), desc="computing features", unit="image", leave=False) as bar:
+            for count in pool.map(compute_batch, batches):
+                bar.update(count)
+    torch.set_num_threads(threads)  # also the default of threads started later
     # With --vae, bad images are found twice.
-    return list(dict.fromkeys(gather_object(messages)))
+    return sorted(set(gather_object(messages)))
 
 
 def read_outputs(source, network):

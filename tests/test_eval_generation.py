@@ -1,11 +1,13 @@
 """eval_generation.py: each figure against an independent reference, whole runs on phantoms, and everyday mistakes."""
 
 import functools
+import itertools
 import json
 import math
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -327,6 +329,27 @@ def test_inputs_and_outputs_are_those_of_torchxrayvision(xrv_file, monkeypatch):
     assert evaluation.XRVNetwork("xrv", torch.device("cpu")).key == network.key
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "densenet121", "efficientnet_b0"])
+def test_classifier_features_are_the_inputs_of_its_last_layer(classifier, tmp_path, arch):
+    """Also while several threads compute."""
+    folder = shutil.copytree(classifier, tmp_path / "classifier")
+    spec = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(spec | {"arch": arch}))
+    torch.manual_seed(0)
+    model, inputs = evaluation.build_classifier(arch, len(spec["labels"])), []
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    network = evaluation.ClassifierNetwork(folder, torch.device("cpu"))
+    batches = np.random.default_rng(0).integers(256, size=(8, 2, 32, 32), dtype=np.uint8)
+    with ThreadPoolExecutor(4) as pool:
+        outputs = np.concatenate(list(pool.map(network.compute, batches)))
+    last = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda layer, given: inputs.append(given[0]))
+    gray = torch.from_numpy(batches).flatten(0, 1)[:, None] / 255
+    with torch.no_grad():
+        probabilities = torch.sigmoid(model.eval()(evaluation.classifier_inputs(gray, spec["normalisation"])))
+    np.testing.assert_allclose(outputs, torch.cat([*inputs, probabilities], dim=1), rtol=1e-4, atol=1e-5)
+
+
 def gray_inputs(paths, side=64):
     """Return what a network prepares from, and the gray images for a reference."""
     decoded = [evaluation.load_image(path, side, "squash") for path in paths]
@@ -618,21 +641,21 @@ def test_a_bare_folder_is_one_set_and_its_size_is_that_of_its_images(run, tmp_pa
 
 def test_an_interrupted_pass_goes_on(run, tmp_path, monkeypatch):
     flags = [f"--feature_cache_dir={tmp_path / 'cache'}", "--max_per_label=8", "--batch_size=4"]
-    compute, batches = evaluation.ClassifierNetwork.compute, []
+    compute, calls, computed = evaluation.ClassifierNetwork.compute, itertools.count(), []
 
     def interrupt(network, prepared):
-        batches.append(len(prepared))
-        if len(batches) == 3:
+        if next(calls) == 2:
             raise KeyboardInterrupt
+        computed.append(len(prepared))
         return compute(network, prepared)
 
     monkeypatch.setattr(evaluation.ClassifierNetwork, "compute", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run("e", *flags)
-    assert not (tmp_path / "e").exists() and not list(tmp_path.rglob("*.tmp"))
+    assert not (tmp_path / "e").exists() and not list(tmp_path.rglob(f".{os.getpid()}-*"))
+    first = sum(computed)
     summary = run("e", *flags)
-    # All but the two batches that were written before.
-    assert sum(batches[3:]) == sum(source["all"] for source in summary["images"].values()) - 8
+    assert 0 < first < sum(computed) == sum(source["all"] for source in summary["images"].values())
     assert summary["results"] == run("f", "--max_per_label=8")["results"]
 
 
