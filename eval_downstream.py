@@ -556,11 +556,14 @@ def load_tables(args, spec, accelerator):
         table = load_table(csv, None if csv == synthetic_csv else args.image_root, known, args)
         print_block(accelerator, table)
         left_out["not frontal"] += int((~table["frontal"]).sum())
-        table = merge_duplicates(table[table["frontal"]], "image")
+        frontal = table[table["frontal"]]
+        table = merge_duplicates(frontal, "image")
+        left_out["repeated"] += len(frontal) - len(table)
         if csv != synthetic_csv or args.on_bad_image == "skip":
             table = table.assign(hash=table["image"].map(scan_images(accelerator, list(table["image"]), args)))
             left_out["unreadable"] += int(table["hash"].isna().sum())
             table = table[table["hash"].notna()]
+        # Equal synthetic images stay: they are what the model offers a classifier.
         if csv != synthetic_csv:
             same = int(table["hash"].duplicated().sum())
             left_out["identical to another image"] += same
@@ -1045,9 +1048,9 @@ def verdict(metric, low, rates):
     if low is None:
         return "no interval: undefined in all draws"
     if metric.startswith("auroc") and low <= 0.5:
-        return "no better than chance"
+        return "not shown to beat chance"
     if metric == "accuracy_gain" and low <= 0:
-        return "does not beat the constant predictor"
+        return "not shown to beat the constant predictor"
     constant = (rates < CONSTANT_RATE) | (rates > 1 - CONSTANT_RATE)
     if metric in ("accuracy", "predicted_positive_rate") and constant.any():
         if len(rates) == 1:

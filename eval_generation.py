@@ -1697,8 +1697,8 @@ def add_memorisation(results, generated, real, train, args):
         row_of, cosine = pairs[kind] = nearest(ours, trained, args)
         _, unseen_cosine = nearest(others[unseen], trained, args)
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
-        # The 99.9 % quantile over unseen patients, leaving out at least the nearest one (of 300 or more, three): a
-        # single duplicate among the unseen would hide all copies.
+        # A quantile over unseen patients, since with the maximum a single duplicate among them would hide all copies:
+        # 99.9 % of thousands; of fewer, without the nearest one in a hundred up to three, and at least one.
         count = len(by_patient)
         rank = max(0, count - 1 - max(1, min(3, count // 100), count // 1000))
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.

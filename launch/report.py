@@ -374,6 +374,13 @@ class Comparison(namedtuple("Comparison", "measure pairs")):
         return [row for row in STRATEGIES if row in unbeaten]
 
 
+def further_measures(study):
+    """Return a Measure of FID for each further network of eval_generation.py's --features."""
+    metrics = [metric for results in study.existing("evaluations").values() for metric, _ in results.rows]
+    names = [name for name in dict.fromkeys(metrics) if name.startswith("fid@") and not name.endswith(VARIANTS)]
+    return [Measure(name, "evaluations", f"FID by {name.removeprefix('fid@')}", "↓", "real images") for name in names]
+
+
 def compare_measure(study, measure):
     """Compare all rows in a measure, with one Holm correction over the overall pairs and one over those by label."""
     files, pairs = getattr(study, measure.part), []
@@ -455,6 +462,12 @@ def is_below_chance(found):
     return found["low"] is not None and found["value"] < 0.5 and found.get("min_high", found["high"]) < 0.5
 
 
+def labels_at_chance(results):
+    """Return the labels that the judging classifier is not shown to tell from others on real images."""
+    real = results.by_label("class_consistency_auroc_real")
+    return [label for label, row in real.items() if row["low"] is not None and row["low"] <= 0.5]
+
+
 def find_excess(study, row, metric):
     """Return the share of a row's images as text if it is well above its floor, "" if not, None if unknown."""
     found, base = study.evaluations[row].get(metric), study.evaluations["base"].get(metric)
@@ -477,6 +490,7 @@ def check_strategy(study, row, deciding):
     aurocs = study.evaluations[row].by_label("class_consistency_auroc")
     accuracies = study.downstream[row].by_label("accuracy")
     told = study.evaluations[row].dig("warnings", None)
+    chance = [text for text in told or [] if "to beat chance" in text] + labels_at_chance(study.evaluations[row])
     below = [f"{label} {found['value']:.2f}" for label, found in aurocs.items() if is_below_chance(found)]
     constant = [label for label, found in accuracies.items() if "CONSTANT" in (found["note"] or "")]
     beaten = [pair.label for c in deciding for pair in c.pairs if pair.worse == row and pair.label != "all"]
@@ -489,7 +503,7 @@ def check_strategy(study, row, deciding):
         "prompts answered below chance": ", ".join(below) if aurocs else None,
         same_answer: ", ".join(constant) if accuracies else None,
         "features that hardly vary": told and "; ".join(text for text in told if "hardly vary" in text),
-        "a classifier at chance": told and "; ".join(text for text in told if "to beat chance" in text),
+        "a classifier at chance": None if told is None else "; ".join(chance),
         "another row is better for some labels, see the table Label by label": ", ".join(dict.fromkeys(beaten)),
     }
 
@@ -554,8 +568,7 @@ def find_warnings(study, deciding):
     wrong = {row: None for row, file in evaluations if file.info.get("name", row).split("_seed")[0] != row}
     if wrong:
         found.append(f"The evaluations of {join_names(wrong)} are not of the study's samples.")
-    real = study.first("evaluations").by_label("class_consistency_auroc_real")
-    chance = [label for label, row in real.items() if row["low"] is not None and row["low"] <= 0.5]
+    chance = labels_at_chance(study.first("evaluations"))
     if chance:
         text = f"The classifier is not shown to beat chance on real images of {join_words(chance)}"
         found.append(f"{text}: prompt AUROC and class consistency mean nothing there.")
@@ -703,7 +716,7 @@ TABLES = [
         "copies by pixels, %:memorisation_suspects_pixels",
         ("real images, or no copying", "_floor"),
     ),
-    ("evaluations", "Table 3d. FID by other features", "@:fid", VAE),
+    ("evaluations", "Table 3d. FID by other features", "@:", VAE),
     ("downstream", "Table 4. Downstream accuracy, %", "*:accuracy", ("constant answer", "_floor")),
     ("downstream", "Table 4b. Downstream AUROC", "mean:auroc|*:auroc|gain over chance / real:auroc_of_reference"),
     ("downstream", "Table 4c. Downstream AUROC by group", "*:auroc_by_group"),
@@ -722,7 +735,7 @@ def number_cell(row, metric, paper=None, flag="", grey=False):
 
 
 def row_cell(study, part, row, metric, label):
-    """Return the cell of a row in a table, flagged or grey if its value is no better than its floor."""
+    """Return the cell of a row in a table, flagged or grey if its value is not shown to be better than its floor."""
     results = getattr(study, part)[row]
     found, flag, grey = results.get(metric, label), "", False
     if found and found["low"] is not None:
@@ -750,8 +763,7 @@ def metric_table(study, part, title, headings, *references):
         if heading == "*":
             columns += [(SHORT.get(label, label), metric, label) for label in study.labels(part, metric)]
         elif heading == "@":
-            found = [name for name in metrics if name.startswith(f"{metric}@") and not name.endswith(VARIANTS)]
-            columns += [(name.split("@")[1], name, "all") for name in found]
+            columns += [(measure.name, measure.metric, "all") for measure in further_measures(study)]
         elif metric in metrics:
             columns.append((heading, metric, "all"))
     for row in study.existing(part):
@@ -782,8 +794,8 @@ def split_table(study):
     return Table("Table 2. Images with each finding", ["finding", "training", "validation", "test"], lines)
 
 
-def pair_table(study, comparisons):
-    """Return the table of every pair of rows in every measure."""
+def pair_table(title, study, comparisons):
+    """Return the table of every pair of rows in some measures."""
     lines = []
     for first, second in combinations([*study.strategies, "base"], 2):
         cells = []
@@ -792,7 +804,7 @@ def pair_table(study, comparisons):
             cells.append(describe_pair(pair, comparison.measure.metric) if pair else Cell(""))
         if any(cell.text for cell in cells):
             lines.append([Cell(f"{NAMES[first]} against {NAMES[second]}"), *cells])
-    return Table("Pair by pair", ["pair", *(c.measure.heading for c in comparisons)], lines, PAIRS_LEAD)
+    return Table(title, ["pair", *(c.measure.heading for c in comparisons)], lines, PAIRS_LEAD)
 
 
 def label_table(study, comparisons):
@@ -906,8 +918,9 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     pairs = [(measure, cost) for measure in MEASURES if measure.metric in ("fid", "auroc") for cost in COSTS]
     costs = {f"{measure.name} against {cost}": plot_cost(study, measure, cost) for measure, cost in pairs}
     table_1, *others = [metric_table(study, *table) for table in TABLES]
-    verdicts = [pair_table(study, comparisons), label_table(study, comparisons[:NUM_DECIDING])]
-    tables = [*verdicts, table_1, split_table(study), *others]
+    usual, further = comparisons[: len(MEASURES)], comparisons[len(MEASURES) :]
+    verdicts = [pair_table("Pair by pair", study, usual), pair_table("Pair by pair, other features", study, further)]
+    tables = [*verdicts, label_table(study, comparisons[:NUM_DECIDING]), table_1, split_table(study), *others]
     sources = find_values(study.files("evaluations"), "features.source")
     features = f"FID and the like are of features by {', '.join(sources)}." if sources else ""
     lead, reservations, details = answer
@@ -955,10 +968,10 @@ def list_values(study, comparisons):
 
 def main(args):
     study = read_study(args.study, args.rows)
-    comparisons = [compare_measure(study, measure) for measure in MEASURES]
+    comparisons = [compare_measure(study, measure) for measure in [*MEASURES, *further_measures(study)]]
     deciding = comparisons[:NUM_DECIDING]
     lead, leaders = write_lead(study, deciding)
-    if leaders and study.num_trainings > 1:
+    if study.num_trainings > 1 and any(comparison.pairs for comparison in deciding):
         lead = f"{lead.removesuffix('.')}, over {study.num_trainings} trainings of each strategy."
     reservations, details = write_reservations(study, leaders, deciding)
     warnings = find_warnings(study, deciding)

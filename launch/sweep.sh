@@ -61,7 +61,7 @@ GLOBAL_BATCH=${GLOBAL_BATCH:-64}
 BATCH=${BATCH:-4}
 
 # labels: the same number of images for each single label, as in the paper; FID leaves out real images with several.
-# like_test: the test images' combinations of labels; FID uses all real images.
+# like_test: the test images' combinations of labels; FID also uses real images with several.
 SAMPLING=${SAMPLING:-labels}
 [ "$SAMPLING" = like_test ] && number="--num_images 30000" || number="--images_per_label 5000"
 SAMPLE_FLAGS=(${SAMPLE_FLAGS:-$number --num_inference_steps 50 --guidance_scale 7.5})

@@ -210,6 +210,7 @@ def test_the_answer_names_what_speaks_against_the_leader(study):
         for metric in ("memorisation_suspects", "colour_visible"):
             rows[metric, "all"] |= {"value": 0.12, "low": 0.1, "high": 0.14}
         rows["class_consistency_auroc", "Edema"] |= {"value": 0.34, "low": 0.3, "high": 0.38}
+        rows["class_consistency_auroc_real", "Pneumothorax"] |= {"low": 0.45}
         info["warnings"] += [flat, chance]
 
     change(study / "evaluations/unet/generation_metrics.json", spoil)
@@ -221,7 +222,8 @@ def test_the_answer_names_what_speaks_against_the_leader(study):
     constant = "CONSTANT classifiers, which give all test images the same answer"
     names = f"suspected copies; visible tint; prompts answered below chance; {constant}; features that hardly vary"
     assert f"<p>Reservations: {names}; a classifier at chance; another row" in answer and f"; {once}.</p>" in answer
-    assert f"<li>features that hardly vary: U-Net ({flat})</li><li>a classifier at chance: U-Net ({chance})" in answer
+    assert f"<li>features that hardly vary: U-Net ({flat})</li>" in answer
+    assert f"<li>a classifier at chance: U-Net ({chance}; Pneumothorax)</li>" in answer
     # The same if there is no other strategy to compare with.
     text, alone = make(study, "--rows", "unet")
     assert "each other; U-Net beats the base model in FID, prompt AUROC and downstream AUROC." in alone
@@ -370,6 +372,8 @@ def test_only_complete_trainings_with_seeds_of_all_rows_are_used(tmp_path, no_pl
     (text, answer), fewer_rows = make(study), make(study, "--rows", "unet", "lora")
     assert "trained once" in answer and "seed 1 of U-Net, 2 of U-Net, 2 of LoRA, 3 of LoRA and 1 of DoRA" in text
     assert "over 2 trainings" in fewer_rows[1]
+    alone = make(study, "--rows", "unet")[1]
+    assert "compared with each other" in alone and "over 3 trainings of each strategy.</p>" in alone
 
 
 def test_what_a_single_training_did_or_had_is_said(tmp_path, no_plots):
@@ -404,8 +408,21 @@ def test_further_figures_are_shown_where_they_exist(study):
     text = make(study)[0]
     assert read_table(text, "Table 3c")["LoRA"]["MS-SSIM ↓"] == "0.312 0.302–0.322"
     table = read_table(text, "Table 3d")
-    assert table["LoRA"] == {"#": "8", "model": "LoRA", "rad-dino": "118.93 116.93–120.93"}
+    assert table["LoRA"] == {"#": "8", "model": "LoRA", "FID by rad-dino": "118.93 116.93–120.93"}
     assert read_table(text, "Table 4c")["LoRA"]["Sex: Female"] == "0.710 0.690–0.730 2 of 3 labels"
+
+
+def test_fid_by_other_features_is_compared_in_pairs_and_does_not_decide(tmp_path, monkeypatch):
+    monkeypatch.setitem(GENERATION, "fid@rad-dino", (300.0, -60.0, 12.0, 4.0, None))
+    study = make_study(tmp_path, {"unet": 3.0, "lora": 1.0})
+    text, answer = make(study)
+    pairs = read_table(text, "Pair by pair, other features")
+    assert pairs["U-Net against LoRA"]["FID by rad-dino ↓"].startswith("lower by")
+    assert list(read_table(text, "Pair by pair<")["U-Net against LoRA"])[1] == "FID ↓" and "rad-dino" not in answer
+    assert 'alt="FID by rad-dino, difference to the base model"' in text
+    lines = pd.read_csv(study / "report/report.csv")
+    lines = lines[(lines["table"] == "pairs") & (lines["metric"] == "fid@rad-dino")]
+    assert list(lines["row"]) == ["unet - lora", "unet - base", "lora - base"] and lines["p_holm"].max() < 0.05
 
 
 def test_what_the_notes_say_of_the_papers_accuracies():
