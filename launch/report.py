@@ -794,7 +794,7 @@ def split_table(study):
     return Table("Table 2. Images with each finding", ["finding", "training", "validation", "test"], lines)
 
 
-def pair_table(title, study, comparisons):
+def pair_table(title, study, comparisons, lead=""):
     """Return the table of every pair of rows in some measures."""
     lines = []
     for first, second in combinations([*study.strategies, "base"], 2):
@@ -804,7 +804,7 @@ def pair_table(title, study, comparisons):
             cells.append(describe_pair(pair, comparison.measure.metric) if pair else Cell(""))
         if any(cell.text for cell in cells):
             lines.append([Cell(f"{NAMES[first]} against {NAMES[second]}"), *cells])
-    return Table(title, ["pair", *(c.measure.heading for c in comparisons)], lines, PAIRS_LEAD)
+    return Table(title, ["pair", *(c.measure.heading for c in comparisons)], lines, lead)
 
 
 def label_table(study, comparisons):
@@ -919,8 +919,10 @@ def make_page(title, study, comparisons, answer, warnings, pictures):
     costs = {f"{measure.name} against {cost}": plot_cost(study, measure, cost) for measure, cost in pairs}
     table_1, *others = [metric_table(study, *table) for table in TABLES]
     usual, further = comparisons[: len(MEASURES)], comparisons[len(MEASURES) :]
-    verdicts = [pair_table("Pair by pair", study, usual), pair_table("Pair by pair, other features", study, further)]
-    tables = [*verdicts, label_table(study, comparisons[:NUM_DECIDING]), table_1, split_table(study), *others]
+    verdicts = [pair_table("Pair by pair", study, usual, PAIRS_LEAD)]
+    verdicts += [pair_table("Pair by pair, other features", study, further)]
+    verdicts += [label_table(study, comparisons[:NUM_DECIDING])]
+    tables = [*verdicts, table_1, split_table(study), *others]
     sources = find_values(study.files("evaluations"), "features.source")
     features = f"FID and the like are of features by {', '.join(sources)}." if sources else ""
     lead, reservations, details = answer
