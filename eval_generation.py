@@ -1160,7 +1160,7 @@ def compute_features(accelerator, plan, networks, vae, args):
         size = max(1, batch_size // 8) if through_vae else batch_size
         batches = [mine[start : start + size] for start in range(0, len(mine), size)]
         # On a CPU, a batch per core, each on one thread, is faster than all threads on one batch. A GPU computes one
-        # batch at a time, while other threads decode; so does the VAE, which needs the memory.
+        # batch at a time, while other threads decode; so does the VAE on any device, to save memory.
         parallel = on_cpu and not through_vae
         lock = contextlib.nullcontext() if parallel else threading.Lock()
         workers = max(1, os.cpu_count() // accelerator.num_processes) if parallel else min(8, os.cpu_count())
@@ -1697,8 +1697,8 @@ def add_memorisation(results, generated, real, train, args):
         row_of, cosine = pairs[kind] = nearest(ours, trained, args)
         _, unseen_cosine = nearest(others[unseen], trained, args)
         by_patient = np.sort(pd.Series(unseen_cosine).groupby(patients[1]).max())
-        # A quantile over unseen patients, since with the maximum a single duplicate among them would hide all copies:
-        # 99.9 % of thousands; of fewer, without the nearest one in a hundred up to three, and at least one.
+        # Compare with a quantile over unseen patients: with their maximum, a single duplicate among them would hide
+        # all copies. It is 99.9 % for thousands of patients; of fewer, leave out 1 %, at least one and at most three.
         count = len(by_patient)
         rank = max(0, count - 1 - max(1, min(3, count // 100), count // 1000))
         # Images of a collapsed generator are not independent: bootstrap groups with the same nearest training patient.

@@ -716,7 +716,7 @@ TABLES = [
         "copies by pixels, %:memorisation_suspects_pixels",
         ("real images, or no copying", "_floor"),
     ),
-    ("evaluations", "Table 3d. FID by other features", "@:", VAE),
+    ("evaluations", "Table 3d. FID by other features", "@:fid", VAE),
     ("downstream", "Table 4. Downstream accuracy, %", "*:accuracy", ("constant answer", "_floor")),
     ("downstream", "Table 4b. Downstream AUROC", "mean:auroc|*:auroc|gain over chance / real:auroc_of_reference"),
     ("downstream", "Table 4c. Downstream AUROC by group", "*:auroc_by_group"),
